@@ -1,0 +1,336 @@
+"""y(x + δ) ≈ y + Σ_t J_t δ_t: the model at one prompt, made linear."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_scopes import models
+from tl_scopes.models import Model, Prompt, Token, Trace
+
+_WORKING_BYTES = 256 * 2**20
+"""Working memory that one batch of cotangents may take on its way back through a block."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Linearization:
+    """A model linearised at one prompt, between two hooks: the Jacobian as an object.
+
+    Made by `linearize`. It keeps the graph of its one forward pass, so that every question asked of it costs backward
+    passes only; the graph is freed with the object.
+    """
+
+    model: Model
+    """The model, used again by `at` alone."""
+    tokens: Int[Tensor, "token"]
+    """Token ids up to and including the position, on the model's device."""
+    str_tokens: tuple[str, ...]
+    """Their text, one string per token."""
+    position: int
+    """Where the prediction is read: the index of the last of `tokens`."""
+    wrt: str
+    """The hook where perturbations enter: the domain of J."""
+    of: str
+    """The hook where the value is read: the range of J."""
+    trace: Trace
+    """The forward pass."""
+
+    def __repr__(self) -> str:
+        return (
+            f"Linearization({self.of} at position {self.position} wrt {self.wrt}; "
+            f"{len(self.tokens)} tokens, {models.model_name(self.model)})"
+        )
+
+    # -- the point ----------------------------------------------------------------------------------------------------
+
+    @property
+    def embeddings(self) -> Float[Tensor, "token d_model"]:
+        """x, the value at the `wrt` hook where the model is linearised."""
+        return self.trace.inputs[self.wrt][0]
+
+    @property
+    def readout(self) -> Float[Tensor, " d_of"]:
+        """y, the value at the `of` hook at the position: for "ln_final", what the unembedding reads."""
+        return self.trace.output[0].detach()
+
+    @property
+    def logits(self) -> Float[Tensor, " vocab"]:
+        """The model's logits at the position.
+
+        Raises:
+            ValueError: when `of` is not the readout.
+        """
+        return self._readout_and_logits[1][0].detach()
+
+    @cached_property
+    def log_probs(self) -> Float[Tensor, " vocab"]:
+        """Log-probabilities of the next token, in nats, at least in float32.
+
+        Raises:
+            ValueError: when `of` is not the readout.
+        """
+        return _at_least_float32(self.logits).log_softmax(-1)
+
+    @property
+    def unit(self) -> str:
+        """What a score is counted per: a unit of the norm of δ."""
+        return "unit of embedding norm" if self.wrt == "hook_embed" else f"unit of norm at {self.wrt}"
+
+    def require_readout(self) -> None:
+        """Refuse to answer a question about the prediction when `of` is some other hook.
+
+        Raises:
+            ValueError: when `of` is not the readout.
+        """
+        if self.trace.logits is None:
+            raise ValueError(
+                f"this question needs the logits, and the linearisation ends at {self.of!r}: "
+                'linearise with of="ln_final", the default.'
+            )
+
+    def token(self, target: str | int | None = None) -> Token:
+        """The vocabulary entry that a text or an id means; None means the most likely next token.
+
+        Raises:
+            ValueError: a text of several tokens, or unknown to the tokenizer; an id out of range.
+            TypeError: neither text nor id.
+        """
+        return models.token(self.model, int(self.logits.argmax()) if target is None else target)
+
+    # -- the Jacobian -------------------------------------------------------------------------------------------------
+
+    def vjp(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token d_model"]:
+        """cᵀJ for every probe c: the gradient of cᵀy with respect to each token's embedding.
+
+        Cost: about 0.6 of a forward pass per probe, in batches; the result takes probe x token x d_model numbers.
+
+        Raises:
+            ValueError: cotangents of another shape.
+        """
+        self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
+        return torch.cat([*self._vjp_batches(cotangents)])
+
+    def squared_norms(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token"]:
+        """‖cᵀJ_t‖² for every probe c and token t: what all first-order scopes are made of.
+
+        The sums are taken in float32 (float64 for a float64 model), one batch at a time. A progress bar appears when it
+        takes more than a few seconds.
+
+        Cost: about 0.6 of a forward pass per probe; memory for one batch.
+
+        Raises:
+            ValueError: cotangents of another shape.
+        """
+        self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
+        norms = []
+        with tqdm(total=len(cotangents), desc="cotangents", delay=3, leave=False) as bar:
+            for batch in self._vjp_batches(cotangents):
+                norms.append(_at_least_float32(batch).square().sum(-1))
+                bar.update(len(batch))
+        return torch.cat(norms)
+
+    def jvp(self, tangents: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe d_of"]:
+        """Σ_t J_t δ_t for every probe δ: the first-order change of y.
+
+        The transpose of `vjp`, by differentiating it with respect to its cotangent; the forward pass is not run again.
+
+        Cost: one backward pass, and about one more per probe.
+
+        Raises:
+            ValueError: tangents of another shape.
+            RuntimeError: under an attention kernel that has no double backward.
+        """
+        self._check("tangents", tangents, (None, *self.embeddings.shape), "[probe token d_model]")
+        leaf, output = self.trace.perturbations[self.wrt], self.trace.output
+        cotangent = torch.zeros_like(output, requires_grad=True)
+        try:
+            (pulled,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
+            (pushed,) = torch.autograd.grad(pulled, cotangent, tangents.to(leaf)[:, None], is_grads_batched=True)
+        except RuntimeError as error:
+            if "derivative for" not in str(error):
+                raise
+            raise RuntimeError(
+                f"this model's attention kernel cannot be differentiated twice ({error}): "
+                'load the model with attn_implementation="eager", or multiply by as_matrix().'
+            ) from error
+        return pushed[:, 0]
+
+    def as_matrix(self) -> Float[Tensor, "d_of token d_model"]:
+        """J itself: `as_matrix()[:, t]` is J_t.
+
+        Cost: d_of vector-Jacobian products, and d_of x token x d_model numbers. For small models and tests.
+        """
+        return self.vjp(torch.eye(len(self.readout), dtype=self.readout.dtype, device=self.readout.device))
+
+    def at(self, embeddings: Float[Tensor, "token d_model"]) -> "Linearization":
+        """The same question at another point: these values in place of `embeddings`.
+
+        Path integrals, finite differences and the reach of the linear picture are all this. Hooks that were active
+        when this object was made act only if they still are.
+
+        Cost: one forward pass.
+
+        Raises:
+            ValueError: embeddings of another shape; NaN or infinite activations.
+        """
+        self._check("embeddings", embeddings, tuple(self.embeddings.shape), "[token d_model]")
+        return _linearize(self.model, self.tokens, self.str_tokens, self.wrt, self.of, embeddings)
+
+    # -- the readout --------------------------------------------------------------------------------------------------
+
+    def cotangent(self, function: Callable[[Float[Tensor, " vocab"]], Tensor]) -> Float[Tensor, " d_of"]:
+        """∂f/∂y, for a number f computed from the logits: the cotangent whose `vjp` is the gradient of f.
+
+        Through the model's real unembedding, soft-caps, scales and biases included.
+
+        Args:
+            function: from logits [vocab] to a number, differentiable in torch.
+
+        Raises:
+            ValueError: when `of` is not the readout; when the function's value is not one finite number.
+
+        Example:
+            >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+            >>> confidence = lin.cotangent(lambda logits: logits.log_softmax(-1).max())
+            >>> lin.vjp(confidence[None]).shape
+            torch.Size([1, 10, 128])
+        """
+        readout, logits = self._readout_and_logits
+        with torch.enable_grad():
+            value = function(_at_least_float32(logits[0]))
+            if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite():
+                raise ValueError(f"the function of the logits must give one finite number, got {value!r}.")
+            (gradient,) = torch.autograd.grad(value, readout, retain_graph=True)
+        return gradient[0]
+
+    def logits_vjp(self, cotangents: Float[Tensor, "probe vocab"]) -> Float[Tensor, "probe d_of"]:
+        """cᵀ ∂logits/∂y for every probe c.
+
+        Raises:
+            ValueError: when `of` is not the readout.
+        """
+        readout, logits = self._readout_and_logits
+        (pulled,) = torch.autograd.grad(
+            logits, readout, cotangents.to(logits)[:, None], is_grads_batched=True, retain_graph=True
+        )
+        return pulled[:, 0]
+
+    def logits_jvp(self, tangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe vocab"]:
+        """∂logits/∂y · δ for every probe δ.
+
+        Raises:
+            ValueError: when `of` is not the readout.
+        """
+        readout, logits = self._readout_and_logits
+        cotangent = torch.zeros_like(logits, requires_grad=True)
+        (pulled,) = torch.autograd.grad(logits, readout, cotangent, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, cotangent, tangents.to(readout)[:, None], is_grads_batched=True)
+        return pushed[:, 0]
+
+    @cached_property
+    def is_centered(self) -> bool:
+        """Whether the unembedding is centred: ∂(mean logit)/∂y = 0, so every logit is "logit minus vocabulary mean"."""
+        vocab = len(self.logits)
+        mean = self.logits_vjp(torch.full((1, vocab), 1 / vocab)).norm()
+        some = torch.zeros(min(8, vocab), vocab)
+        some[torch.arange(len(some)), torch.linspace(0, vocab - 1, len(some)).long()] = 1
+        return bool(mean < 0.05 * self.logits_vjp(some).norm(dim=-1).mean() / vocab**0.5)
+
+    # -- private ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _readout_and_logits(self) -> tuple[Tensor, Tensor]:
+        self.require_readout()
+        assert self.trace.readout is not None and self.trace.logits is not None
+        return self.trace.readout, self.trace.logits
+
+    def _vjp_batches(self, cotangents: Tensor) -> Iterator[Tensor]:
+        leaf, output = self.trace.perturbations[self.wrt], self.trace.output
+        # The widest thing alive per cotangent: the gradients inside one MLP, or one attention pattern.
+        tokens, cfg = len(self.tokens), self.model.cfg
+        width = max(4 * (getattr(cfg, "d_mlp", None) or 0), 8 * leaf.shape[-1], 3 * cfg.n_heads * tokens)
+        size = max(1, int(_WORKING_BYTES / (tokens * width * leaf.element_size())))
+        for batch in cotangents.to(output).split(size):
+            if len(batch) == 1:  # without the batching rules, which cost something
+                (pulled,) = torch.autograd.grad(output, leaf, batch, retain_graph=True)
+                yield pulled
+            else:
+                (pulled,) = torch.autograd.grad(output, leaf, batch[:, None], is_grads_batched=True, retain_graph=True)
+                yield pulled[:, 0]
+
+    def _check(self, what: str, value: Tensor, shape: tuple[int | None, ...], axes: str) -> None:
+        expected = [str(n) if n is not None else "any number" for n in shape]
+        if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
+            raise ValueError(f"{what} must have the shape {axes} = [{', '.join(expected)}], got {list(value.shape)}.")
+
+
+def linearize(
+    model: Model,
+    prompt: Prompt,
+    position: int = -1,
+    *,
+    wrt: str = "hook_embed",
+    of: str = models.READOUT,
+    prepend_bos: bool | None = None,
+) -> Linearization:
+    """Linearise a model at a prompt: y(x + δ) ≈ y + Σ_t J_t δ_t.
+
+    Args:
+        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. It is left as found; hooks that you
+            have set act, so that inside `model.hooks(...)` the patched model is explained.
+        prompt: text, a list of token ids, or a tensor of them.
+        position: where the prediction is read; tokens after it are not run, since they cannot matter.
+        wrt: the hook where perturbations enter. The paper's is the token embedding, "hook_embed"; any hook with a
+            [batch pos d] value will do, "blocks.3.hook_resid_pre" say. Some bridges scale the embedding behind this
+            hook (Granite): scores then differ by that factor.
+        of: the hook where the value is read. The paper's is the final norm, "ln_final": whatever the unembedding reads,
+            also in models without a final norm.
+        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+
+    Cost: one forward pass; the unembedding runs at one position.
+
+    Raises:
+        TypeError: no TransformerLens model, a compiled one, an encoder; no prompt.
+        ValueError: a model in training mode; an empty or too long prompt, ids or a position out of range; a hook that
+            does not exist, never fires, or does not influence `of`; NaN or infinite activations.
+        RuntimeError: under `torch.inference_mode`.
+
+    Source: Liu et al. 2026 (arXiv:2601.16407), section 2.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> lin
+        Linearization(ln_final at position 9 wrt hook_embed; 10 tokens, tiny)
+    """
+    models.check_model(model)
+    tokens = models.tokenize(model, prompt, prepend_bos)
+    if not isinstance(position, int) or not -len(tokens) <= position < len(tokens):
+        raise ValueError(
+            f"position {position!r} is out of range: the prompt has {len(tokens)} tokens, "
+            f"so it runs from 0 to {len(tokens) - 1}, or from -{len(tokens)} to -1."
+        )
+    tokens = tokens[: position % len(tokens) + 1]
+    str_tokens = tuple(models.token_text(model, id) for id in tokens.tolist())
+    return _linearize(model, tokens, str_tokens, wrt, of, None)
+
+
+def _linearize(
+    model: Model, tokens: Tensor, str_tokens: tuple[str, ...], wrt: str, of: str, embeddings: Tensor | None
+) -> Linearization:
+    values = None if embeddings is None else {wrt: embeddings.detach()[None]}
+    trace = models.trace(model, tokens[None], wrt=[wrt], of=of, values=values)
+    for name, value in ((wrt, trace.inputs[wrt]), (of, trace.output), ("the logits", trace.logits)):
+        if value is not None and not value.isfinite().all():
+            raise ValueError(
+                f"NaN or infinite activations at {name!r}: check the weights and your hooks; "
+                f"{value.dtype} may overflow where float32 or bfloat16 does not."
+            )
+    return Linearization(model, tokens, str_tokens, len(tokens) - 1, wrt, of, trace)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

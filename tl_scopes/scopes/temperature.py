@@ -1,0 +1,61 @@
+"""Temperature Scope: what moves the model's confidence?"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_scopes import models
+from tl_scopes.attribution import Scope
+from tl_scopes.linearization import Linearization
+
+
+@dataclass(frozen=True)
+class TemperatureScope(Scope):
+    """The steepest change of the effective inverse temperature β that a unit step in each token's embedding can make:
+
+        score_t = ‖(∂β/∂y) J_t‖₂,   β = ‖y‖₂,   ∂β/∂y = ŷ = y/‖y‖₂
+
+    The logits are W y = β W ŷ: the direction of the readout says what the model predicts, its norm how firmly.
+
+    Args:
+        of: "readout", as in the paper, or "logits": β = ‖z − mean z‖₂/√vocab, the spread of the logits, which is an
+            inverse temperature of the same softmax and depends on no choice of coordinates in the residual stream.
+
+    Unit: β per unit of embedding norm.
+    Cost: one backward pass.
+    Raises: ValueError for another `of`; for "readout" on a model whose final norm was folded, where ‖y‖ is
+        constant and the scores would be rounding errors; for a linearisation that does not end at the readout.
+    Source: Liu et al. 2026 (arXiv:2601.16407), Temperature Scope.
+    Departure: of="logits" is ours.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> tls.TemperatureScope()(lin).unit
+        'inverse temperature per unit of embedding norm'
+    """
+
+    of: Literal["readout", "logits"] = "readout"
+
+    def __post_init__(self) -> None:
+        if self.of not in ("readout", "logits"):
+            raise ValueError(f'of is "readout" or "logits", got {self.of!r}.')
+
+    def scores(self, lin: Linearization) -> Float[Tensor, "token"]:
+        lin.require_readout()
+        if self.of == "logits":
+            cotangent = lin.cotangent(lambda z: (z - z.mean()).norm() / len(z) ** 0.5)
+        elif models.has_constant_readout_norm(lin.model):
+            raise ValueError(
+                f"the final norm of {models.model_name(lin.model)!r} has no gain (its weights were folded, or are "
+                "untrained), so the readout's norm is constant and its Temperature Scope identically zero. Load the "
+                "model unprocessed (HookedTransformer.from_pretrained_no_processing, or a TransformerBridge without "
+                'enable_compatibility_mode), or ask TemperatureScope(of="logits").'
+            )
+        else:
+            cotangent = lin.readout / lin.readout.norm()
+        return lin.squared_norms(cotangent[None])[0].sqrt()
+
+    def unit(self, lin: Linearization) -> str:
+        return f"inverse temperature per {lin.unit}"

@@ -1,0 +1,237 @@
+"""Train the bundled model: `python -m tl_scopes.tiny.train --out FOLDER`.
+
+Writes a folder in the Hugging Face layout (config.json, model.safetensors, tokenizer files) and prints the held-out
+table of `evaluate`. Everything is drawn from `--seed`; on the same machine and number of threads the run repeats.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tl_scopes.tiny.tasks import SERIES, TASKS, Example, documents, examples
+
+CONTEXT = 256
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+
+
+def train_tokenizer(seed: int, vocab_size: int = 1664) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: any text has a tokenisation, the words of the corpus are one token each."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(islice(documents(seed), 100_000), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A small Llama with grouped-query attention: 6 layers, 4 heads of 32 on 2 key-value heads."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            max_position_embeddings=CONTEXT,
+            rms_norm_eps=1e-6,
+            initializer_range=0.05,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+class Packed:
+    """Rows of `CONTEXT` tokens packed with whole documents; attention stays within a document."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> None:
+        self.stream, self.tokenizer, self.rows = documents(seed), tokenizer, rows
+        self.random = torch.Generator().manual_seed(seed)
+        self.waiting: list[list[int]] = []
+
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [row position], and the document each token belongs to [row position] (0: padding)."""
+        tokens = torch.full((self.rows, CONTEXT), self.tokenizer.pad_token_id)
+        owner = torch.zeros(self.rows, CONTEXT, dtype=torch.long)
+        for row in range(self.rows):
+            used, document = 0, 0
+            while True:
+                if not self.waiting:
+                    batch = self.tokenizer(list(islice(self.stream, 256)))["input_ids"]
+                    # One document in ten goes without BOS, so that a prompt without it is no stranger to the model.
+                    without = torch.rand(len(batch), generator=self.random) < 0.1
+                    self.waiting = [ids[1:] if bare else ids for ids, bare in zip(batch, without.tolist(), strict=True)]
+                if used + len(self.waiting[-1]) > CONTEXT:
+                    break
+                ids = self.waiting.pop()
+                document += 1
+                tokens[row, used : used + len(ids)] = torch.tensor(ids)
+                owner[row, used : used + len(ids)] = document
+                used += len(ids)
+        return tokens, owner
+
+
+def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy within documents, in nats."""
+    same = owner[:, :, None] == owner[:, None, :]
+    causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool, device=tokens.device).tril()
+    index = torch.arange(CONTEXT, device=tokens.device).expand_as(tokens)
+    first = torch.zeros_like(owner)
+    first[:, 1:] = torch.where(owner[:, 1:] != owner[:, :-1], index[:, 1:], 0)
+    positions = index - first.cummax(dim=1).values
+    logits = model(tokens, attention_mask=(same & causal)[:, None], position_ids=positions, use_cache=False).logits
+    labels = torch.where((owner[:, 1:] == owner[:, :-1]) & (owner[:, 1:] > 0), tokens[:, 1:], -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
+
+
+def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device: str) -> None:
+    """AdamW with linear warm-up and cosine decay."""
+    model.to(device).train()  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
+    warmup = min(200, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
+    )
+    start = time.monotonic()
+    for step in range(steps):
+        tokens, owner = next(data)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            loss = loss_of(model, tokens.to(device), owner.to(device))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            print(f"step {step:6d}  loss {loss.item():.4f}  {time.monotonic() - start:7.0f} s", flush=True)
+        if (step + 1) % 1000 == 0 and step + 1 < steps:
+            accuracy = {
+                row["task"]: row["accuracy"] for row in evaluate(model, data.tokenizer, count=100, markov=False)
+            }
+            print(accuracy, flush=True)
+            model.train()
+
+
+def markov_loss(task: str, test: list[Example], order: int = 2, series: int = 20_000) -> float:
+    """Mean loss, in nats, of an interpolated (Witten-Bell) Markov chain of numbers on the targets of `test`.
+
+    Fitted on `series` series of the training split: what a predictor can know that only looks at the last `order`
+    numbers. It is given far more data per parameter than the model sees.
+    """
+    counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+    for example in examples(task, series, seed=1, split="train"):
+        numbers = example.key.split(",")
+        for i, number in enumerate(numbers):
+            for n in range(min(order, i) + 1):
+                counts[tuple(numbers[i - n : i])][number] += 1
+
+    def probability(number: str, context: tuple[str, ...]) -> float:
+        shorter = probability(number, context[1:]) if context else 1 / 100
+        seen = counts[context]
+        total, kinds = seen.total(), len(seen)
+        return (seen[number] + kinds * shorter) / (total + kinds) if total else shorter
+
+    losses = []
+    for example in test:
+        context = tuple(example.prompt.rstrip(",").split(",")[-order:])
+        losses.append(-math.log(probability(example.target, context)))
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def evaluate(model: LlamaForCausalLM, tokenizer: Any, count: int = 1000, markov: bool = True) -> list[dict[str, Any]]:
+    """Held-out accuracy of the most likely next token per task; for series also the loss beside the Markov chain's."""
+    model.eval()
+    rows = []
+    for task in TASKS:
+        test = examples(task, count, seed=2)
+        correct, loss = 0, 0.0
+        for example in test:
+            ids = torch.tensor([tokenizer(example.prompt)["input_ids"]], device=model.device)
+            log_probs = model(ids, use_cache=False).logits[0, -1].double().log_softmax(-1)
+            target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+            assert len(target) == 1, (example.target, target)
+            correct += int(log_probs.argmax().item() == target[0])
+            loss -= log_probs[target[0]].item()
+        rows.append(
+            {
+                "task": task,
+                "accuracy": correct / count,
+                "loss": loss / count,
+                "order-2 Markov loss": markov_loss(task, test) if markov and task in SERIES else None,
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `evaluate` as a Markdown table."""
+    lines = ["| task | accuracy | loss (nats) | order-2 Markov loss |", "|---|---|---|---|"]
+    for row in rows:
+        markov = row["order-2 Markov loss"]
+        baseline = "" if markov is None else f"{markov:.2f}"
+        lines.append(f"| {row['task']} | {row['accuracy']:.1%} | {row['loss']:.3f} | {baseline} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, or to read with --evaluate-only")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--rows", type=int, default=32, help=f"rows of {CONTEXT} tokens per step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--evaluate-only", action="store_true")
+    options = parser.parse_args()
+
+    if options.evaluate_only:
+        tokenizer = AutoTokenizer.from_pretrained(options.out)
+        model = LlamaForCausalLM.from_pretrained(options.out)
+    else:
+        torch.manual_seed(options.seed)
+        tokenizer = train_tokenizer(options.seed)
+        model = build_model(tokenizer)
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{parameters:,} parameters, {len(tokenizer)} tokens in the vocabulary")
+        train(model, Packed(tokenizer, options.seed, options.rows), options.steps, options.lr, options.device)
+        model.save_pretrained(options.out)
+        tokenizer.save_pretrained(options.out)
+    rows = evaluate(model, tokenizer)
+    print(table(rows))
+    (options.out / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
