@@ -1,0 +1,44 @@
+"""Shared fixtures. The zoo of models is in zoo.py."""
+
+import os
+
+# Before transformers is imported: no test may reach a model hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import tl_scopes as tls
+from tests import zoo
+
+torch.set_num_threads(1)  # tests run in several processes
+
+
+@pytest.fixture(params=list(zoo.SPECIES))
+def specimen(request: pytest.FixtureRequest) -> Iterator[zoo.Specimen]:
+    """One of every kind of model, in true float64."""
+    with zoo.Float64():
+        yield zoo.specimen(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Any:
+    """The bundled model as a TransformerBridge."""
+    return tls.load_tiny()
+
+
+@pytest.fixture(params=["bridge", *(["hooked"] if zoo.HookedTransformer else [])])
+def golden_model(request: pytest.FixtureRequest) -> Any:
+    """The random Llama that the paper authors' code was run on, as both kinds of model."""
+    return zoo.llama(zoo.GOLDEN, request.param)
+
+
+@pytest.fixture(autouse=True)
+def _doctest_names(doctest_namespace: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    """Docstring examples know `tls` and `model`, the bundled one."""
+    doctest_namespace["tls"] = tls
+    if type(request.node).__name__ == "DoctestItem":
+        doctest_namespace["model"] = request.getfixturevalue("tiny")

@@ -1,0 +1,165 @@
+"""The model is left as it was found, also after an exception, and the user's own hooks act."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import tl_scopes as tls
+from tests import zoo
+from tests.zoo import PROMPT, Specimen
+
+KINDS = ["bridge llama", *(["hooked layer norm"] if zoo.HookedTransformer else [])]
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A fresh one: these tests change it."""
+    model = zoo.SPECIES[request.param]().model
+    with zoo.Float64():
+        model(torch.tensor([PROMPT]))  # a bridge registers a hook of its own at the first run
+        yield model
+
+
+def state(model: Any) -> dict[str, Any]:
+    """Everything a run could leave behind."""
+    modules = getattr(model, "original_model", model)
+    return {
+        "training": [m.training for m in modules.modules()],
+        "requires_grad": [p.requires_grad for p in modules.parameters()],
+        "grad": [p.grad for p in modules.parameters()],
+        "weights": [p.detach().clone() for p in modules.parameters()],
+        "torch hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.modules()],
+        "hooks": {name: len(point.fwd_hooks) + len(point.bwd_hooks) for name, point in model.hook_dict.items()},
+        "context level": getattr(model, "context_level", 0),
+        "rng": torch.get_rng_state(),
+        "grad mode": torch.is_grad_enabled(),
+    }
+
+
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    before = state(model)
+    yield
+    after = state(model)
+    for name, value in before.items():
+        if name == "weights":
+            assert all(map(torch.equal, value, after[name]))
+        elif name == "rng":
+            assert torch.equal(value, after[name])
+        else:
+            assert value == after[name], name
+
+
+def every_scope(model: Any) -> None:
+    lin = tls.linearize(model, PROMPT)
+    for scope in (tls.SemanticScope(), tls.TemperatureScope(), tls.FisherScope()):
+        scope(lin)
+    lin.at(lin.embeddings).jvp(lin.embeddings[None])
+
+
+@pytest.mark.parametrize("frozen", [True, False, "mixed"])
+def test_after_success(model: Any, frozen: bool | str) -> None:
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0 if frozen == "mixed" else not frozen)
+    with unchanged(model):
+        every_scope(model)
+
+
+def test_under_no_grad(model: Any) -> None:
+    with torch.no_grad(), unchanged(model):
+        every_scope(model)
+
+
+def failing(value: Tensor, hook: Any) -> Tensor:
+    raise ZeroDivisionError("the user's hook fails")
+
+
+@pytest.mark.parametrize("name", ["blocks.1.hook_resid_pre", "unembed.hook_in", "hook_embed"])
+def test_after_a_failure_on_the_way(model: Any, name: str) -> None:
+    """The user's hook raises in the middle of the forward pass: their hook stays, ours goes."""
+    model.hook_dict[name].add_hook(failing)
+    with unchanged(model), pytest.raises(ZeroDivisionError, match="the user's hook fails"):
+        tls.linearize(model, PROMPT)
+
+
+def test_after_bad_input(model: Any) -> None:
+    with unchanged(model), pytest.raises(ValueError, match="no hook 'hook_nothing'"):
+        tls.linearize(model, PROMPT, wrt="hook_nothing")
+    with unchanged(model), pytest.raises(ValueError, match="did not fire before 'hook_embed'"):
+        tls.linearize(model, PROMPT, wrt="blocks.1.hook_resid_pre", of="hook_embed")
+
+
+def patched(value: Tensor, hook: Any) -> Tensor:
+    """Cut a token out of the stream at block 1."""
+    value = value.clone()
+    value[:, 2] = 0.5
+    return value
+
+
+Setting = Callable[[Any], Any]
+
+
+@contextmanager
+def with_add_hook(model: Any) -> Iterator[None]:
+    model.hook_dict["blocks.1.hook_resid_pre"].add_hook(patched)
+    yield
+    model.reset_hooks()
+
+
+@pytest.mark.parametrize(
+    "setting", [with_add_hook, lambda model: model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", patched)])]
+)
+def test_the_users_patch_is_explained(model: Any, setting: Setting) -> None:
+    """Inside the user's patching hooks the patched model is explained: its logits, its Jacobian."""
+    plain = tls.linearize(model, PROMPT)
+    with setting(model), unchanged(model):
+        lin = tls.linearize(model, PROMPT)
+        logits = model(torch.tensor([PROMPT]))[0, -1]
+        step = 1e-5 * torch.ones_like(lin.embeddings)
+        difference = (lin.at(lin.embeddings + step).readout - lin.at(lin.embeddings - step).readout) / 2
+    assert_close(lin.logits, logits.detach())
+    assert not torch.allclose(lin.logits, plain.logits)
+    assert_close(lin.jvp(step[None])[0], difference, rtol=1e-3, atol=1e-8)
+    # Beyond the patch, token 2 still acts through block 0, so its influence is less but there.
+    assert lin.squared_norms(lin.readout[None])[0, 2] != plain.squared_norms(plain.readout[None])[0, 2]
+    assert_close(tls.linearize(model, PROMPT).logits, plain.logits)
+
+
+def test_the_users_patch_at_both_ends(model: Any) -> None:
+    """A patch at the embedding is where the model is linearised; one at the readout is what the unembedding reads."""
+    with model.hooks(fwd_hooks=[("hook_embed", lambda v, hook: v * 2), ("unembed.hook_in", lambda v, hook: v * 3)]):
+        lin = tls.linearize(model, PROMPT)
+        logits = model(torch.tensor([PROMPT]))[0, -1]
+    with model.hooks(fwd_hooks=[("hook_embed", lambda v, hook: v * 2)]):
+        other = tls.linearize(model, PROMPT)
+    assert_close(lin.logits, logits.detach())
+    assert_close(lin.embeddings, 2 * tls.linearize(model, PROMPT).embeddings)
+    assert_close(lin.as_matrix(), 3 * other.as_matrix())
+
+
+def test_compatibility_mode_counts_once() -> None:
+    """In compatibility mode a hook has several names; the perturbation enters once all the same."""
+    model = zoo.SPECIES["bridge llama"]().model
+    before = tls.attribute(model, PROMPT, tls.SemanticScope(target=3))
+    model.enable_compatibility_mode(no_processing=True)
+    after = tls.attribute(model, PROMPT, tls.SemanticScope(target=3))
+    assert_close(after.scores, before.scores)
+
+
+def test_the_answer_does_not_keep_the_graph(model: Any) -> None:
+    """A linearisation is freed with its last reference, and an Attribution is none."""
+    import gc
+    import weakref
+
+    lin = tls.linearize(model, PROMPT)
+    answer = tls.FisherScope()(lin)
+    root = weakref.ref(lin.trace.output)
+    assert not answer.scores.requires_grad
+    del lin
+    gc.collect()
+    assert root() is None
