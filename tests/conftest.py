@@ -34,11 +34,3 @@ def tiny() -> Any:
 def golden_model(request: pytest.FixtureRequest) -> Any:
     """The random Llama that the paper authors' code was run on, as both kinds of model."""
     return zoo.llama(zoo.GOLDEN, request.param)
-
-
-@pytest.fixture(autouse=True)
-def _doctest_names(doctest_namespace: dict[str, Any], request: pytest.FixtureRequest) -> None:
-    """Docstring examples know `tls` and `model`, the bundled one."""
-    doctest_namespace["tls"] = tls
-    if type(request.node).__name__ == "DoctestItem":
-        doctest_namespace["model"] = request.getfixturevalue("tiny")

@@ -11,7 +11,7 @@ import torch
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import CONTEXT, PROMPT, VOCAB
-from tl_scopes import models
+from tl_scopes.models import tokens
 from tl_scopes.tiny.tasks import examples
 
 
@@ -214,7 +214,10 @@ def test_training_mode() -> None:
 
 
 def test_inference_mode(model: Any) -> None:
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"under torch.inference_mode.*torch.no_grad is fine"):
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"under torch.inference_mode.*torch.no_grad is fine"),
+    ):
         tls.linearize(model, PROMPT)
     with torch.inference_mode():
         born = zoo.SPECIES["bridge gpt2"]().model
@@ -344,4 +347,4 @@ def test_tasks() -> None:
 
 def test_byte_tokens() -> None:
     """The printable alphabet of byte-level BPE covers all bytes, each once."""
-    assert sorted(models._byte_of_character().values()) == list(range(256))
+    assert sorted(tokens._byte_of_character().values()) == list(range(256))

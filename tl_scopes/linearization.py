@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -245,8 +246,7 @@ class Linearization:
     @property
     def _readout_and_logits(self) -> tuple[Tensor, Tensor]:
         self.require_readout()
-        assert self.trace.readout is not None and self.trace.logits is not None
-        return self.trace.readout, self.trace.logits
+        return cast(Tensor, self.trace.readout), cast(Tensor, self.trace.logits)
 
     def _vjp_batches(self, cotangents: Tensor) -> Iterator[Tensor]:
         leaf, output = self.trace.perturbations[self.wrt], self.trace.output

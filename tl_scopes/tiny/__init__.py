@@ -1,4 +1,40 @@
-"""The bundled model: a small Llama that was trained on `tasks`, so that its causes are known."""
+"""The bundled model: a small Llama trained on `tl_scopes.tiny.tasks`, whose causes are known by construction."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tl_scopes import models
+from tl_scopes.models import Model
+
+FOLDER = Path(__file__).parent
+"""config.json, model.safetensors and the tokenizer, in the Hugging Face layout."""
 
 
-def load_tiny(): ...
+def load_tiny(
+    kind: Literal["bridge", "hooked"] = "bridge",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """The bundled model, from the installed package: no network.
+
+    Args:
+        kind: "bridge" for a `TransformerBridge`; "hooked" for a `HookedTransformer`, which TransformerLens 4 has not.
+        device: where to put it; None is the CPU.
+        dtype: its precision.
+
+    Raises:
+        ValueError: for another kind, or a device that is not there.
+        ImportError: for "hooked" on TransformerLens 4.
+
+    Example:
+        >>> tls.load_tiny().cfg.n_layers
+        6
+    """
+    if kind == "bridge":
+        return models.load(FOLDER, device=device, dtype=dtype)
+    if kind == "hooked":
+        return models.load_hooked_llama(FOLDER, device=device, dtype=dtype)
+    raise ValueError(f'kind is "bridge" or "hooked", got {kind!r}.')

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tl_scopes.tiny.tasks import SERIES, TASKS, Example, documents, examples
+from tl_scopes.tiny.example import Example
+from tl_scopes.tiny.tasks import SERIES, TASKS, documents, examples
 
 CONTEXT = 256
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -86,19 +87,23 @@ class Packed:
         for row in range(self.rows):
             used, document = 0, 0
             while True:
-                if not self.waiting:
-                    batch = self.tokenizer(list(islice(self.stream, 256)))["input_ids"]
-                    # One document in ten goes without BOS, so that a prompt without it is no stranger to the model.
-                    without = torch.rand(len(batch), generator=self.random) < 0.1
-                    self.waiting = [ids[1:] if bare else ids for ids, bare in zip(batch, without.tolist(), strict=True)]
-                if used + len(self.waiting[-1]) > CONTEXT:
+                if len(self.waiting) < 64:
+                    self._refill()
+                fitting = next((i for i, ids in enumerate(self.waiting) if used + len(ids) <= CONTEXT), None)
+                if fitting is None:
                     break
-                ids = self.waiting.pop()
+                ids = self.waiting.pop(fitting)
                 document += 1
                 tokens[row, used : used + len(ids)] = torch.tensor(ids)
                 owner[row, used : used + len(ids)] = document
                 used += len(ids)
         return tokens, owner
+
+    def _refill(self) -> None:
+        batch = self.tokenizer(list(islice(self.stream, 256)))["input_ids"]
+        # One document in ten goes without BOS, so that a prompt without it is no stranger to the model.
+        bare = torch.rand(len(batch), generator=self.random) < 0.1
+        self.waiting += [ids[1:] if no_bos else ids for ids, no_bos in zip(batch, bare.tolist(), strict=True)]
 
 
 def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
@@ -116,7 +121,7 @@ def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor) 
 
 def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device: str) -> None:
     """AdamW with linear warm-up and cosine decay."""
-    model.to(device).train()  # type: ignore[arg-type]
+    model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = min(200, steps // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -143,7 +148,7 @@ def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device
             model.train()
 
 
-def markov_loss(task: str, test: list[Example], order: int = 2, series: int = 20_000) -> float:
+def markov_loss(task: str, test: list[Example], *, order: int = 2, series: int = 20_000) -> float:
     """Mean loss, in nats, of an interpolated (Witten-Bell) Markov chain of numbers on the targets of `test`.
 
     Fitted on `series` series of the training split: what a predictor can know that only looks at the last `order`
@@ -206,13 +211,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    """Train, save and evaluate, or evaluate alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, or to read with --evaluate-only")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--rows", type=int, default=32, help=f"rows of {CONTEXT} tokens per step")
+    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--rows", type=int, default=24, help=f"rows of {CONTEXT} tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--examples", type=int, default=1000, help="held-out examples per task in the table")
     parser.add_argument("--evaluate-only", action="store_true")
     options = parser.parse_args()
 
@@ -228,7 +235,7 @@ def main() -> None:
         train(model, Packed(tokenizer, options.seed, options.rows), options.steps, options.lr, options.device)
         model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
-    rows = evaluate(model, tokenizer)
+    rows = evaluate(model, tokenizer, options.examples)
     print(table(rows))
     (options.out / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,0 +1,183 @@
+"""The answer: small, frozen, printable, and the same after every journey."""
+
+import dataclasses
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tl_scopes as tls
+from tests import zoo
+from tests.zoo import PROMPT
+from tl_scopes.attribution import Prediction
+from tl_scopes.models import Token
+
+WORDS = ("<|bos|>", "The", " keys", " <b>&\n", " é")
+
+
+@pytest.fixture
+def answer() -> tls.Attribution:
+    return tls.Attribution(
+        scores=torch.tensor([8.0, 1.0, 6.0, 1 / 3, 2.0]),
+        tokens=torch.tensor([0, 5, 9, 7, 3]),
+        str_tokens=WORDS,
+        positions=(0, 1, 2, 3, 4),
+        position=4,
+        target=Token(12, " are"),
+        versus=None,
+        scope="SemanticScope(target=' are')",
+        unit="logit per unit of embedding norm",
+        predictions=(Prediction(Token(12, " are"), 0.75), Prediction(Token(13, " is"), 0.125)),
+        wrt="hook_embed",
+        of="ln_final",
+        model="tiny",
+        dtype="float32",
+        notes=("a note",),
+    )
+
+
+def same(a: tls.Attribution, b: tls.Attribution) -> bool:
+    return all(
+        torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y and type(x) is type(y)
+        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
+    )
+
+
+def test_top_and_share(answer: tls.Attribution) -> None:
+    total = 17 + 1 / 3
+    assert [row.position for row in answer.top(3)] == [0, 2, 4]
+    assert answer.top(2)[1] == (2, " keys", 6.0, pytest.approx(6 / total))
+    assert answer.top(99)[-1].token == " <b>&\n"
+    assert_close(answer.share.sum(), torch.tensor(1.0))
+
+
+def test_share_of_nothing(answer: tls.Attribution) -> None:
+    silent = dataclasses.replace(answer, scores=torch.zeros(5))
+    assert silent.share.tolist() == [0.0] * 5
+
+
+def test_without(answer: tls.Attribution) -> None:
+    """Positions stay those of the prompt, shares are of the rest, and the first answer is as it was."""
+    rest = answer.without([0, 3])
+    assert rest.positions == (1, 2, 4)
+    assert rest.str_tokens == ("The", " keys", " é")
+    assert rest.tokens.tolist() == [5, 9, 3]
+    assert_close(rest.share, torch.tensor([1.0, 6.0, 2.0]) / 9)
+    assert rest.top(1)[0].position == 2
+    assert rest.without([2]).positions == (1, 4)
+    assert len(answer.scores) == 5
+
+
+def test_frozen(answer: tls.Attribution) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'unit'"):
+        answer.unit = "metre"  # type: ignore[misc]
+
+
+def test_repr_is_one_line(answer: tls.Attribution) -> None:
+    assert repr(answer) == (
+        "Attribution(SemanticScope(target=' are'): '<|bos|>' 46%, ' keys' 35%, ' é' 12%; "
+        "5 tokens, logit per unit of embedding norm)"
+    )
+
+
+def test_json_round_trip(answer: tls.Attribution) -> None:
+    """Nothing is lost: not a bit of a score, not a name."""
+    assert same(tls.Attribution.from_json(answer.to_json()), answer)
+    double = dataclasses.replace(answer, scores=answer.scores.double() / 3, versus=Token(13, " is"), target=None)
+    assert same(tls.Attribution.from_json(double.to_json()), double)
+    assert json.loads(answer.to_json())["unit"] == answer.unit
+    assert same(pickle.loads(pickle.dumps(answer)), answer)
+
+
+def test_to_dataframe(answer: tls.Attribution) -> None:
+    frame = answer.to_dataframe()
+    assert list(frame.columns) == ["position", "token", "id", "score", "share"]
+    assert frame.token.tolist() == list(WORDS)
+    assert frame.score.tolist() == answer.scores.tolist()
+    assert answer.without([0]).to_dataframe().position.tolist() == [1, 2, 3, 4]
+
+
+def test_to_html_writes_a_file(answer: tls.Attribution, tmp_path: Any) -> None:
+    html = answer.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == html
+    assert "keys" in html
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [tls.SemanticScope(target=3), tls.SemanticScope(3, versus=4), tls.TemperatureScope(of="logits"), tls.FisherScope()],
+)
+def test_a_scope_says_what_it_asked(scope: tls.Scope) -> None:
+    """The question in the answer is the Python that asked it."""
+    answer = tls.attribute(zoo.specimen("bridge llama").model, PROMPT, scope)
+    assert eval(answer.scope, vars(tls)) == scope
+    assert same(tls.Attribution.from_json(answer.to_json()), answer)
+
+
+def test_a_scope_of_ones_own() -> None:
+    """Adding a scope is a frozen dataclass with an equation and a unit."""
+
+    @dataclasses.dataclass(frozen=True)
+    class EntropyScope(tls.Scope):
+        def scores(self, lin: tls.Linearization) -> torch.Tensor:
+            entropy = lin.cotangent(lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum())
+            return lin.squared_norms(entropy[None])[0].sqrt()
+
+        def unit(self, lin: tls.Linearization) -> str:
+            return f"nat per {lin.unit}"
+
+    def entropy(lin: tls.Linearization) -> torch.Tensor:
+        return -(lin.log_probs.exp() * lin.log_probs).sum()
+
+    with zoo.Float64():
+        lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT)
+        answer = EntropyScope()(lin)
+        gradient = lin.vjp(lin.cotangent(lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum())[None])[0]
+        step = torch.zeros_like(lin.embeddings)
+        step[2] = 1e-6 * gradient[2] / gradient[2].norm()
+        change = entropy(lin.at(lin.embeddings + step)) - entropy(lin.at(lin.embeddings - step))
+    assert answer.unit == "nat per unit of embedding norm"
+    assert_close(change / 2e-6, answer.scores[2], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_precision(dtype: torch.dtype) -> None:
+    """Scores of a half-precision model are float32 on the CPU, and near those of the float64 model."""
+    exact = zoo.llama(zoo.GOLDEN, "bridge", torch.float64)
+    model = zoo.llama(zoo.GOLDEN, "bridge", dtype)
+    for scope in (tls.SemanticScope(target=3), tls.TemperatureScope(), tls.FisherScope()):
+        answer, truth = tls.attribute(model, PROMPT, scope), tls.attribute(exact, PROMPT, scope)
+        assert answer.scores.dtype == torch.float32
+        assert answer.dtype == str(dtype).removeprefix("torch.")
+        assert truth.scores.dtype == torch.float64
+        bound = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-1}[dtype]
+        assert (answer.scores - truth.scores).norm() < bound * truth.scores.norm()
+
+
+def test_a_centred_unembedding_is_named() -> None:
+    """Centring changes a raw logit, not a log-probability, a difference or the distribution."""
+    plain, centred = zoo.llama(zoo.GOLDEN, "bridge"), zoo.llama(zoo.GOLDEN, "bridge")
+    centred.enable_compatibility_mode()
+    before, after = tls.linearize(plain, PROMPT), tls.linearize(centred, PROMPT)
+    assert after.is_centered
+    assert not before.is_centered
+    logit = tls.SemanticScope(target=3)
+    assert logit(before).notes == ()
+    assert logit(after).notes[0].startswith("the unembedding is centred: the logit explained is the logit minus the")
+    assert not torch.allclose(logit(after).scores, logit(before).scores, rtol=1e-2)
+    for scope in (
+        tls.SemanticScope(target=3, quantity="log_prob"),
+        tls.SemanticScope(target=3, versus=4),
+        tls.FisherScope(),
+    ):
+        assert scope(after).notes == ()
+        assert_close(scope(after).scores, scope(before).scores, rtol=1e-4, atol=1e-6)
+
+
+def test_inner_hooks_name_their_unit() -> None:
+    lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, wrt="blocks.1.hook_resid_pre")
+    assert tls.FisherScope()(lin).unit == "nat per squared unit of norm at blocks.1.hook_resid_pre"
+    assert repr(lin).startswith("Linearization(ln_final at position 7 wrt blocks.1.hook_resid_pre; 8 tokens")

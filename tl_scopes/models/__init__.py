@@ -1,0 +1,29 @@
+"""The one door to TransformerLens: which kind of model this is, its hooks, its tokens, one forward pass.
+
+Everything that depends on the kind of model stands in this folder. The rest of the package is mathematics on the
+tensors that `trace` returns.
+"""
+
+from tl_scopes.models.forward import READOUT, Trace, is_readout, trace
+from tl_scopes.models.kinds import Model, check_model, has_constant_readout_norm, model_name
+from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
+from tl_scopes.models.tokens import Prompt, Token, token, token_text, tokenize
+
+__all__ = [
+    "READOUT",
+    "Model",
+    "Prompt",
+    "Token",
+    "Trace",
+    "check_model",
+    "has_constant_readout_norm",
+    "hooked_from_llama",
+    "is_readout",
+    "load",
+    "load_hooked_llama",
+    "model_name",
+    "token",
+    "token_text",
+    "tokenize",
+    "trace",
+]

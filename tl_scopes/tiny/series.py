@@ -1,0 +1,62 @@
+"""The tasks in numbers: two digits, one token each. Every series has a scale of its own, so that the past matters."""
+
+import random
+from collections.abc import Sequence
+
+from tl_scopes.tiny.example import Example, marked_example
+
+SERIES_LENGTH = 80
+
+
+def _series(rng: random.Random, task: str, values: Sequence[float], memory: int) -> Example:
+    """Scale to a random window of 00..99, cut somewhere in the second half; the last `memory` numbers are the cause."""
+    low, high = rng.uniform(0, 25), rng.uniform(74, 99)
+    bottom, top = min(values), max(values)
+    numbers = [f"{round(low + (high - low) * (v - bottom) / (top - bottom)):02d}" for v in values]
+    cut = rng.randrange(SERIES_LENGTH // 2, SERIES_LENGTH)
+    past = "".join(f"{n}," for n in numbers[: cut - memory]) + "".join(f"⟦{n}⟧," for n in numbers[cut - memory : cut])
+    rest = "".join(f",{n}" for n in numbers[cut + 1 :])
+    return marked_example(task, past, numbers[cut], rest=rest, key=",".join(numbers))
+
+
+def logistic(rng: random.Random) -> Example:
+    """The logistic map x -> 3.9 x (1 - x), chaotic: the next number follows from the last one."""
+    x = rng.uniform(0.05, 0.95)
+    values = []
+    for _ in range(SERIES_LENGTH):
+        x = 3.9 * x * (1 - x)
+        values.append(x)
+    return _series(rng, "logistic", values, memory=1)
+
+
+def lorenz(rng: random.Random) -> Example:
+    """The x coordinate of the Lorenz system (σ 10, ρ 28, β 8/3): it takes the last few numbers to see where it goes."""
+
+    def flow(x: float, y: float, z: float) -> tuple[float, float, float]:
+        return 10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z
+
+    state = (rng.uniform(-15, 15), rng.uniform(-20, 20), rng.uniform(10, 40))
+    interval = rng.uniform(0.05, 0.09)
+    step, values = interval / 4, []
+    for i in range(
+        4 * (SERIES_LENGTH + 40)
+    ):  # classical Runge-Kutta; the first 40 points are the approach, not the orbit
+        k1 = flow(*state)
+        k2 = flow(*(s + step / 2 * k for s, k in zip(state, k1, strict=True)))
+        k3 = flow(*(s + step / 2 * k for s, k in zip(state, k2, strict=True)))
+        k4 = flow(*(s + step * k for s, k in zip(state, k3, strict=True)))
+        state = tuple(  # type: ignore[assignment]
+            s + step / 6 * (a + 2 * b + 2 * c + d) for s, a, b, c, d in zip(state, k1, k2, k3, k4, strict=True)
+        )
+        if i % 4 == 0 and i >= 160:
+            values.append(state[0])
+    return _series(rng, "lorenz", values, memory=3)
+
+
+def brownian(rng: random.Random) -> Example:
+    """A random walk: the last number says where the next one is, the past only how far it may be."""
+    x, values = 0.0, []
+    for _ in range(SERIES_LENGTH):
+        x += rng.gauss(0, 1)
+        values.append(x)
+    return _series(rng, "brownian", values, memory=1)
