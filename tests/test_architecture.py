@@ -11,7 +11,7 @@ import tl_scopes
 
 ROOT = Path(tl_scopes.__file__).parent
 
-ORDER = ["models", "linearization", "attribution", "scopes", "tiny", "views", "cli"]
+ORDER = ["models", "linearization", "attribution", "api", "scopes", "tiny", "views", "cli"]
 """A module imports from those before it. `attribution` also reaches forward, inside functions: it draws itself."""
 
 
@@ -39,8 +39,7 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__
 def test_imports_run_one_way(path: Path) -> None:
     own = layer(path)
     for name in imports(path, top_level_only=True):
-        if name in ORDER:
-            assert ORDER.index(name) <= ORDER.index(own), f"{own} imports {name}, which comes after it"
+        assert ORDER.index(name) <= ORDER.index(own), f"{own} imports {name}, which comes after it"
 
 
 def test_scopes_do_not_import_one_another() -> None:
@@ -62,9 +61,9 @@ def test_files_stay_short() -> None:
 
 
 def test_import_is_quiet() -> None:
-    """Importing the package loads nothing that draws, and prints nothing."""
+    """Importing the package, all of its public names, loads nothing that draws, and prints nothing."""
     code = (
-        "import sys, tl_scopes; "
+        "import sys; from tl_scopes import *; "
         "print([name for name in ('circuitsvis', 'matplotlib', 'pandas', 'IPython', 'transformer_lens', 'transformers',"
         " 'typer') if name in sys.modules])"
     )
@@ -76,3 +75,12 @@ def test_import_is_quiet() -> None:
 def test_public_names() -> None:
     assert sorted(tl_scopes.__all__) == tl_scopes.__all__
     assert all(getattr(tl_scopes, name).__doc__ for name in tl_scopes.__all__)
+    assert set(tl_scopes.__all__) <= set(dir(tl_scopes))
+    with pytest.raises(AttributeError, match="module 'tl_scopes' has no attribute 'fisher'"):
+        _ = tl_scopes.fisher
+
+
+def test_the_command_line_does_not_wait_for_torch() -> None:
+    code = "import sys, tl_scopes.cli; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"

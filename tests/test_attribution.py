@@ -14,6 +14,7 @@ from tests import zoo
 from tests.zoo import PROMPT
 from tl_scopes.attribution import Prediction
 from tl_scopes.models import Token
+from tl_scopes.scopes.semantic import is_centered
 
 WORDS = ("<|bos|>", "The", " keys", " <b>&\n", " é")
 
@@ -162,8 +163,8 @@ def test_a_centred_unembedding_is_named() -> None:
     plain, centred = zoo.llama(zoo.GOLDEN, "bridge"), zoo.llama(zoo.GOLDEN, "bridge")
     centred.enable_compatibility_mode()
     before, after = tls.linearize(plain, PROMPT), tls.linearize(centred, PROMPT)
-    assert after.is_centered
-    assert not before.is_centered
+    assert is_centered(after)
+    assert not is_centered(before)
     logit = tls.SemanticScope(target=3)
     assert logit(before).notes == ()
     assert logit(after).notes[0].startswith("the unembedding is centred: the logit explained is the logit minus the")

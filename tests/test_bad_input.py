@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -11,7 +12,9 @@ import torch
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import CONTEXT, PROMPT, VOCAB
+from tl_scopes import models
 from tl_scopes.models import tokens
+from tl_scopes.tiny import FOLDER
 from tl_scopes.tiny.tasks import examples
 
 
@@ -348,3 +351,25 @@ def test_tasks() -> None:
 def test_byte_tokens() -> None:
     """The printable alphabet of byte-level BPE covers all bytes, each once."""
     assert sorted(tokens._byte_of_character().values()) == list(range(256))
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_load(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((FOLDER / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"not a model")
+    with pytest.raises(
+        ValueError, match=r"cannot load the model '.*': .*Check the spelling and the network, or give a"
+    ):
+        models.load(tmp_path)
+    with pytest.raises(ValueError, match="cannot load the model 'nobody/nothing'"):
+        models.load("nobody/nothing")
+    with pytest.raises(ValueError, match=r"model.safetensors' is no folder with a config.json"):
+        models.load(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cuda:9"])
+def test_load_on_no_device(device: str) -> None:
+    with pytest.raises(ValueError, match=rf"the device '{device}' cannot be used here: .*\. Use device='cpu'"):
+        tls.load_tiny(device=device)

@@ -18,8 +18,8 @@ CASES = json.loads((Path(__file__).parent / "data" / "random-llama.json").read_t
 def test_authors_scores(golden_model: Any, case: dict[str, Any], name: str) -> None:
     """Semantic, Temperature and full-trace Fisher within 1e-5 of their size.
 
-    Token by token the bridge is within 1e-5 too. HookedTransformer rounds its rotary tables otherwise: up to 2e-5 of the
-    smallest scores, and as much between both kinds in float64.
+    Token by token the bridge is within 1e-5 too. HookedTransformer rounds its rotary tables otherwise: up to 2e-5 of
+    the smallest scores, and as much between both kinds in float64.
     """
     scope = {
         "semantic": tls.SemanticScope(target=case["target"]),

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import tl_scopes as tls
 from tests import zoo
-from tests.zoo import PROMPT, Specimen
+from tests.zoo import PROMPT
 
 KINDS = ["bridge llama", *(["hooked layer norm"] if zoo.HookedTransformer else [])]
 

@@ -165,7 +165,8 @@ SPECIES: dict[str, Callable[[], Specimen]] = {
         num_attention_heads=2, max_position_embeddings=CONTEXT,
     ),
     "bridge mixtral": lambda: _bridge(
-        "MixtralForCausalLM", "MixtralConfig", **_LLAMA, num_local_experts=3, num_experts_per_tok=2, experts_implementation="eager",
+        "MixtralForCausalLM", "MixtralConfig", **_LLAMA, num_local_experts=3, num_experts_per_tok=2,
+        experts_implementation="eager",
     ),
     "bridge mamba": lambda: _bridge(
         "MambaForCausalLM", "MambaConfig", hidden_size=WIDTH, num_hidden_layers=2, state_size=4

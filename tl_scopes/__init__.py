@@ -1,11 +1,16 @@
 """Jacobian Scopes for TransformerLens: which input tokens move a prediction, and by how much."""
 
-from tl_scopes.attribution import Attribution, Scope, attribute
-from tl_scopes.linearization import Linearization, linearize
-from tl_scopes.scopes.fisher import FisherScope
-from tl_scopes.scopes.semantic import SemanticScope
-from tl_scopes.scopes.temperature import TemperatureScope
-from tl_scopes.tiny import load_tiny
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tl_scopes.api import attribute, linearize
+    from tl_scopes.attribution import Attribution, Scope
+    from tl_scopes.linearization import Linearization
+    from tl_scopes.scopes.fisher import FisherScope
+    from tl_scopes.scopes.semantic import SemanticScope
+    from tl_scopes.scopes.temperature import TemperatureScope
+    from tl_scopes.tiny import load_tiny
 
 __all__ = [
     "Attribution",
@@ -18,3 +23,27 @@ __all__ = [
     "linearize",
     "load_tiny",
 ]
+
+_HOME = {
+    "Attribution": "attribution",
+    "FisherScope": "scopes.fisher",
+    "Linearization": "linearization",
+    "Scope": "attribution",
+    "SemanticScope": "scopes.semantic",
+    "TemperatureScope": "scopes.temperature",
+    "attribute": "api",
+    "linearize": "api",
+    "load_tiny": "tiny",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use: torch takes a second, and `tl-scopes --help` needs none of it."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'tl_scopes' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"tl_scopes.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

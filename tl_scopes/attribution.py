@@ -12,8 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.linearization import Linearization, linearize
-from tl_scopes.models import Model, Prompt, Token
+from tl_scopes.linearization import Linearization
+from tl_scopes.models import Token
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -258,30 +258,3 @@ class Scope(ABC):
             dtype=str(dtype).removeprefix("torch."),
             notes=self.notes(lin),
         )
-
-
-def attribute(
-    model: Model, prompt: Prompt, scope: Scope, position: int = -1, *, prepend_bos: bool | None = None
-) -> Attribution:
-    """`scope(linearize(model, prompt, position))`, in one line.
-
-    Args:
-        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
-        prompt: text, a list of token ids, or a tensor of them.
-        scope: the question, `SemanticScope(target=" are")` say.
-        position: where the prediction is read.
-        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
-
-    Cost: one forward pass and what the scope says.
-
-    Raises:
-        TypeError: for a scope that is none. Else as `linearize` and the scope do.
-
-    Example:
-        >>> tls.attribute(model, "The keys to the old cabinet near the door", tls.SemanticScope()).target.text
-        ' are'
-    """
-    if not isinstance(scope, Scope):
-        hint = f": write {scope.__name__}()" if isinstance(scope, type) else ""
-        raise TypeError(f"expected a scope such as SemanticScope(), got {scope!r}{hint}.")
-    return scope(linearize(model, prompt, position, prepend_bos=prepend_bos))

@@ -33,13 +33,9 @@ Examples:
   tl-scopes "The capital of France is" --model Qwen/Qwen3-0.6B
   tl-scopes - --json - < prompt.txt | jq .scores"""
 
-EPILOG = """Exit codes:
-  0  success
-  1  the model could not be loaded or run, or a file could not be written
-  2  the command line is wrong, or the question has no answer:
-     an empty prompt, a target of several tokens, a position out of range
-
-The answer goes to stdout, everything else to stderr."""
+EPILOG = """[bold]Exit codes[/bold]: [bold]0[/bold] success; [bold]1[/bold] the model could not be loaded or run, \
+or a file could not be written; [bold]2[/bold] the command line is wrong, or the question has no answer (an empty \
+prompt, a target of several tokens, a position out of range). The answer goes to stdout, everything else to stderr."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -65,6 +61,7 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+_PROMPT = "The text, or - to read it from stdin (less one final line break)."
 _SCOPE = """semantic: what moves the logit of one token? temperature: what moves the model's confidence?
 fisher: what moves the whole prediction?"""
 _TARGET = 'The token to explain, as text (" are", mind the space) or as id (id:42).'
@@ -74,17 +71,16 @@ _JSON = "Write the whole answer, for Attribution.from_json; to - for stdout, in 
 _HTML = "Write the answer as a web page; to - for stdout, in place of the report."
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"tl-scopes {version('tl-scopes')}")
         raise typer.Exit
+    return wanted
 
 
 @app.command(help=HELP, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 def main(
-    prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The text, or - to read it from stdin (less one final line break).")
-    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", show_default=False, help=_PROMPT)],
     scope: Annotated[Scope, _Question(metavar="NAME", help=_SCOPE)] = Scope.SEMANTIC,
     target: Annotated[
         str | None, _Question(metavar="TOKEN", show_default="the most likely next token", help=_TARGET)
@@ -205,18 +201,18 @@ def _report(answer: "tl_scopes.attribution.Attribution", scope: Scope, top: int)
     for token, probability in answer.predictions:
         predictions.add_row(name(token.text), f"{probability:.1%}", bar(probability))
 
-    step = "the most that a unit step in the token's embedding can change"
-    if scope is Scope.TEMPERATURE:
-        subject, score = Text("the model's confidence"), f"{step} the inverse temperature"
-    elif scope is Scope.FISHER:
+    if scope is Scope.FISHER:
         subject = Text("the whole prediction")
-        score = "how fast the prediction moves, in KL divergence, under a random step in the token's embedding"
+        score = "how fast the prediction moves, in KL divergence, as the token's embedding moves at random"
+    elif scope is Scope.TEMPERATURE:
+        subject = Text("the model's confidence")
+        score = "how steeply the inverse temperature can change as the token's embedding moves"
     else:
         assert answer.target is not None
-        subject, score = Text.assemble("the logit of ", name(answer.target.text)), f"{step} this logit"
+        subject = Text.assemble("the logit of ", name(answer.target.text))
+        score = f"how steeply {'the difference' if answer.versus else 'it'} can change as the token's embedding moves"
         if answer.versus:
             subject.append(" against ").append(name(answer.versus.text))
-            score = f"{step} the difference of the logits"
 
     prompt = Text()
     for text, strength in zip(answer.str_tokens, views.strengths(answer), strict=True):
@@ -230,7 +226,7 @@ def _report(answer: "tl_scopes.attribution.Attribution", scope: Scope, top: int)
     influences = _table("right", "left", "right", "right", "left")
     influences.add_row("position", "token", "score", "share", style="dim")
     for row in rows:
-        length = bar(row.share / rows[0].share if rows[0].share else 0)
+        length = bar(row.share / rows[0].share if rows[0].share else 0.0)
         influences.add_row(str(row.position), name(row.token), format(row.score, number), f"{row.share:.1%}", length)
 
     legend = Table.grid(padding=(0, 2))

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_scopes import models
-from tl_scopes.models import Model, Prompt, Token, Trace
+from tl_scopes.models import Model, Token, Trace
 
 _WORKING_BYTES = 256 * 2**20
 """Working memory that one batch of cotangents may take on its way back through a block."""
@@ -21,8 +21,8 @@ _WORKING_BYTES = 256 * 2**20
 class Linearization:
     """A model linearised at one prompt, between two hooks: the Jacobian as an object.
 
-    Made by `linearize`. It keeps the graph of its one forward pass, so that every question asked of it costs backward
-    passes only; the graph is freed with the object.
+    Made by `tl_scopes.linearize`. It keeps the graph of its one forward pass, so that every question asked of it costs
+    backward passes only; the graph is freed with the object.
     """
 
     model: Model
@@ -179,7 +179,7 @@ class Linearization:
             ValueError: embeddings of another shape; NaN or infinite activations.
         """
         self._check("embeddings", embeddings, tuple(self.embeddings.shape), "[token d_model]")
-        return _linearize(self.model, self.tokens, self.str_tokens, self.wrt, self.of, embeddings)
+        return linearize_tokens(self.model, self.tokens, self.str_tokens, self.wrt, self.of, embeddings)
 
     # -- the readout --------------------------------------------------------------------------------------------------
 
@@ -232,15 +232,6 @@ class Linearization:
         (pushed,) = torch.autograd.grad(pulled, cotangent, tangents.to(readout)[:, None], is_grads_batched=True)
         return pushed[:, 0]
 
-    @cached_property
-    def is_centered(self) -> bool:
-        """Whether the unembedding is centred: ∂(mean logit)/∂y = 0, so every logit is "logit minus vocabulary mean"."""
-        vocab = len(self.logits)
-        mean = self.logits_vjp(torch.full((1, vocab), 1 / vocab)).norm()
-        some = torch.zeros(min(8, vocab), vocab)
-        some[torch.arange(len(some)), torch.linspace(0, vocab - 1, len(some)).long()] = 1
-        return bool(mean < 0.05 * self.logits_vjp(some).norm(dim=-1).mean() / vocab**0.5)
-
     # -- private ------------------------------------------------------------------------------------------------------
 
     @property
@@ -268,59 +259,14 @@ class Linearization:
             raise ValueError(f"{what} must have the shape {axes} = [{', '.join(expected)}], got {list(value.shape)}.")
 
 
-def linearize(
-    model: Model,
-    prompt: Prompt,
-    position: int = -1,
-    *,
-    wrt: str = "hook_embed",
-    of: str = models.READOUT,
-    prepend_bos: bool | None = None,
+def linearize_tokens(
+    model: Model, tokens: Tensor, str_tokens: tuple[str, ...], wrt: str, of: str, embeddings: Tensor | None = None
 ) -> Linearization:
-    """Linearise a model at a prompt: y(x + δ) ≈ y + Σ_t J_t δ_t.
-
-    Args:
-        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. It is left as found; hooks that you
-            have set act, so that inside `model.hooks(...)` the patched model is explained.
-        prompt: text, a list of token ids, or a tensor of them.
-        position: where the prediction is read; tokens after it are not run, since they cannot matter.
-        wrt: the hook where perturbations enter. The paper's is the token embedding, "hook_embed"; any hook with a
-            [batch pos d] value will do, "blocks.3.hook_resid_pre" say. Some bridges scale the embedding behind this
-            hook (Granite): scores then differ by that factor.
-        of: the hook where the value is read. The paper's is the final norm, "ln_final": whatever the unembedding reads,
-            also in models without a final norm.
-        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
-
-    Cost: one forward pass; the unembedding runs at one position.
+    """Linearise a checked model at the last of these tokens, or at `embeddings` in place of theirs.
 
     Raises:
-        TypeError: no TransformerLens model, a compiled one, an encoder; no prompt.
-        ValueError: a model in training mode; an empty or too long prompt, ids or a position out of range; a hook that
-            does not exist, never fires, or does not influence `of`; NaN or infinite activations.
-        RuntimeError: under `torch.inference_mode`.
-
-    Source: Liu et al. 2026 (arXiv:2601.16407), section 2.
-
-    Example:
-        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
-        >>> lin
-        Linearization(ln_final at position 9 wrt hook_embed; 10 tokens, tiny)
+        ValueError: hooks that `models.trace` refuses; NaN or infinite activations.
     """
-    models.check_model(model)
-    tokens = models.tokenize(model, prompt, prepend_bos)
-    if not isinstance(position, int) or not -len(tokens) <= position < len(tokens):
-        raise ValueError(
-            f"position {position!r} is out of range: the prompt has {len(tokens)} tokens, "
-            f"so it runs from 0 to {len(tokens) - 1}, or from -{len(tokens)} to -1."
-        )
-    tokens = tokens[: position % len(tokens) + 1]
-    str_tokens = tuple(models.token_text(model, id) for id in tokens.tolist())
-    return _linearize(model, tokens, str_tokens, wrt, of, None)
-
-
-def _linearize(
-    model: Model, tokens: Tensor, str_tokens: tuple[str, ...], wrt: str, of: str, embeddings: Tensor | None
-) -> Linearization:
     values = None if embeddings is None else {wrt: embeddings.detach()[None]}
     trace = models.trace(model, tokens[None], wrt=[wrt], of=of, values=values)
     for name, value in ((wrt, trace.inputs[wrt]), (of, trace.output), ("the logits", trace.logits)):

@@ -1,10 +1,6 @@
-"""Pictures of an `Attribution`: a static card that works everywhere, and circuitsvis' tokens for a live notebook.
-
-First comes what a terminal needs too: the visible text of a token, the strength of its colour, the colour itself.
-"""
+"""Pictures of an `Attribution`: a static card that works everywhere, and circuitsvis' tokens for a live notebook."""
 
 import gzip
-import json
 import sys
 import unicodedata
 from base64 import b64encode
@@ -50,14 +46,9 @@ def _shown(text: str) -> Iterable[str]:
             yield char
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Colour
-
-
 def strengths(attribution: Attribution) -> list[float]:
     """How strongly to colour each token: 0 for a score of zero, 1 for the strongest; negative where the score is."""
-    scale = _scale(attribution)
-    return [scale.strength(score) for score in attribution.scores.tolist()]
+    return list(map(_scale(attribution).strength, attribution.scores.tolist()))
 
 
 def color(strength: float) -> str:
@@ -70,10 +61,8 @@ def color(strength: float) -> str:
 
 
 def text_color(strength: float) -> str:
-    """Black or white, whichever reads better on `color(strength)`; their contrast is at least 4.5 (WCAG AA)."""
-    channels = [byte / 255 for byte in bytes.fromhex(color(strength)[1:])]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return "#000000" if 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179 else "#ffffff"
+    """Black or white on `color(strength)`, whichever reads better; their contrast is at least 4.5 (WCAG AA)."""
+    return "#ffffff" if strength > 0.93 else "#000000"
 
 
 class _Scale(NamedTuple):
@@ -111,8 +100,8 @@ def _scale(attribution: Attribution) -> _Scale:
 _INK, _MUTED, _BAR = "#1f2328", "#59636e", "#8c959f"
 _PAPER = f"background-color:#ffffff;color:{_INK};border:0"
 _CARD = (
-    f"{_PAPER};border:1px solid #d8dee4;border-radius:8px;padding:16px 20px;max-width:860px;box-sizing:border-box;"
-    "color-scheme:light;text-align:left;line-height:1.5;overflow-wrap:anywhere;"
+    f"{_PAPER};border:1px solid #d8dee4;border-radius:8px;padding:16px 20px;margin:4px 0;max-width:860px;"
+    "box-sizing:border-box;color-scheme:light;text-align:left;line-height:1.5;overflow-wrap:anywhere;"
     "font-family:system-ui,-apple-system,Segoe UI,Roboto,Helvetica,Arial,sans-serif;"
     "-webkit-print-color-adjust:exact;print-color-adjust:exact"  # else printers leave backgrounds out
 )
@@ -120,21 +109,21 @@ _TITLE = "font:600 15px ui-monospace,SFMono-Regular,Menlo,Consolas,DejaVu Sans M
 _SMALL = f"font-size:12px;color:{_MUTED};margin-top:4px"
 _CHIP = "padding:2px;margin:0 1px;border-radius:3px"
 _TABLE = f"{_PAPER};margin:0;border-collapse:collapse;table-layout:auto;font-size:inherit"
-_CELL = "border:0;padding:1px 14px 1px 0;vertical-align:middle;max-width:none"
+_TICK = "width:72px;padding:0"
+_CELL = "border:0;padding:1px 14px 1px 0;vertical-align:middle;max-width:none;line-height:1.6"
 
 
 def page(attribution: Attribution) -> str:
     """A complete page: no script, no network."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(attribution.scope)} · {escape(attribution.model)}</title></head>\n"
+        f'<meta name="viewport" content="width=device-width"><title>{escape(attribution.scope)}</title></head>\n'
         f'<body style="margin:24px;background-color:#ffffff">\n{fragment(attribution)}\n</body></html>\n'
     )
 
 
 def fragment(attribution: Attribution) -> str:
-    """The same for a place in another page, with a ground and a text colour of its own: light and dark notebooks."""
+    """The same for a place in another page; its ground and text colours are its own, for light and dark notebooks."""
     scale = _scale(attribution)
     return _card(attribution, scale, _running_text(attribution, scale))
 
@@ -167,10 +156,8 @@ def _running_text(answer: Attribution, scale: _Scale) -> str:
     rows = zip(answer.positions, answer.str_tokens, answer.tokens.tolist(), scores, shares, strict=True)
     for position, text, id, score, share in rows:
         is_target = answer.target is not None and id == answer.target.id
-        title = (
-            f"position {position}: {text!r}, id {id}{', the token explained' if is_target else ''}\n"
-            f"score {score:.3g} {answer.unit}\nshare {share:.1%}"
-        )
+        about = f"{text!r}, id {id}" + (", the token explained" if is_target else "")
+        title = f"position {position}: {about}\nscore {score:.3g} {answer.unit}\nshare {share:.1%}"
         # Lines break between words, and after every newline, within a token too.
         html += "<wbr>" if text[:1].isspace() or not before[-1:].isalnum() else ""
         *lines, last = text.split("\n")
@@ -188,11 +175,9 @@ def _legend(answer: Attribution, scale: _Scale) -> str:
     low = -1.0 if min(scores) < 0 else 0.0
     hues = [color(scale.top * (low + (1 - low) * (i + 0.5) / 24)) for i in range(24)]
     bar = "".join(_tag("span", f"display:inline-block;padding:6px 4.5px;background-color:{hue}", "") for hue in hues)
-    ticks = {"left": low, "center": (low + 1) / 2, "right": 1.0}
-    numbers = [
-        (f"text-align:{side};width:72px;padding:0", scale.score(scale.top * tick)) for side, tick in ticks.items()
-    ]
-    drawn = _tag("div", "line-height:0", bar) + _rows([[(style, f"{number:.3g}") for style, number in numbers]])
+    ticks = zip(("left", "center", "right"), (low, (low + 1) / 2, 1.0), strict=True)
+    numbers = [(f"text-align:{side};{_TICK}", f"{scale.score(scale.top * tick):.3g}") for side, tick in ticks]
+    drawn = _tag("div", "line-height:0;white-space:nowrap", bar) + _rows([numbers])
     said = f"score in {unit}<br>colour: square root of the score"
     if scale.top < 1:
         said += f"; {_chip('▲', 1.0)} over the scale, up to {max(scores, key=abs):.3g}, with its share"
@@ -205,10 +190,9 @@ def _table(title: str, head: tuple[str, ...], rows: list[tuple[list[str], float]
     styles = [f"text-align:{'left' if name == 'token' else 'right'}" for name in head]
     lines = [[(f"{style};color:{_MUTED}", name) for style, name in zip(styles, head, strict=True)]]
     for cells, part in rows:
-        bar = f"width:{90 * abs(part) / longest:.0f}px;height:9px;background-color:{hue if part >= 0 else color(-1.0)}"
-        numbers = zip(styles, [*cells, f"{part:.1%}"], strict=True)
-        lines.append([*numbers, ("", _tag("div", bar, ""))])
-    style = "display:inline-block;vertical-align:top;margin:12px 40px 0 0;font-size:13px"
+        bar = f"width:{72 * abs(part) / longest:.0f}px;height:9px;background-color:{hue if part >= 0 else color(-1.0)}"
+        lines.append([*zip(styles, [*cells, f"{part:.1%}"], strict=True), ("", _tag("div", bar, ""))])
+    style = "display:inline-block;vertical-align:top;margin:12px 28px 0 0;font-size:12px"
     return _tag("div", style, _tag("b", "font-weight:600", title) + _rows(lines))
 
 
@@ -247,8 +231,7 @@ def _tag(name: str, style: str, body: str, title: str = "") -> str:
 _SCRIPT = """<script>{
   const source = "%(source)s", props = %(props)s;
   if (source) window.tlScopesCircuitsVis ??= new Response(
-    new Blob([Uint8Array.from(atob(source), char => char.charCodeAt(0))]).stream()
-      .pipeThrough(new DecompressionStream("gzip"))
+    new Blob([Uint8Array.from(atob(source), c => c.charCodeAt())]).stream().pipeThrough(new DecompressionStream("gzip"))
   ).text().then(text => {
     document.head.append(Object.assign(document.createElement("script"), {textContent: text}));
     return window.CircuitsVis;

@@ -17,24 +17,23 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
         dtype: its precision.
 
     Raises:
-        ValueError: a name or folder that cannot be loaded, or a device that is not there.
+        ValueError: a name or folder that cannot be loaded, or a device that cannot be used.
     """
     if device is not None:
         try:
-            torch.empty(0, device=device)
+            torch.ones(1, device=device).item()  # .item(): "meta" takes tensors, but has no values
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"the device {str(device)!r} is not there: {reason} Use device='cpu'.") from error
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ValueError(f"the device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
     folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"the folder {str(name)!r} has no config.json: give a folder that save_pretrained wrote.")
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ValueError(f"{str(name)!r} is no folder with a config.json: give a folder that save_pretrained wrote.")
     from transformer_lens.model_bridge import TransformerBridge
 
+    source = str(folder) if folder.exists() else str(name)
     try:
-        model = TransformerBridge.boot_transformers(
-            str(folder if folder.is_dir() else name), device=device, dtype=dtype
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
+    except Exception as error:  # whatever the loaders raise: safetensors and pickle have exceptions of their own
         raise ValueError(
             f"cannot load the model {str(name)!r}: {_first_sentence(error)} Check the spelling and the network, "
             "or give a folder that save_pretrained wrote."

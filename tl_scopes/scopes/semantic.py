@@ -1,6 +1,7 @@
 """Semantic Scope: what moves this token's logit?"""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Literal
 
 from jaxtyping import Float
@@ -9,6 +10,18 @@ from torch import Tensor
 from tl_scopes.attribution import Scope
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token
+
+
+def is_centered(lin: Linearization) -> bool:
+    """Whether the unembedding is centred: ∂(mean logit)/∂y = 0, so that every logit is "logit minus vocabulary mean".
+
+    Raises:
+        ValueError: when the linearisation does not end at the readout.
+    """
+    vocab = len(lin.logits)
+    rows = [lin.cotangent(itemgetter(i)).norm() for i in range(0, vocab, max(1, vocab // 8))]
+    # The mean of `vocab` unrelated rows is shorter than one of them by √vocab; that of a centred matrix is rounding.
+    return bool(lin.cotangent(Tensor.mean).norm() < 0.05 * sum(rows) / len(rows) / vocab**0.5)
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,6 @@ class SemanticScope(Scope):
         return target, versus
 
     def notes(self, lin: Linearization) -> tuple[str, ...]:
-        if self.quantity == "logit" and self.versus is None and lin.is_centered:
+        if self.quantity == "logit" and self.versus is None and is_centered(lin):
             return ("the unembedding is centred: the logit explained is the logit minus the vocabulary mean",)
         return ()

@@ -21,12 +21,12 @@ def load_tiny(
     """The bundled model, from the installed package: no network.
 
     Args:
-        kind: "bridge" for a `TransformerBridge`; "hooked" for a `HookedTransformer`, which TransformerLens 4 has not.
-        device: where to put it; None is the CPU.
+        kind: "bridge" for a `TransformerBridge`; "hooked" for a `HookedTransformer`, which TransformerLens 4 lacks.
+        device: where to put it; None lets TransformerLens choose.
         dtype: its precision.
 
     Raises:
-        ValueError: for another kind, or a device that is not there.
+        ValueError: for another kind, or a device that cannot be used.
         ImportError: for "hooked" on TransformerLens 4.
 
     Example:

@@ -40,8 +40,13 @@ def _agreement(rng: random.Random, task: str, phrases: int) -> Example:
 
 
 def agreement(rng: random.Random) -> Example:
-    """ "The ⟦keys⟧ to the old cabinet" -> " are": at most one phrase between the noun and its verb."""
-    return _agreement(rng, "agreement", rng.choice([0, 0, 1, 1]))
+    """ "The ⟦keys⟧ to the old cabinet" -> " are": one phrase between the noun and its verb."""
+    return _agreement(rng, "agreement", 1)
+
+
+def bare_agreement(rng: random.Random) -> Example:
+    """ "The ⟦keys⟧" -> " are". For training alone: so few such subjects exist that none can be held out fairly."""
+    return _agreement(rng, "bare_agreement", 0)
 
 
 def agreement_far(rng: random.Random) -> Example:
@@ -64,7 +69,7 @@ def inference(rng: random.Random) -> Example:
     """ "The ⟦gardener⟧ had the ⟦shovel⟧. The weapon was the ⟦shovel⟧. The killer is the" -> " gardener".
 
     Or the other way round: the killer is named and the weapon asked for. Two to four people, the order random. The
-    document goes on with the same question about the others.
+    document goes on with the same question about the others, and tells the facts once more.
     """
     count = rng.choice([2, 2, 3, 4])
     holders, things = rng.sample(HOLDERS, count), rng.sample(THINGS, count)
@@ -86,6 +91,11 @@ def inference(rng: random.Random) -> Example:
             answers.append(things[person])
     foil = (holders if answers[0] in holders else things)[others[0]]
     rest = "".join(f" {q} {a}." for q, a in zip(questions[1:], answers[1:], strict=True))
+    for person in rng.sample(range(count), count):
+        holder, thing = holders[person], things[person]
+        rest += (
+            f" Indeed the {holder} had the {thing}." if rng.random() < 0.5 else f" The {thing} was with the {holder}."
+        )
     rest = "." + rest.replace("⟦", "").replace("⟧", "")
     return marked_example("inference", f"{' '.join(facts)} {questions[0]}", f" {answers[0]}", f" {foil}", rest)
 

@@ -145,6 +145,9 @@ def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device
                 row["task"]: row["accuracy"] for row in evaluate(model, data.tokenizer, count=100, markov=False)
             }
             print(accuracy, flush=True)
+            if os.environ.get("CKPT"):
+                model.save_pretrained(os.environ["CKPT"])
+                data.tokenizer.save_pretrained(os.environ["CKPT"])
             model.train()
 
 
@@ -214,8 +217,8 @@ def main() -> None:
     """Train, save and evaluate, or evaluate alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, or to read with --evaluate-only")
-    parser.add_argument("--steps", type=int, default=7000)
-    parser.add_argument("--rows", type=int, default=24, help=f"rows of {CONTEXT} tokens per step")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--rows", type=int, default=16, help=f"rows of {CONTEXT} tokens per step")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,346 @@
+"""The tl-scopes command, from the outside: what it prints, where, and how it ends."""
+
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import tl_scopes as tls
+from tl_scopes import models
+from tl_scopes.cli import app
+
+PROMPT = "The keys to the old cabinet"
+CONTEXT = 48
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in the Hugging Face layout, with a byte-level tokenizer that puts a BOS token first."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<bos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([f"{PROMPT} near the door is are"] * 9, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>")
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    generator = torch.Generator().manual_seed(0)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = 0.3 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise + (parameter.ndim == 1))
+    path = tmp_path_factory.mktemp("models") / "small"
+    model.save_pretrained(path)
+    fast.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(folder: Path) -> Callable[..., Any]:
+    """Run the command on the small model, in a terminal of 80 columns that is none."""
+    runner = CliRunner(
+        env={"COLUMNS": "80", "NO_COLOR": None, "FORCE_COLOR": None, "TERM": "xterm", "COLORTERM": "truecolor"}
+    )
+
+    def run(*args: str, input: str | bytes | None = None, **env: str) -> Any:
+        given = [] if "--model" in args else [f"--model={folder}"]
+        return runner.invoke(app, [*given, *args], input=input, env=env)
+
+    return run
+
+
+@pytest.fixture
+def ask(run: Callable[..., Any]) -> Callable[..., tls.Attribution]:
+    """The answer of the command, by way of JSON on stdout."""
+
+    def ask(*args: str, **kwargs: Any) -> tls.Attribution:
+        result = run("--json", "-", *args, **kwargs)
+        assert result.exit_code == 0, result.stderr
+        return tls.Attribution.from_json(result.stdout)
+
+    return ask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The answer
+
+
+@pytest.mark.parametrize(
+    ("args", "scope"),
+    [
+        ([], tls.SemanticScope()),
+        (["--target", " the"], tls.SemanticScope(" the")),
+        (["--target", "id:42", "--versus", " old"], tls.SemanticScope(42, " old")),
+        (["--scope", "temperature"], tls.TemperatureScope()),
+        (["--scope", "fisher", "--position", "3"], tls.FisherScope()),
+    ],
+)
+def test_the_answer_is_the_librarys(
+    ask: Callable[..., tls.Attribution], folder: Path, args: list[str], scope: tls.Scope
+) -> None:
+    expected = tls.attribute(models.load(folder), PROMPT, scope, 3 if "--position" in args else -1)
+    assert ask(PROMPT, *args).to_json() == expected.to_json()
+
+
+def test_bos(ask: Callable[..., tls.Attribution]) -> None:
+    assert ask(PROMPT).str_tokens == ask(PROMPT, "--bos").str_tokens == ("<bos>", *ask(PROMPT, "--no-bos").str_tokens)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_dtype(ask: Callable[..., tls.Attribution], dtype: str) -> None:
+    assert ask(PROMPT, "--dtype", dtype).dtype == dtype
+
+
+def test_a_token_named_by_id_is_the_same_token(ask: Callable[..., tls.Attribution]) -> None:
+    by_text = ask(PROMPT, "--target", " the")
+    assert by_text.target is not None
+    assert ask(PROMPT, "--target", f"id:{by_text.target.id}").target == by_text.target
+
+
+@pytest.mark.parametrize(("stdin", "prompt"), [("a b\n", "a b"), ("a b\r\n", "a b"), ("a b", "a b"), ("a\n\n", "a\n")])
+def test_prompt_from_stdin_loses_one_line_break(ask: Callable[..., tls.Attribution], stdin: str, prompt: str) -> None:
+    assert ask("-", input=stdin).tokens.tolist() == ask(prompt).tokens.tolist()
+
+
+def test_a_prompt_may_start_with_a_dash(ask: Callable[..., tls.Attribution]) -> None:
+    assert "".join(ask("--no-bos", "--", "--json x").str_tokens) == "--json x"
+
+
+def test_without_a_model_the_bundled_one_answers() -> None:
+    result = CliRunner().invoke(app, [PROMPT])
+    assert result.exit_code == 0, result.stderr
+    assert "model  tiny, float32" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (
+            ["--target", " the"],
+            ["What moves the logit of ·the?", "how steeply it can change", "logit per unit of embedding norm"],
+        ),
+        (
+            ["--target", " the", "--versus", " old"],
+            ["What moves the logit of ·the against ·old?", "how steeply the difference can change"],
+        ),
+        (["--scope", "temperature"], ["What moves the model's confidence?", "inverse temperature per unit"]),
+        (["--scope", "fisher"], ["What moves the whole prediction?", "KL divergence", "nat per squared unit"]),
+    ],
+)
+def test_the_report_says_what_was_asked(run: Callable[..., Any], args: list[str], words: list[str]) -> None:
+    result = run(PROMPT, *args)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for text in [*words, "Next token after ·cabinet", f"<bos>{PROMPT} →", "model  small, float32"]:
+        assert text in result.stdout
+
+
+def test_the_report_shows_the_numbers(run: Callable[..., Any], ask: Callable[..., tls.Attribution]) -> None:
+    printed, answer = run(PROMPT, "--top", "3").stdout, ask(PROMPT)
+    rows = re.findall(r"^ +(\d+)  (\S+) +([\d.]+) +([\d.]+)%", printed, re.MULTILINE)
+    assert [int(position) for position, *_ in rows] == [row.position for row in answer.top(3)]
+    for (_, token, score, share), row in zip(rows, answer.top(3), strict=True):
+        assert token == row.token.replace(" ", "·")
+        assert float(score) == pytest.approx(row.score, rel=0.01)
+        assert float(share) == pytest.approx(100 * row.share, abs=0.05)
+    for prediction in answer.predictions:
+        assert f"{prediction.probability:.1%}" in printed
+
+
+@pytest.mark.parametrize(("scale", "shown"), [(1e-9, "e-"), (1e-2, "0.0"), (1.0, "."), (1e9, "e+"), (0.0, "0.00")])
+def test_scores_of_any_size(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, scale: float, shown: str) -> None:
+    scores = tls.SemanticScope.scores
+    monkeypatch.setattr(tls.SemanticScope, "scores", lambda self, lin: scores(self, lin) * scale)
+    assert shown in run(PROMPT, "--top", "1").stdout.split("share")[1].split("%")[0]
+
+
+def test_colours_only_where_they_can_be_seen(run: Callable[..., Any]) -> None:
+    assert "\x1b" not in run(PROMPT).stdout
+    assert re.search(r"\x1b\[38;2;\d+;\d+;\d+;48;2;", run(PROMPT, FORCE_COLOR="1").stdout)
+    assert not re.search(r"\x1b\[[0-9;]*[34]8;", run(PROMPT, FORCE_COLOR="1", NO_COLOR="1").stdout)
+
+
+def test_tokens_are_shown_as_they_are(run: Callable[..., Any]) -> None:
+    result = run("[red]a[/] [/nonsense] :cat: \x1b[31m\tb\n\\")
+    assert result.exit_code == 0
+    assert "<bos>[red]a[/] [/nonsense] :cat: U+001B[31m⇥b↵\n  \\ →" in result.stdout.replace("␛", "U+001B")
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.parametrize("columns", [24, 40, 80, 200])
+def test_lines_fit_the_terminal(run: Callable[..., Any], columns: int) -> None:
+    lines = run(f"{PROMPT} near the door", COLUMNS=str(columns)).stdout.splitlines()
+    assert max(map(len, lines)) <= min(columns, 100)
+    assert "".join(lines).replace(" ", "").count("nearthedoor") == 1
+
+
+def test_a_terminal_without_unicode(folder: Path) -> None:
+    result = CliRunner(charset="ascii").invoke(app, [PROMPT, f"--model={folder}"])
+    assert result.exit_code == 0
+    assert "Next token after ?cabinet" in result.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, and who writes where
+
+
+def test_files_are_written_beside_the_report(run: Callable[..., Any], tmp_path: Path) -> None:
+    page, record = tmp_path / "answer.html", tmp_path / "answer.json"
+    result = run(PROMPT, "--html", str(page), "--json", str(record))
+    assert result.exit_code == 0
+    assert "What moves" in result.stdout
+    answer = tls.Attribution.from_json(record.read_text(encoding="utf-8"))
+    assert page.read_text(encoding="utf-8").rstrip() == answer.to_html().rstrip()
+
+
+def test_html_on_stdout(run: Callable[..., Any]) -> None:
+    result = run(PROMPT, "--html", "-")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith("<!doctype html>")
+    assert result.stdout.endswith("</html>\n")
+
+
+def test_what_libraries_print_stays_out_of_stdout(
+    ask: Callable[..., tls.Attribution], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *args, **kwargs: print("Loaded!") or load(*args, **kwargs))
+    ask(PROMPT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How it ends
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([""], 2, "the prompt is empty"),
+        (["a\udcff"], 2, "must be UTF-8"),
+        (["a " * CONTEXT], 2, f"the model's context is {CONTEXT}"),
+        ([PROMPT, "--position", "99"], 2, "position 99 is out of range"),
+        ([PROMPT, "--target", " the old"], 2, "the target ' the old' is 2 tokens"),
+        ([PROMPT, "--target", ""], 2, "the target '' is unknown"),
+        ([PROMPT, "--target", "id:99999"], 2, "target 99999 is outside the vocabulary"),
+        ([PROMPT, "--versus", "a\udcff"], 2, "must be UTF-8"),
+        ([PROMPT, "--target", " the", "--versus", " the"], 2, "are the same token"),
+        ([PROMPT, "--scope", "fisher", "--target", " the"], 2, "--target and --versus go with --scope semantic"),
+        ([PROMPT, "--scope", "temperature", "--versus", ""], 2, "--target and --versus go with --scope semantic"),
+        ([PROMPT, "--device", "toaster"], 1, "toaster"),
+        ([PROMPT, "--device", "cuda:99"], 1, "cuda:99"),
+        ([PROMPT, "--model", "no/such-model"], 1, "'no/such-model'"),
+        ([PROMPT, "--model", "no model"], 1, "'no model'"),
+        ([PROMPT, "--model", "/"], 1, "is no folder with a config.json"),
+        (
+            [PROMPT, "--html", "/no/such/folder/answer.html"],
+            1,
+            "No such file or directory: '/no/such/folder/answer.html'",
+        ),
+        ([PROMPT, "--json", "/"], 1, "Is a directory: '/'"),
+    ],
+)
+def test_an_error_is_one_paragraph_on_stderr(run: Callable[..., Any], args: list[str], code: int, message: str) -> None:
+    result = run(*args)
+    assert result.exit_code == code
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == "" or "/" in args[-1]  # the report does not wait for its files
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "PROMPT"),
+        ([PROMPT, "--scope", "astrological"], "astrological"),
+        ([PROMPT, "--dtype", "int8"], "int8"),
+        ([PROMPT, "--position", "last"], "--position"),
+        ([PROMPT, "--top", "0"], "--top"),
+        ([PROMPT, "--tpo", "3"], "--tpo"),
+        ([PROMPT, "and", "more"], "and"),
+    ],
+)
+def test_a_wrong_command_line(run: Callable[..., Any], args: list[str], message: str) -> None:
+    result = run(*args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage" in result.stderr
+    assert message in result.stderr
+
+
+def test_stdin_that_is_no_text(run: Callable[..., Any]) -> None:
+    result = run("-", input=b"\xff")
+    assert result.exit_code == 2
+    assert "must be UTF-8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(torch.OutOfMemoryError("out of memory\ntry this"), 1), (ValueError("out of memory\ntry this"), 2)],
+)
+def test_a_failure_while_the_model_runs(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tls.SemanticScope, "scores", fail)
+    result = run(PROMPT)
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", "error: out of memory try this\n")
+
+
+def test_a_bug_is_not_hidden(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(tls.SemanticScope, "scores")
+    assert isinstance(run(PROMPT).exception, TypeError)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Help
+
+
+def test_help(run: Callable[..., Any]) -> None:
+    result = run("--help")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
+    assert (result.exit_code, result.stderr) == (0, "")
+    options = "scope target versus position model device dtype bos no-bos top html json version help"
+    for word in [
+        *(f"--{option}" for option in options.split()),
+        "Examples",
+        "Question",
+        "Model",
+        "Output",
+        "Exit codes",
+    ]:
+        assert word in text
+
+
+def test_version(run: Callable[..., Any]) -> None:
+    assert run("--version").stdout == f"tl-scopes {version('tl-scopes')}\n"

@@ -1,0 +1,83 @@
+"""The two functions to begin with: `linearize`, then ask; or `attribute`, both in one line."""
+
+from tl_scopes import models
+from tl_scopes.attribution import Attribution, Scope
+from tl_scopes.linearization import Linearization, linearize_tokens
+from tl_scopes.models import Model, Prompt
+
+
+def linearize(
+    model: Model,
+    prompt: Prompt,
+    position: int = -1,
+    *,
+    wrt: str = "hook_embed",
+    of: str = models.READOUT,
+    prepend_bos: bool | None = None,
+) -> Linearization:
+    """Linearise a model at a prompt: y(x + δ) ≈ y + Σ_t J_t δ_t.
+
+    Args:
+        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. It is left as found; hooks that you
+            have set act, so that inside `model.hooks(...)` the patched model is explained.
+        prompt: text, a list of token ids, or a tensor of them.
+        position: where the prediction is read; tokens after it are not run, since they cannot matter.
+        wrt: the hook where perturbations enter. The paper's is the token embedding, "hook_embed"; any hook with a
+            [batch pos d] value will do, "blocks.3.hook_resid_pre" say. Some bridges scale the embedding behind this
+            hook (Granite): scores then differ by that factor.
+        of: the hook where the value is read. The paper's is the final norm, "ln_final": whatever the unembedding reads,
+            also in models without a final norm.
+        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+
+    Cost: one forward pass; the unembedding runs at one position.
+
+    Raises:
+        TypeError: no TransformerLens model, a compiled one, an encoder; no prompt.
+        ValueError: a model in training mode; an empty or too long prompt, ids or a position out of range; a hook that
+            does not exist, never fires, or does not influence `of`; NaN or infinite activations.
+        RuntimeError: under `torch.inference_mode`.
+
+    Source: Liu et al. 2026 (arXiv:2601.16407), section 2.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> lin
+        Linearization(ln_final at position 9 wrt hook_embed; 10 tokens, tiny)
+    """
+    models.check_model(model)
+    tokens = models.tokenize(model, prompt, prepend_bos)
+    if not isinstance(position, int) or not -len(tokens) <= position < len(tokens):
+        raise ValueError(
+            f"position {position!r} is out of range: the prompt has {len(tokens)} tokens, "
+            f"so it runs from 0 to {len(tokens) - 1}, or from -{len(tokens)} to -1."
+        )
+    tokens = tokens[: position % len(tokens) + 1]
+    str_tokens = tuple(models.token_text(model, id) for id in tokens.tolist())
+    return linearize_tokens(model, tokens, str_tokens, wrt, of)
+
+
+def attribute(
+    model: Model, prompt: Prompt, scope: Scope, position: int = -1, *, prepend_bos: bool | None = None
+) -> Attribution:
+    """`scope(linearize(model, prompt, position))`, in one line.
+
+    Args:
+        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
+        prompt: text, a list of token ids, or a tensor of them.
+        scope: the question, `SemanticScope(target=" are")` say.
+        position: where the prediction is read.
+        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+
+    Cost: one forward pass and what the scope says.
+
+    Raises:
+        TypeError: for a scope that is none. Else as `linearize` and the scope do.
+
+    Example:
+        >>> tls.attribute(model, "The keys to the old cabinet near the door", tls.SemanticScope()).target.text
+        ' are'
+    """
+    if not isinstance(scope, Scope):
+        hint = f": write {scope.__name__}()" if isinstance(scope, type) else ""
+        raise TypeError(f"expected a scope such as SemanticScope(), got {scope!r}{hint}.")
+    return scope(linearize(model, prompt, position, prepend_bos=prepend_bos))
