@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from tl_scopes import models
 from tl_scopes.models import Model, Token, Trace
 
-_WORKING_BYTES = 256 * 2**20
-"""Working memory that one batch of cotangents may take on its way back through a block."""
+_WORKING_BYTES = 64 * 2**20
+"""Working memory that one batch of cotangents may take in a block. On a CPU larger batches gain nothing."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
