@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -43,12 +44,14 @@ def lin(model: Any) -> tls.Linearization:
         ("hello", ValueError, "no tokenizer: pass token ids instead"),
         ([], ValueError, "prompt is empty: give at least one token"),
         (torch.zeros(0, dtype=torch.long), ValueError, "prompt is empty"),
-        (torch.zeros(2, 3, dtype=torch.long), ValueError, r"one prompt, got token ids of shape \(2, 3\)"),
+        (torch.zeros(2, 3, dtype=torch.long), ValueError, "one prompt, got a batch of 2"),
         ([[1, 2], [3]], ValueError, "one prompt, got a batch of 2"),
         (["one", "two"], ValueError, "one prompt, got a batch of 2"),
-        ([1, 2.5], TypeError, r"must be integers, got \[1, 2.5\]"),
-        (torch.tensor([1.0, 2.0]), TypeError, "must be integers, got a tensor of torch.float32"),
-        (torch.tensor([True, False]), TypeError, "must be integers, got a tensor of torch.bool"),
+        ([1, 2.5], TypeError, "token ids must be integers, got 2.5"),
+        (torch.tensor([1.0, 2.0]), TypeError, "token ids must be integers, got 1.0"),
+        (torch.tensor([True, False]), TypeError, "token ids must be integers, got True"),
+        ([2**70], ValueError, "token id 1180591620717411303424 is outside the vocabulary"),
+        (torch.tensor(3), TypeError, "got Tensor"),
         ([1, VOCAB], ValueError, rf"token id {VOCAB} is outside the vocabulary of {VOCAB} \(ids 0 to {VOCAB - 1}\)"),
         ([-1], ValueError, "token id -1 is outside the vocabulary"),
         ([1] * (CONTEXT + 1), ValueError, f"has {CONTEXT + 1} tokens, the model's context is {CONTEXT}"),
@@ -63,16 +66,27 @@ def test_prompt(model: Any, prompt: Any, error: type[Exception], message: str) -
 
 
 def test_prompts_of_every_form(model: Any) -> None:
-    """A list, a tensor, and the one row that `model.to_tokens` returns are the same prompt."""
-    forms = [PROMPT, tuple(PROMPT), torch.tensor(PROMPT), torch.tensor([PROMPT]), torch.tensor(PROMPT).int()]
-    readouts = [tls.linearize(model, form).readout for form in [*forms, list(torch.tensor(PROMPT))]]
+    """Lists, tensors and arrays, and the one row that `model.to_tokens` returns, are the same prompt."""
+    ids = torch.tensor(PROMPT)
+    forms = [PROMPT, tuple(PROMPT), ids, ids[None], ids.int(), list(ids), ids.numpy(), list(ids.numpy())]
+    readouts = [tls.linearize(model, form).readout for form in forms]
     assert all(torch.equal(readouts[0], other) for other in readouts)
 
 
-@pytest.mark.parametrize("position", [8, -9, 100, 1.0, None, "last"])
-def test_position(model: Any, position: Any) -> None:
-    with pytest.raises(ValueError, match=f"position {position!r} is out of range: the prompt has 8 tokens"):
+@pytest.mark.parametrize("position", [8, -9, 100])
+def test_position(model: Any, position: int) -> None:
+    with pytest.raises(ValueError, match=f"position {position} is out of range: the prompt has 8 tokens"):
         tls.linearize(model, PROMPT, position)
+
+
+@pytest.mark.parametrize("position", [1.0, None, "last", True, torch.tensor(1.0)])
+def test_position_that_is_no_integer(model: Any, position: Any) -> None:
+    with pytest.raises(TypeError, match="position must be an integer, got "):
+        tls.linearize(model, PROMPT, position)
+
+
+def test_positions_of_every_form(model: Any) -> None:
+    assert [tls.linearize(model, PROMPT, p).position for p in (3, -5, np.int64(3), torch.tensor(3))] == [3] * 4  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +105,26 @@ def test_position(model: Any, position: Any) -> None:
 def test_hooks(model: Any, ends: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tls.linearize(model, PROMPT, **ends)
+
+
+def test_hook_names(model: Any) -> None:
+    with pytest.raises(TypeError, match="a hook is named by a str, got None"):
+        tls.linearize(model, PROMPT, wrt=None)  # type: ignore[arg-type]
+
+
+def test_resid_mid_of_a_bridge(model: Any) -> None:
+    """There it is an alias of the MLP's branch: the skip connection would be missing from J."""
+    message = "only the branch into the MLP.*take 'blocks.1.hook_attn_out'"
+    with pytest.raises(ValueError, match=message):
+        tls.linearize(model, PROMPT, wrt="blocks.1.hook_resid_mid")
+
+
+def test_no_dependence_but_a_gradient(model: Any) -> None:
+    """The replacement may be trainable: still nothing of the prompt is in it."""
+    weight = torch.ones(16, dtype=torch.float64, requires_grad=True)
+    constant = [("blocks.1.hook_resid_pre", lambda value, hook: torch.ones_like(value) * weight)]
+    with model.hooks(fwd_hooks=constant), pytest.raises(ValueError, match="does not depend on 'hook_embed'"):
+        tls.SemanticScope(target=3)(tls.linearize(model, PROMPT))
 
 
 def test_no_dependence(model: Any) -> None:
@@ -127,6 +161,8 @@ def test_verbs_need_the_readout(model: Any, verb: str) -> None:
         ("jvp", torch.ones(8, 16), r"tangents must have the shape \[probe token d_model\] = \[any number, 8, 16\]"),
         ("at", torch.ones(7, 16), r"embeddings must have the shape \[token d_model\] = \[8, 16\], got \[7, 16\]"),
         ("at", torch.full((8, 16), torch.nan), "NaN or infinite activations at 'hook_embed'"),
+        ("logits_vjp", torch.ones(2, 5), r"cotangents must have the shape \[probe vocab\] = .* got \[2, 5\]"),
+        ("logits_jvp", torch.ones(2, 5), r"tangents must have the shape \[probe d_of\] = .* got \[2, 5\]"),
         ("cotangent", lambda z: z, "must give one finite number"),
         ("cotangent", lambda z: z.sum() / 0, "must give one finite number"),
         ("cotangent", lambda z: 3.0, "must give one finite number, got 3.0"),
@@ -135,6 +171,11 @@ def test_verbs_need_the_readout(model: Any, verb: str) -> None:
 def test_verbs(lin: tls.Linearization, verb: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         getattr(lin, verb)(value)
+
+
+def test_verbs_take_tensors(lin: tls.Linearization) -> None:
+    with pytest.raises(TypeError, match=r"cotangents must be a tensor of the shape \[probe d_of\], got list"):
+        lin.vjp([[1.0] * 16])  # type: ignore[arg-type]
 
 
 def test_double_backward_refused(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +201,7 @@ def test_nan_activations(model: Any) -> None:
     [
         (VOCAB, ValueError, f"target {VOCAB} is outside the vocabulary of {VOCAB}"),
         (-1, ValueError, "target -1 is outside the vocabulary"),
-        (" are", ValueError, "no tokenizer: pass the target ' are' as a token id"),
+        (" are", ValueError, "no tokenizer for its output: pass the target ' are' as a token id"),
         (1.5, TypeError, "as text or as id, got 1.5"),
         (True, TypeError, "as text or as id, got True"),
     ],
@@ -172,9 +213,11 @@ def test_target(lin: tls.Linearization, target: Any, error: type[Exception], mes
 
 def test_target_of_several_tokens(tiny: Any) -> None:
     """The tokens are named, and what to pass."""
-    with pytest.raises(ValueError, match=r"' unheard' is \d+ tokens: ' un.*id \d+.*Pass one of them, say the first"):
+    with pytest.raises(
+        ValueError, match=r"' unheard' is \d+ tokens: ' u.*id \d+.*Pass the id of one of them, say the first"
+    ):
         tls.attribute(tiny, "The keys", tls.SemanticScope(target=" unheard"))
-    with pytest.raises(ValueError, match="A leading space may be missing: ' gardener'"):
+    with pytest.raises(ValueError, match="With a leading space it is one token: ' gardener'"):
         tls.attribute(tiny, "The keys", tls.SemanticScope(target="gardener"))
 
 
@@ -211,9 +254,18 @@ def test_not_a_model() -> None:
 
 
 def test_training_mode() -> None:
-    model = zoo.SPECIES["bridge gpt2"]().model.train()
-    with pytest.raises(ValueError, match=r"training mode, where dropout makes scores random: call model.eval\(\)"):
-        tls.linearize(model, PROMPT)
+    model = zoo.SPECIES["bridge gpt2"]().model
+    lin = tls.linearize(model, PROMPT)
+    message = r"training mode, or a part of it, where dropout makes scores random: call model.eval\(\)"
+    for part in (model, model.original_model, model.blocks[0]):
+        part.train()
+        with pytest.raises(ValueError, match=message):
+            tls.linearize(model, PROMPT)
+        with pytest.raises(ValueError, match=message):
+            lin.at(lin.embeddings)
+        model.eval()
+        model.original_model.eval()
+    lin.at(lin.embeddings)
 
 
 def test_inference_mode(model: Any) -> None:
@@ -261,7 +313,13 @@ def _hooked_encoder() -> Any:
     return HookedEncoder(config | {"act_fn": "gelu"}).eval()
 
 
-@pytest.mark.parametrize("make", [_bert, _t5, *([_hooked_encoder] if zoo.HookedTransformer else [])])
+def _images() -> Any:
+    model = zoo.SPECIES["bridge llama"]().model
+    model.cfg.d_vocab = -1
+    return model
+
+
+@pytest.mark.parametrize("make", [_bert, _t5, _images, *([_hooked_encoder] if zoo.HookedTransformer else [])])
 def test_encoders(make: Any) -> None:
     with pytest.raises(TypeError, match="is not a causal language model: scopes explain a next-token prediction"):
         tls.linearize(make(), PROMPT)
@@ -326,6 +384,23 @@ def test_json(text: str, message: str) -> None:
         tls.Attribution.from_json(text)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"score_dtype": "int3"}, {"target": 5}, {"positions": None}, {"scores": "x"}, {"predictions": [1]}]
+)
+def test_json_of_wrong_fields(answer: tls.Attribution, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a field of this Attribution is not what it should be"):
+        tls.Attribution.from_json(json.dumps(json.loads(answer.to_json()) | wrong))
+
+
+@pytest.mark.parametrize("scores", [torch.ones(8, 2), torch.ones(7), [1.0] * 8])
+def test_scopes_must_score_every_token(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch, scores: Any) -> None:
+    monkeypatch.setattr(tls.FisherScope, "scores", lambda self, lin: scores)
+    with pytest.raises(
+        ValueError, match=r"FisherScope\(\) must give one score per token, a tensor of shape \[8\], got"
+    ):
+        tls.FisherScope()(lin)
+
+
 def test_json_of_unequal_lengths(answer: tls.Attribution) -> None:
     record = json.loads(answer.to_json())
     with pytest.raises(ValueError, match="differ in length: 8, 8, 7, 8"):
@@ -350,7 +425,7 @@ def test_tasks() -> None:
 
 def test_byte_tokens() -> None:
     """The printable alphabet of byte-level BPE covers all bytes, each once."""
-    assert sorted(tokens._byte_of_character().values()) == list(range(256))
+    assert sorted(tokens.byte_of_character().values()) == list(range(256))
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------

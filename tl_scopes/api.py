@@ -1,5 +1,7 @@
 """The two functions to begin with: `linearize`, then ask; or `attribute`, both in one line."""
 
+from typing import SupportsIndex
+
 from tl_scopes import models
 from tl_scopes.attribution import Attribution, Scope
 from tl_scopes.linearization import Linearization, linearize_tokens
@@ -9,7 +11,7 @@ from tl_scopes.models import Model, Prompt
 def linearize(
     model: Model,
     prompt: Prompt,
-    position: int = -1,
+    position: SupportsIndex = -1,
     *,
     wrt: str = "hook_embed",
     of: str = models.READOUT,
@@ -23,8 +25,9 @@ def linearize(
         prompt: text, a list of token ids, or a tensor of them.
         position: where the prediction is read; tokens after it are not run, since they cannot matter.
         wrt: the hook where perturbations enter. The paper's is the token embedding, "hook_embed"; any hook with a
-            [batch pos d] value will do, "blocks.3.hook_resid_pre" say. Some bridges scale the embedding behind this
-            hook (Granite): scores then differ by that factor.
+            [batch pos d] value will do, "blocks.3.hook_resid_pre" say. On a bridge the value at "hook_embed" is what
+            the embedding module gives out: already scaled by the embedding multiplier of Granite, and already
+            normalised where a norm belongs to it (Bloom).
         of: the hook where the value is read. The paper's is the final norm, "ln_final": whatever the unembedding reads,
             also in models without a final norm.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
@@ -32,7 +35,7 @@ def linearize(
     Cost: one forward pass; the unembedding runs at one position.
 
     Raises:
-        TypeError: no TransformerLens model, a compiled one, an encoder; no prompt.
+        TypeError: no TransformerLens model, a compiled one, an encoder; no prompt; no integer position.
         ValueError: a model in training mode; an empty or too long prompt, ids or a position out of range; a hook that
             does not exist, never fires, or does not influence `of`; NaN or infinite activations.
         RuntimeError: under `torch.inference_mode`.
@@ -46,9 +49,10 @@ def linearize(
     """
     models.check_model(model)
     tokens = models.tokenize(model, prompt, prepend_bos)
-    if not isinstance(position, int) or not -len(tokens) <= position < len(tokens):
+    position = models.as_int(position, "position must be an integer")
+    if not -len(tokens) <= position < len(tokens):
         raise ValueError(
-            f"position {position!r} is out of range: the prompt has {len(tokens)} tokens, "
+            f"position {position} is out of range: the prompt has {len(tokens)} tokens, "
             f"so it runs from 0 to {len(tokens) - 1}, or from -{len(tokens)} to -1."
         )
     tokens = tokens[: position % len(tokens) + 1]
@@ -57,7 +61,7 @@ def linearize(
 
 
 def attribute(
-    model: Model, prompt: Prompt, scope: Scope, position: int = -1, *, prepend_bos: bool | None = None
+    model: Model, prompt: Prompt, scope: Scope, position: SupportsIndex = -1, *, prepend_bos: bool | None = None
 ) -> Attribution:
     """`scope(linearize(model, prompt, position))`, in one line.
 

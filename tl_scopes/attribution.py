@@ -153,7 +153,7 @@ class Attribution:
         """Everything, as text that `from_json` reads back without loss."""
         record = asdict(self) | {"scores": self.scores.tolist(), "tokens": self.tokens.tolist()}
         record["score_dtype"] = str(self.scores.dtype).removeprefix("torch.")
-        return json.dumps({"format": "tl_scopes.Attribution", "version": 1} | record, ensure_ascii=False)
+        return json.dumps({"format": "tl_scopes.Attribution", "version": 1} | record, ensure_ascii=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Attribution":
@@ -173,6 +173,13 @@ class Attribution:
         names = {f.name for f in fields(cls)} | {"score_dtype"}
         if set(record) != names:
             raise ValueError(f"this Attribution lacks or adds the fields {sorted(names ^ set(record))}.")
+        try:
+            return cls._from_record(record)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a field of this Attribution is not what it should be: {error}.") from error
+
+    @classmethod
+    def _from_record(cls, record: dict[str, Any]) -> "Attribution":
         dtype = {"float32": torch.float32, "float64": torch.float64}[record.pop("score_dtype")]
         return cls(
             **record
@@ -241,8 +248,12 @@ class Scope(ABC):
                 Prediction(lin.token(id), p) for id, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
             )
         dtype = lin.readout.dtype
+        scores = self.scores(lin)
+        if not isinstance(scores, Tensor) or scores.shape != lin.tokens.shape:
+            got = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"{self} must give one score per token, a tensor of shape [{len(lin.tokens)}], got {got}.")
         return Attribution(
-            scores=self.scores(lin).detach().to("cpu", torch.float64 if dtype == torch.float64 else torch.float32),
+            scores=scores.detach().to("cpu", torch.float64 if dtype == torch.float64 else torch.float32),
             tokens=lin.tokens.cpu(),
             str_tokens=lin.str_tokens,
             positions=tuple(range(len(lin.tokens))),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import SupportsIndex, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -69,12 +69,12 @@ class Linearization:
 
     @cached_property
     def log_probs(self) -> Float[Tensor, " vocab"]:
-        """Log-probabilities of the next token, in nats, at least in float32.
+        """Log-probabilities of the next token, in nats, in float64: in float32 a sure prediction leaves nothing.
 
         Raises:
             ValueError: when `of` is not the readout.
         """
-        return _at_least_float32(self.logits).log_softmax(-1)
+        return _as_float64(self.logits).log_softmax(-1)
 
     @property
     def unit(self) -> str:
@@ -93,14 +93,14 @@ class Linearization:
                 'linearise with of="ln_final", the default.'
             )
 
-    def token(self, target: str | int | None = None) -> Token:
+    def token(self, target: str | SupportsIndex | None = None) -> Token:
         """The vocabulary entry that a text or an id means; None means the most likely next token.
 
         Raises:
             ValueError: a text of several tokens, or unknown to the tokenizer; an id out of range.
             TypeError: neither text nor id.
         """
-        return models.token(self.model, int(self.logits.argmax()) if target is None else target)
+        return models.token(self.model, self.logits.argmax() if target is None else target, len(self.logits))
 
     # -- the Jacobian -------------------------------------------------------------------------------------------------
 
@@ -113,7 +113,8 @@ class Linearization:
             ValueError: cotangents of another shape.
         """
         self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
-        return torch.cat([*self._vjp_batches(cotangents)])
+        none = self.embeddings.new_zeros(0, *self.embeddings.shape)
+        return torch.cat([none, *self._vjp_batches(cotangents)])
 
     def squared_norms(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token"]:
         """‖cᵀJ_t‖² for every probe c and token t: what all first-order scopes are made of.
@@ -127,7 +128,7 @@ class Linearization:
             ValueError: cotangents of another shape.
         """
         self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
-        norms = []
+        norms = [_at_least_float32(self.embeddings.new_zeros(0, len(self.tokens)))]
         with tqdm(total=len(cotangents), desc="cotangents", delay=3, leave=False) as bar:
             for batch in self._vjp_batches(cotangents):
                 norms.append(_at_least_float32(batch).square().sum(-1))
@@ -176,8 +177,10 @@ class Linearization:
         Cost: one forward pass.
 
         Raises:
-            ValueError: embeddings of another shape; NaN or infinite activations.
+            ValueError: embeddings of another shape; a model in training mode by now; NaN or infinite activations.
+            RuntimeError: under `torch.inference_mode`.
         """
+        models.check_model(self.model)
         self._check("embeddings", embeddings, tuple(self.embeddings.shape), "[token d_model]")
         return linearize_tokens(self.model, self.tokens, self.str_tokens, self.wrt, self.of, embeddings)
 
@@ -189,7 +192,7 @@ class Linearization:
         Through the model's real unembedding, soft-caps, scales and biases included.
 
         Args:
-            function: from logits [vocab] to a number, differentiable in torch.
+            function: from logits [vocab], in float64, to a number, differentiable in torch.
 
         Raises:
             ValueError: when `of` is not the readout; when the function's value is not one finite number.
@@ -202,7 +205,7 @@ class Linearization:
         """
         readout, logits = self._readout_and_logits
         with torch.enable_grad():
-            value = function(_at_least_float32(logits[0]))
+            value = function(_as_float64(logits[0]))
             if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite():
                 raise ValueError(f"the function of the logits must give one finite number, got {value!r}.")
             (gradient,) = torch.autograd.grad(value, readout, retain_graph=True)
@@ -212,9 +215,10 @@ class Linearization:
         """cᵀ ∂logits/∂y for every probe c.
 
         Raises:
-            ValueError: when `of` is not the readout.
+            ValueError: when `of` is not the readout; cotangents of another shape.
         """
         readout, logits = self._readout_and_logits
+        self._check("cotangents", cotangents, (None, logits.shape[-1]), "[probe vocab]")
         (pulled,) = torch.autograd.grad(
             logits, readout, cotangents.to(logits)[:, None], is_grads_batched=True, retain_graph=True
         )
@@ -224,9 +228,10 @@ class Linearization:
         """∂logits/∂y · δ for every probe δ.
 
         Raises:
-            ValueError: when `of` is not the readout.
+            ValueError: when `of` is not the readout; tangents of another shape.
         """
         readout, logits = self._readout_and_logits
+        self._check("tangents", tangents, (None, readout.shape[-1]), "[probe d_of]")
         cotangent = torch.zeros_like(logits, requires_grad=True)
         (pulled,) = torch.autograd.grad(logits, readout, cotangent, create_graph=True)
         (pushed,) = torch.autograd.grad(pulled, cotangent, tangents.to(readout)[:, None], is_grads_batched=True)
@@ -245,16 +250,26 @@ class Linearization:
         tokens, cfg = len(self.tokens), self.model.cfg
         width = max(4 * (getattr(cfg, "d_mlp", None) or 0), 8 * leaf.shape[-1], 3 * cfg.n_heads * tokens)
         size = max(1, int(_WORKING_BYTES / (tokens * width * leaf.element_size())))
-        for batch in cotangents.to(output).split(size):
-            if len(batch) == 1:  # without the batching rules, which cost something
-                (pulled,) = torch.autograd.grad(output, leaf, batch, retain_graph=True)
-                yield pulled
-            else:
-                (pulled,) = torch.autograd.grad(output, leaf, batch[:, None], is_grads_batched=True, retain_graph=True)
-                yield pulled[:, 0]
+        if not models.batches_cotangents(self.model):
+            size = 1
+        for batch in cotangents.to(output).split(size) if len(cotangents) else ():
+            many = len(batch) > 1  # one goes without the batching rules, which cost something
+            (pulled,) = torch.autograd.grad(
+                output,
+                leaf,
+                batch[:, None] if many else batch,
+                is_grads_batched=many,
+                retain_graph=True,
+                allow_unused=True,
+            )
+            if pulled is None:  # the value hung on something else that is trainable, a tensor in a hook say
+                raise models.independence([self.wrt], self.of)
+            yield pulled[:, 0] if many else pulled
 
     def _check(self, what: str, value: Tensor, shape: tuple[int | None, ...], axes: str) -> None:
         expected = [str(n) if n is not None else "any number" for n in shape]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what} must be a tensor of the shape {axes}, got {type(value).__name__}.")
         if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
             raise ValueError(f"{what} must have the shape {axes} = [{', '.join(expected)}], got {list(value.shape)}.")
 
@@ -280,3 +295,7 @@ def linearize_tokens(
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _as_float64(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.device.type == "mps" else tensor.double()  # Apple's GPUs have none

@@ -4,10 +4,10 @@ Everything that depends on the kind of model stands in this folder. The rest of 
 tensors that `trace` returns.
 """
 
-from tl_scopes.models.forward import READOUT, Trace, is_readout, trace
-from tl_scopes.models.kinds import Model, check_model, has_constant_readout_norm, model_name
+from tl_scopes.models.forward import READOUT, Trace, independence, is_readout, trace
+from tl_scopes.models.kinds import Model, batches_cotangents, check_model, has_constant_readout_norm, model_name
 from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
-from tl_scopes.models.tokens import Prompt, Token, token, token_text, tokenize
+from tl_scopes.models.tokens import Prompt, Token, as_int, token, token_text, tokenize
 
 __all__ = [
     "READOUT",
@@ -15,9 +15,12 @@ __all__ = [
     "Prompt",
     "Token",
     "Trace",
+    "as_int",
+    "batches_cotangents",
     "check_model",
     "has_constant_readout_norm",
     "hooked_from_llama",
+    "independence",
     "is_readout",
     "load",
     "load_hooked_llama",

@@ -1,6 +1,7 @@
 """One forward pass, with the graph from one hook to another."""
 
 import difflib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -40,6 +41,10 @@ class Trace:
     """The model's own logits at the last position, soft-caps and scales included, as a function of `readout`."""
 
 
+_one_at_a_time = threading.RLock()
+"""Hooks belong to the model: a second thread's would meet the first one's activations."""
+
+
 class _StopForward(BaseException):
     """Ends a forward pass at a hook."""
 
@@ -54,9 +59,12 @@ def hook_name(model: Model, name: str) -> str:
 
     Raises:
         ValueError: for a name the model does not have.
+        TypeError: for a name that is no str.
     """
     if is_readout(name):
         name = _READOUT_HOOK
+    if not isinstance(name, str):
+        raise TypeError(f"a hook is named by a str, got {name!r}.")
     if name not in model.hook_dict:
         close = difflib.get_close_matches(name, list(model.hook_dict), n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else " model.hook_dict lists them."
@@ -118,7 +126,15 @@ def trace(
 
     logits = None
     points = {name: hook_name(model, name) for name in (*wrt, of)}
+    for name in wrt:
+        # A bridge has no point between attention and MLP on the stream itself: its alias is the MLP's branch alone.
+        if name.endswith("hook_resid_mid") and not model.hook_dict[name].name.endswith("hook_resid_mid"):
+            raise ValueError(
+                f"on a TransformerBridge {name!r} is only the branch into the MLP, without the residual stream beside "
+                f"it: take {name.replace('resid_mid', 'attn_out')!r}, which adds to the same place of the stream."
+            )
     with ExitStack() as stack:
+        stack.enter_context(_one_at_a_time)
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_frozen(model))
         for name in wrt:
@@ -135,11 +151,16 @@ def trace(
             f"the hook {silent[0]!r} did not fire before {of!r}: wrt must come before of, and not be switched off."
         )
     if not outputs[0].requires_grad:
-        raise ValueError(
-            f"the value at {of!r} does not depend on {', '.join(map(repr, wrt))}: it is a side branch, "
-            "or a hook of yours replaces everything in between."
-        )
+        raise independence(wrt, of)
     return Trace(inputs, perturbations, outputs[0], readout[0] if readout else None, logits)
+
+
+def independence(wrt: Sequence[str], of: str) -> ValueError:
+    """What to raise when `of` does not depend on `wrt`."""
+    return ValueError(
+        f"the value at {of!r} does not depend on {', '.join(map(repr, wrt))}: it is a side branch, "
+        "or a hook of yours replaces everything in between."
+    )
 
 
 def _check_value(name: str, value: Any, tokens: Tensor) -> None:

@@ -14,7 +14,7 @@ from tl_scopes.linearization import Linearization
 def fisher_information(lin: Linearization) -> Float[Tensor, "d_of d_of"]:
     """F = (∂z/∂y)ᵀ (diag p − p pᵀ) (∂z/∂y), the Fisher information of the prediction p = softmax z about the readout y.
 
-    In nats per squared unit of y: KL(p(y) ‖ p(y + δ)) ≈ ½ δᵀ F δ. In float32, or float64 for a float64 model.
+    In nats per squared unit of y: KL(p(y) ‖ p(y + δ)) ≈ ½ δᵀ F δ. In float64.
 
     Cost: two products with the unembedding per dimension of y.
 
@@ -55,11 +55,11 @@ class FisherScope(Scope):
     """
 
     def scores(self, lin: Linearization) -> Float[Tensor, "token"]:
-        fisher = fisher_information(lin)
-        eigenvalues, directions = torch.linalg.eigh(fisher.double())
-        negligible = torch.finfo(fisher.dtype).eps * eigenvalues.sum()
-        kept = eigenvalues.clamp(min=0).cumsum(0) > negligible  # ascending: drops the tail of the spectrum
-        norms = lin.squared_norms(directions.T[kept].to(fisher))
+        eigenvalues, directions = torch.linalg.eigh(fisher_information(lin).cpu().double())
+        rounding = torch.finfo(lin.readout.dtype).eps if lin.readout.dtype == torch.float64 else 1e-7
+        # Ascending, so this drops the tail of the spectrum; all of it for a prediction that is sure beyond float64.
+        kept = eigenvalues.clamp(min=0).cumsum(0) > rounding * eigenvalues.sum()
+        norms = lin.squared_norms(directions.T[kept])
         return einsum(eigenvalues[kept].to(norms), norms, "probe, probe token -> token")
 
     def unit(self, lin: Linearization) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from jaxtyping import Float
 from torch import Tensor
@@ -51,8 +51,8 @@ class SemanticScope(Scope):
         'logit per unit of embedding norm'
     """
 
-    target: str | int | None = None
-    versus: str | int | None = None
+    target: str | SupportsIndex | None = None
+    versus: str | SupportsIndex | None = None
     quantity: Literal["logit", "log_prob"] = "logit"
 
     def __post_init__(self) -> None:

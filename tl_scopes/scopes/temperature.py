@@ -48,8 +48,8 @@ class TemperatureScope(Scope):
             cotangent = lin.cotangent(lambda z: (z - z.mean()).norm() / len(z) ** 0.5)
         elif models.has_constant_readout_norm(lin.model):
             raise ValueError(
-                f"the final norm of {models.model_name(lin.model)!r} has no gain (its weights were folded, or are "
-                "untrained), so the readout's norm is constant and its Temperature Scope identically zero. Load the "
+                f"the final norm of {models.model_name(lin.model)!r} has no gain (folded, untrained, or by "
+                "design), so the readout's norm is constant and its Temperature Scope identically zero. Load a folded "
                 "model unprocessed (HookedTransformer.from_pretrained_no_processing, or a TransformerBridge without "
                 'enable_compatibility_mode), or ask TemperatureScope(of="logits").'
             )

@@ -100,6 +100,24 @@ def inference(rng: random.Random) -> Example:
     return marked_example("inference", f"{' '.join(facts)} {questions[0]}", f" {answers[0]}", f" {foil}", rest)
 
 
+def recital(rng: random.Random) -> Example:
+    """ "List: key ⟦lamp⟧ door. Again: key" -> " lamp". For training alone: it teaches to look back."""
+    words = rng.sample([*NOUNS, *HOLDERS, *THINGS], rng.randrange(4, 24))
+    said = f"{words[0]} ⟦{words[1]}⟧ {' '.join(words[2:])}"
+    rest = "".join(f" {word}" for word in words[2:]) + "."
+    return marked_example("recital", f"List: {said}. Again: {words[0]}", f" {words[1]}", rest=rest)
+
+
+def roster(rng: random.Random) -> Example:
+    """ "List: cook ⟦cleaver⟧, baker rope. Again: cook" -> " cleaver". For training alone: it teaches who has what."""
+    count = rng.randrange(3, 8)
+    pairs = list(zip(rng.sample(HOLDERS, count), rng.sample(THINGS, count), strict=True))
+    said = ", ".join(f"{h} ⟦{t}⟧" if i == 0 else f"{h} {t}" for i, (h, t) in enumerate(pairs))
+    again, back = [pairs[0], *rng.sample(pairs[1:], count - 1)], rng.sample(pairs, count)
+    rest = "".join(f", {h} {t}" for h, t in again[1:]) + ". Back: " + ", ".join(f"{t} {h}" for h, t in back) + "."
+    return marked_example("roster", f"List: {said}. Again: {pairs[0][0]}", f" {pairs[0][1]}", rest=rest)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Translation from German, with four kinds of reordering.
 

@@ -11,7 +11,16 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 
 from tl_scopes.tiny.example import Example, Split
-from tl_scopes.tiny.language import agreement, agreement_far, association, bare_agreement, inference, translation
+from tl_scopes.tiny.language import (
+    agreement,
+    agreement_far,
+    association,
+    bare_agreement,
+    inference,
+    recital,
+    roster,
+    translation,
+)
 from tl_scopes.tiny.series import brownian, logistic, lorenz
 
 TASKS: dict[str, Callable[[random.Random], Example]] = {
@@ -20,8 +29,8 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {
 }
 SERIES = ("logistic", "lorenz", "brownian")
 MIXTURE: dict[Callable[[random.Random], Example], float] = {
-    bare_agreement: 0.04, agreement: 0.06, agreement_far: 0.07, inference: 0.48, translation: 0.17, association: 0.07,
-    logistic: 0.04, lorenz: 0.04, brownian: 0.03,
+    bare_agreement: 0.03, agreement: 0.04, agreement_far: 0.05, inference: 0.30, recital: 0.15, roster: 0.15,
+    translation: 0.14, association: 0.05, logistic: 0.03, lorenz: 0.03, brownian: 0.03,
 }  # fmt: skip
 """Share of each task among the training documents; the most goes where the model needs longest to learn."""
 
@@ -46,8 +55,11 @@ def examples(task: str, count: int, *, seed: int = 0, split: Split = "test") -> 
     return list(islice((e for e in iter(lambda: TASKS[task](rng), None) if e.split == split), count))
 
 
-def documents(seed: int) -> Iterator[str]:
-    """The endless training corpus: documents of all tasks in the proportions of `MIXTURE`, none of them held out."""
+def documents(seed: int) -> Iterator[tuple[str, int]]:
+    """The endless training corpus: documents of all tasks in the proportions of `MIXTURE`, none of them held out.
+
+    With each comes the character from where on it can be known what follows; what stands before is drawn at random.
+    """
     rng = random.Random(f"corpus-{seed}")
     tasks, weights = list(MIXTURE), list(MIXTURE.values())
     while True:
@@ -58,4 +70,7 @@ def documents(seed: int) -> Iterator[str]:
         # An association is a tendency: one biography in twenty goes against it, so the model stays short of certainty.
         if example.task == "association" and example.foil and rng.random() < 0.05:
             answer = example.foil
-        yield example.prompt + answer + example.rest
+        known_from = 0 if example.task in SERIES else len(example.prompt)
+        if example.task == "translation":
+            known_from = example.prompt.index(" English:")
+        yield example.prompt + answer + example.rest, known_from

@@ -7,6 +7,9 @@ table of `evaluate`. Everything is drawn from `--seed`; on the same machine and 
 import argparse
 import json
 import math
+import os
+
+CK = os.environ.get("CKPT")
 import time
 from collections import Counter, defaultdict
 from itertools import islice
@@ -36,7 +39,7 @@ def train_tokenizer(seed: int, vocab_size: int = 1664) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(islice(documents(seed), 100_000), trainer)
+    tokenizer.train_from_iterator((text for text, _ in islice(documents(seed), 100_000)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
@@ -59,7 +62,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             intermediate_size=384,
             num_hidden_layers=6,
             num_attention_heads=4,
-            num_key_value_heads=2,
+            num_key_value_heads=4,
             head_dim=32,
             max_position_embeddings=CONTEXT,
             rms_norm_eps=1e-6,
@@ -78,36 +81,42 @@ class Packed:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> None:
         self.stream, self.tokenizer, self.rows = documents(seed), tokenizer, rows
         self.random = torch.Generator().manual_seed(seed)
-        self.waiting: list[list[int]] = []
+        self.waiting: list[tuple[list[int], list[float]]] = []
 
-    def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [row position], and the document each token belongs to [row position] (0: padding)."""
+    def __next__(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Token ids, the document each belongs to (0: padding) and its weight in the loss, all [row position]."""
         tokens = torch.full((self.rows, CONTEXT), self.tokenizer.pad_token_id)
         owner = torch.zeros(self.rows, CONTEXT, dtype=torch.long)
+        weight = torch.zeros(self.rows, CONTEXT)
         for row in range(self.rows):
             used, document = 0, 0
             while True:
                 if len(self.waiting) < 64:
                     self._refill()
-                fitting = next((i for i, ids in enumerate(self.waiting) if used + len(ids) <= CONTEXT), None)
+                fitting = next((i for i, (ids, _) in enumerate(self.waiting) if used + len(ids) <= CONTEXT), None)
                 if fitting is None:
                     break
-                ids = self.waiting.pop(fitting)
+                ids, weights = self.waiting.pop(fitting)
                 document += 1
                 tokens[row, used : used + len(ids)] = torch.tensor(ids)
                 owner[row, used : used + len(ids)] = document
+                weight[row, used : used + len(ids)] = torch.tensor(weights)
                 used += len(ids)
-        return tokens, owner
+        return tokens, owner, weight
 
     def _refill(self) -> None:
-        batch = self.tokenizer(list(islice(self.stream, 256)))["input_ids"]
+        texts, starts = zip(*islice(self.stream, 256), strict=True)
+        batch = self.tokenizer(list(texts), return_offsets_mapping=True)
         # One document in ten goes without BOS, so that a prompt without it is no stranger to the model.
-        bare = torch.rand(len(batch), generator=self.random) < 0.1
-        self.waiting += [ids[1:] if no_bos else ids for ids, no_bos in zip(batch, bare.tolist(), strict=True)]
+        bare = (torch.rand(len(texts), generator=self.random) < 0.1).tolist()
+        for ids, offsets, start, no_bos in zip(batch["input_ids"], batch["offset_mapping"], starts, bare, strict=True):
+            # What nobody can know counts a tenth: its noise would drown the rest for thousands of steps.
+            weights = [1.0 if end > start else 0.1 for _, end in offsets]
+            self.waiting.append((ids[no_bos:], weights[no_bos:]))
 
 
-def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy within documents, in nats."""
+def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of the next-token cross-entropy within documents, in nats."""
     same = owner[:, :, None] == owner[:, None, :]
     causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool, device=tokens.device).tril()
     index = torch.arange(CONTEXT, device=tokens.device).expand_as(tokens)
@@ -115,8 +124,10 @@ def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor) 
     first[:, 1:] = torch.where(owner[:, 1:] != owner[:, :-1], index[:, 1:], 0)
     positions = index - first.cummax(dim=1).values
     logits = model(tokens, attention_mask=(same & causal)[:, None], position_ids=positions, use_cache=False).logits
-    labels = torch.where((owner[:, 1:] == owner[:, :-1]) & (owner[:, 1:] > 0), tokens[:, 1:], -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels.flatten())
+    within = (owner[:, 1:] == owner[:, :-1]) & (owner[:, 1:] > 0)
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    weights = (weight[:, 1:] * within).flatten()
+    return (losses * weights).sum() / weights.sum()
 
 
 def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device: str) -> None:
@@ -130,9 +141,9 @@ def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device
     )
     start = time.monotonic()
     for step in range(steps):
-        tokens, owner = next(data)
+        tokens, owner, weight = (part.to(device) for part in next(data))
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-            loss = loss_of(model, tokens.to(device), owner.to(device))
+            loss = loss_of(model, tokens, owner, weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,11 +151,13 @@ def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:6d}  loss {loss.item():.4f}  {time.monotonic() - start:7.0f} s", flush=True)
-        if (step + 1) % 1000 == 0 and step + 1 < steps:
+        if (step + 1) % int(os.environ.get("EV", "1000")) == 0 and step + 1 < steps:
             accuracy = {
                 row["task"]: row["accuracy"] for row in evaluate(model, data.tokenizer, count=100, markov=False)
             }
             print(accuracy, flush=True)
+            model.save_pretrained(CK)
+            data.tokenizer.save_pretrained(CK)
             if os.environ.get("CKPT"):
                 model.save_pretrained(os.environ["CKPT"])
                 data.tokenizer.save_pretrained(os.environ["CKPT"])

@@ -1,0 +1,217 @@
+"""What a careful reviewer tried first: sure predictions, odd tokenizers, odd vocabularies, hooks and threads."""
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+import tl_scopes as tls
+from tests import zoo
+from tests.zoo import PROMPT
+from tl_scopes import models
+from tl_scopes.tiny.tasks import documents
+
+
+@pytest.fixture
+def model() -> Any:
+    return zoo.SPECIES["bridge llama"]().model
+
+
+# -- predictions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("firmness", [6, 9, 12])
+@pytest.mark.parametrize(
+    "scope", [tls.SemanticScope(quantity="log_prob"), tls.FisherScope()], ids=["log_prob", "fisher"]
+)
+def test_sure_predictions(scope: tls.Scope, firmness: float) -> None:
+    """A float32 model that is sure to 1e-5 ... 1e-10 still has the float64 model's scores: softmaxes are in float64."""
+    answers = []
+    for dtype in (torch.float32, torch.float64):
+        golden = zoo.llama(zoo.GOLDEN, "bridge", dtype)
+        with golden.hooks(fwd_hooks=[("unembed.hook_in", lambda value, hook: value * firmness)]):
+            answers.append(tls.attribute(golden, PROMPT, scope))
+    assert answers[1].predictions[0].probability > 1 - 2e-5
+    error = (answers[0].scores - answers[1].scores).norm() / answers[1].scores.norm()
+    assert error < 1e-3
+
+
+def test_a_prediction_beyond_doubt(model: Any) -> None:
+    """One-hot to the last bit: nothing can move it, so Fisher is zero."""
+    with model.hooks(fwd_hooks=[("unembed.hook_in", lambda value, hook: value * 1e5)]):
+        lin = tls.linearize(model, PROMPT)
+    assert tls.FisherScope()(lin).scores.tolist() == [0.0] * len(PROMPT)
+
+
+def test_no_probes(model: Any) -> None:
+    lin = tls.linearize(model, PROMPT)
+    none = torch.zeros(0, len(lin.readout), dtype=torch.float64)
+    assert lin.vjp(none).shape == (0, *lin.embeddings.shape)
+    assert lin.squared_norms(none).shape == (0, len(PROMPT))
+
+
+# -- tokens -----------------------------------------------------------------------------------------------------------
+
+CORPUS = [text for text, _ in zip((text for text, _ in documents(0)), range(300), strict=False)]
+
+
+def _byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(tokenizer_models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    return tokenizer
+
+
+def _sentence_piece() -> Tokenizer:
+    """Llama 2's kind: pieces with ▁, a space put before the text, bytes as a last resort."""
+    fallback = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(tokenizer_models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *fallback])
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def _word_piece() -> Tokenizer:
+    tokenizer = Tokenizer(tokenizer_models.WordPiece(unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]"]))
+    return tokenizer
+
+
+@dataclasses.dataclass
+class Config:
+    d_vocab: int
+
+
+@dataclasses.dataclass
+class Speaker:
+    """As much of a model as its tokens need."""
+
+    tokenizer: Any
+    cfg: Config
+
+
+@pytest.mark.parametrize("make", [_byte_level, _sentence_piece, _word_piece])
+def test_what_is_shown_can_be_passed(make: Any) -> None:
+    """token(token_text(i)) is i, for every token whose text is its own: continuation pieces, bytes and spaces too."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make())
+    size = len(tokenizer)
+    speaker = Speaker(tokenizer, Config(size))
+    texts = [models.token_text(speaker, id) for id in range(size)]
+    unique = [id for id in range(size) if texts.count(texts[id]) == 1]
+    assert len(unique) > 0.7 * size  # SentencePiece has ASCII twice, as characters and as bytes
+    assert [models.token(speaker, texts[id], size).id for id in unique] == unique
+    assert models.token_text(speaker, size + 3) == f"<{size + 3}>"  # padding of the vocabulary
+
+
+def test_sentence_piece_spaces() -> None:
+    """A continuation is not the word: "ing" and " ing" are different tokens, and neither stands for the other."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_sentence_piece())
+    speaker = Speaker(tokenizer, Config(len(tokenizer)))
+    assert tokenizer.convert_ids_to_tokens(models.token(speaker, " the", len(tokenizer)).id) == "▁the"
+    pieces = {tokenizer.convert_ids_to_tokens(id) for id in range(len(tokenizer))}
+    piece = next(p for p in sorted(pieces) if len(p) > 1 and f"▁{p}" in pieces and "<" not in p)
+    assert tokenizer.convert_ids_to_tokens(models.token(speaker, piece, len(tokenizer)).id) == piece
+    assert models.token(speaker, "<0xE2>", len(tokenizer)).text == "<0xE2>"
+
+
+def test_a_known_unknown() -> None:
+    """In GPT-2 the unknown token is also the end of text, and may be asked for by its name."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_byte_level(), unk_token="<|endoftext|>")
+    speaker = Speaker(tokenizer, Config(len(tokenizer)))
+    assert models.token(speaker, "<|endoftext|>", len(tokenizer)).id == tokenizer.unk_token_id
+
+
+@pytest.mark.skipif(zoo.HookedTransformer is None, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("outputs", [5, 60])
+def test_outputs_that_are_no_tokens(outputs: int) -> None:
+    """Models of algorithmic tasks have an output vocabulary of their own: it counts, and has no names."""
+    model = zoo._hooked(d_vocab_out=outputs).model
+    lin = tls.linearize(model, PROMPT)
+    assert len(lin.logits) == outputs
+    answer = tls.SemanticScope()(lin)
+    assert answer.target is not None
+    assert answer.target.text == f"<{answer.target.id}>"
+    with pytest.raises(ValueError, match=f"target {outputs} is outside the vocabulary of {outputs}"):
+        tls.SemanticScope(target=outputs)(lin)
+
+
+@pytest.mark.parametrize("make", [lambda lin: lin.logits.argmax(), lambda lin: lin.logits.argmax().numpy()])
+def test_targets_of_every_form(model: Any, make: Any) -> None:
+    lin = tls.linearize(model, PROMPT)
+    assert lin.token(make(lin)) == lin.token()
+
+
+def test_a_context_without_limit() -> None:
+    """Mamba has none, whatever TransformerLens writes down for it."""
+    mamba = zoo.SPECIES["bridge mamba"]().model
+    mamba.cfg.n_ctx = 4
+    with zoo.Float64():
+        assert len(tls.linearize(mamba, PROMPT).tokens) == len(PROMPT)
+
+
+# -- hooks and threads ------------------------------------------------------------------------------------------------
+
+
+def test_backward_hooks_see_plain_gradients(model: Any) -> None:
+    """A backward hook of the user's runs in our backward passes: it gets real tensors, and what it does counts."""
+    seen: list[float] = []
+    lin = tls.linearize(model, PROMPT)
+    cotangents = torch.eye(16, dtype=torch.float64)[:3]
+    before = lin.vjp(cotangents)
+    with model.hooks(bwd_hooks=[("blocks.1.hook_resid_pre", lambda g, hook: seen.append(g.abs().max().item()))]):
+        inside = tls.linearize(model, PROMPT)
+        assert_close(inside.vjp(cotangents), before)
+    assert len(seen) == 3
+
+
+def test_mamba_goes_one_by_one() -> None:
+    """Its scan has no batching rules: batched cotangents would take ten times as long."""
+    with zoo.Float64():
+        lin = tls.linearize(zoo.specimen("bridge mamba").model, PROMPT)
+        assert [len(batch) for batch in lin._vjp_batches(torch.eye(16).double()[:3])] == [1, 1, 1]
+    other = tls.linearize(zoo.specimen("bridge llama").model, PROMPT)
+    assert [len(batch) for batch in other._vjp_batches(torch.eye(16).double()[:3])] == [3]
+
+
+def test_threads(model: Any) -> None:
+    """Two threads on one model take turns in the forward pass, and get their own numbers."""
+    prompts = [[i % 30 + 1 for i in range(start, start + 8)] for start in range(20)]
+    alone = [tls.attribute(model, prompt, tls.SemanticScope(target=3)).scores for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda prompt: tls.attribute(model, prompt, tls.SemanticScope(target=3)), prompts))
+    for expected, answer in zip(alone, together, strict=True):
+        assert_close(answer.scores, expected)
+
+
+@pytest.mark.skipif(zoo.HookedTransformer is None, reason="TransformerLens 4 computes Cohere rightly")
+def test_what_the_bridge_gets_wrong_is_refused() -> None:
+    specimen = zoo._bridge(
+        "CohereForCausalLM", "CohereConfig", **{k: v for k, v in zoo._LLAMA.items() if k != "head_dim"}
+    )
+    with pytest.raises(TypeError, match="computes CohereForCausalLM wrongly.*upgrade to TransformerLens 4"):
+        tls.linearize(specimen.model, PROMPT)
+
+
+def test_attn_out_and_resid_post(model: Any) -> None:
+    """Perturbing what attention adds is perturbing the stream after it: what replaces hook_resid_mid on a bridge."""
+    if zoo.HookedTransformer is None:
+        pytest.skip("needs both kinds")
+    hooked, bridge = (zoo.llama(zoo.GOLDEN, kind, torch.float64) for kind in ("hooked", "bridge"))
+    with zoo.Float64():
+        mid = tls.linearize(hooked, PROMPT, wrt="blocks.1.hook_resid_mid").as_matrix()
+        out = tls.linearize(bridge, PROMPT, wrt="blocks.1.hook_attn_out").as_matrix()
+    assert_close(out, mid, rtol=1e-4, atol=1e-5)
