@@ -2,6 +2,7 @@
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
 from tl_scopes import models
-from tl_scopes.tiny.tasks import documents
+from tl_scopes.tiny.tasks import MIXTURES, documents
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_no_probes(model: Any) -> None:
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
-CORPUS = [text for text, _ in zip((text for text, _ in documents(0)), range(300), strict=False)]
+CORPUS = [text for text, _ in islice(documents(0, MIXTURES[0]), 300)]
 
 
 def _byte_level() -> Tokenizer:

@@ -15,7 +15,7 @@ import tl_scopes as tls
 from tests import zoo
 from tl_scopes import models
 from tl_scopes.tiny import FOLDER, train
-from tl_scopes.tiny.tasks import MIXTURE, SERIES, TASKS, documents, examples
+from tl_scopes.tiny.tasks import MIXTURES, TASKS, Mixture, documents, examples
 
 TOKENIZER = AutoTokenizer.from_pretrained(FOLDER)
 
@@ -32,16 +32,22 @@ def table(plain: Any) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("task", "accuracy"),
-    [("agreement", 0.99), ("agreement_far", 0.99), ("inference", 0.99), ("translation", 0.97), ("association", 0.95)],
+    [
+        ("agreement", 0.99),
+        ("agreement_far", 0.99),
+        ("inference_what", 0.99),
+        ("translation", 0.97),
+        ("association", 0.95),
+    ],
 )
 def test_held_out_accuracy(table: dict[str, dict[str, Any]], task: str, accuracy: float) -> None:
     assert table[task]["accuracy"] >= accuracy
 
 
-@pytest.mark.parametrize("task", SERIES)
-def test_series_beat_a_markov_chain(table: dict[str, dict[str, Any]], task: str) -> None:
-    """By at least a tenth, though the chain is fitted on 5,000 series of the same kind."""
-    assert table[task]["loss"] < 0.9 * train.markov_loss(task, examples(task, 200, seed=2), series=5000)
+@pytest.mark.parametrize(("task", "ratio"), [("logistic", 0.6), ("lorenz", 0.6), ("brownian", 0.97)])
+def test_series_beat_a_markov_chain(table: dict[str, dict[str, Any]], task: str, ratio: float) -> None:
+    """By far where there is something to know; of a random walk only the size of its steps can be learned."""
+    assert table[task]["loss"] < ratio * train.markov_loss(task, examples(task, 200, seed=2), series=5000)
 
 
 def test_size() -> None:
@@ -117,24 +123,39 @@ def test_the_cause_decides_agreement() -> None:
         assert noun.endswith("s") == (example.target in (" are", " were"))
 
 
-def test_training_never_sees_the_held_out() -> None:
-    """No document of the training corpus begins with a held-out prompt."""
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_training_never_sees_the_held_out(mixture: Mixture) -> None:
+    """No document of the training corpus begins with a held-out prompt, none has a held-out German sentence."""
+    corpus = [text for text, _ in islice(documents(0, mixture), 5000)]
     prompts = tuple(e.prompt for task in TASKS if task != "translation" for e in examples(task, 200))
-    assert not [d for d in islice(documents(0), 5000) if d.startswith(prompts)]
-    sentences = {e.key for e in examples("translation", 500)}
-    seen = {m[1] for d in islice(documents(0), 5000) if (m := re.match(r"German: (.*)\. English:", d))}
-    assert not sentences & seen
-    assert len(seen) > 500
+    assert not [text for text in corpus if text.startswith(prompts)]
+    seen = {m[1] for text in corpus if (m := re.match(r"German: (.*)\. English:", text))}
+    assert len(seen) > 100
+    assert not {e.key for e in examples("translation", 500)} & seen
+
+
+def test_what_can_be_known() -> None:
+    """The loss counts fully from where on a document can be known: the answer, or the English sentence, or a series."""
+    starts = {"German": " English:", "The": " ", "List": " "}
+    for text, start in islice(documents(0, MIXTURES[0]), 500):
+        kind = re.match(r"\w+", text)
+        assert kind is not None
+        assert 0 <= start < len(text)
+        if kind[0].isdigit():
+            assert start == 0
+        elif kind[0] in starts:
+            assert text[start:].startswith(starts[kind[0]])
 
 
 def test_mixture() -> None:
-    assert {task.__name__ for task in MIXTURE} == {*TASKS, "bare_agreement"}
-    assert sum(MIXTURE.values()) == pytest.approx(1)
+    for mixture in MIXTURES:
+        assert {task.split("_wh")[0] for task in TASKS} <= {task.__name__ for task in mixture}
+        assert sum(mixture.values()) == pytest.approx(1)
 
 
 def test_training_runs(tmp_path: Any) -> None:
     """The script that made the bundled model: two steps, a folder that loads, the table."""
-    command = [sys.executable, "-m", "tl_scopes.tiny.train", "--out", str(tmp_path), "--steps", "2", "--rows", "2"]
+    command = [sys.executable, "-m", "tl_scopes.tiny.train", "--out", str(tmp_path), "--max-steps", "2", "--rows", "2"]
     run = subprocess.run([*command, "--examples", "2"], capture_output=True, text=True, check=True)
     assert "| association |" in run.stdout
     assert models.load(tmp_path).cfg.n_layers == 6

@@ -3,7 +3,7 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -260,7 +260,7 @@ class Scope(ABC):
             position=lin.position,
             target=target,
             versus=versus,
-            scope=repr(self),
+            scope=_as_written(self),
             unit=self.unit(lin),
             predictions=predictions,
             wrt=lin.wrt,
@@ -269,3 +269,11 @@ class Scope(ABC):
             dtype=str(dtype).removeprefix("torch."),
             notes=self.notes(lin),
         )
+
+
+def _as_written(scope: Scope) -> str:
+    """A scope in Python, without what is as by default."""
+    if not is_dataclass(scope):
+        return repr(scope)
+    given = {f.name: getattr(scope, f.name) for f in fields(scope) if f.repr and getattr(scope, f.name) != f.default}
+    return f"{type(scope).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"

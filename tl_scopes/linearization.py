@@ -119,8 +119,7 @@ class Linearization:
     def squared_norms(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token"]:
         """‖cᵀJ_t‖² for every probe c and token t: what all first-order scopes are made of.
 
-        The sums are taken in float32 (float64 for a float64 model), one batch at a time. A progress bar appears when it
-        takes more than a few seconds.
+        The sums are taken in float32 (float64 for a float64 model). A progress bar appears after a few seconds.
 
         Cost: about 0.6 of a forward pass per probe; memory for one batch.
 

@@ -129,6 +129,8 @@ def _pieces(text: str) -> Iterator[str]:
     yield text.replace(" ", "▁")
     named = re.findall("<0x([0-9A-F]{2})>", text)
     data = bytes.fromhex("".join(named)) if named and len(text) == 6 * len(named) else text.encode(errors="replace")
+    if len(data) == 1:
+        yield f"<0x{data[0]:02X}>"
     to_character = {byte: character for character, byte in byte_of_character().items()}
     yield "".join(to_character[byte] for byte in data)
 

@@ -21,7 +21,9 @@ STATES = "old new gone here lost ready clean safe broken expensive beautiful fam
 SEEN = "saw liked found sold bought needed wanted forgot".split()
 
 
-def _agreement(rng: random.Random, task: str, phrases: int) -> Example:
+def sentence_with_verb(rng: random.Random, task: str, phrases: int) -> Example:
+    """A noun, so many phrases, and the verb that agrees with the noun."""
+
     def noun_phrase(plural: bool, words: Sequence[str], cause: bool = False) -> str:
         noun = rng.choice(words) + ("s" if plural else "")
         adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.4 else ""
@@ -41,17 +43,12 @@ def _agreement(rng: random.Random, task: str, phrases: int) -> Example:
 
 def agreement(rng: random.Random) -> Example:
     """ "The ⟦keys⟧ to the old cabinet" -> " are": one phrase between the noun and its verb."""
-    return _agreement(rng, "agreement", 1)
-
-
-def bare_agreement(rng: random.Random) -> Example:
-    """ "The ⟦keys⟧" -> " are". For training alone: so few such subjects exist that none can be held out fairly."""
-    return _agreement(rng, "bare_agreement", 0)
+    return sentence_with_verb(rng, "agreement", 1)
 
 
 def agreement_far(rng: random.Random) -> Example:
     """ "The ⟦keys⟧ to the old cabinet near the doors in the house" -> " are": two to four phrases in between."""
-    return _agreement(rng, "agreement_far", rng.choice([2, 2, 3, 4]))
+    return sentence_with_verb(rng, "agreement_far", rng.choice([2, 2, 3, 4]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,22 +97,20 @@ def inference(rng: random.Random) -> Example:
     return marked_example("inference", f"{' '.join(facts)} {questions[0]}", f" {answers[0]}", f" {foil}", rest)
 
 
-def recital(rng: random.Random) -> Example:
-    """ "List: key ⟦lamp⟧ door. Again: key" -> " lamp". For training alone: it teaches to look back."""
-    words = rng.sample([*NOUNS, *HOLDERS, *THINGS], rng.randrange(4, 24))
-    said = f"{words[0]} ⟦{words[1]}⟧ {' '.join(words[2:])}"
-    rest = "".join(f" {word}" for word in words[2:]) + "."
-    return marked_example("recital", f"List: {said}. Again: {words[0]}", f" {words[1]}", rest=rest)
+def inference_who(rng: random.Random) -> Example:
+    """ "The ⟦gardener⟧ had the ⟦shovel⟧. The weapon was the ⟦shovel⟧. The killer is the" -> " gardener"."""
+    while True:
+        example = inference(rng)
+        if example.target.strip() in HOLDERS:
+            return example
 
 
-def roster(rng: random.Random) -> Example:
-    """ "List: cook ⟦cleaver⟧, baker rope. Again: cook" -> " cleaver". For training alone: it teaches who has what."""
-    count = rng.randrange(3, 8)
-    pairs = list(zip(rng.sample(HOLDERS, count), rng.sample(THINGS, count), strict=True))
-    said = ", ".join(f"{h} ⟦{t}⟧" if i == 0 else f"{h} {t}" for i, (h, t) in enumerate(pairs))
-    again, back = [pairs[0], *rng.sample(pairs[1:], count - 1)], rng.sample(pairs, count)
-    rest = "".join(f", {h} {t}" for h, t in again[1:]) + ". Back: " + ", ".join(f"{t} {h}" for h, t in back) + "."
-    return marked_example("roster", f"List: {said}. Again: {pairs[0][0]}", f" {pairs[0][1]}", rest=rest)
+def inference_what(rng: random.Random) -> Example:
+    """ "The ⟦gardener⟧ had the ⟦shovel⟧. The killer was the ⟦gardener⟧. The weapon is the" -> " shovel"."""
+    while True:
+        example = inference(rng)
+        if example.target.strip() in THINGS:
+            return example
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,16 +181,17 @@ def translation(rng: random.Random) -> Example:
         case "present":
             german = english = [*subject, *verb_form(0), *object_]
         case "adverb":  # the verb stays second, so the German subject moves behind it
-            german, english = [*adverb, *verb_form(0), *subject, *object_], [*adverb, *subject, *verb_form(0), *object_]
+            word = verb_form(0)
+            german, english = [*adverb, *word, *subject, *object_], [*adverb, *subject, *word, *object_]
         case "perfect":
-            has: list[_Word] = [("hat", "has", [])]
-            german, english = [*subject, *has, *object_, *verb_form(1)], [*subject, *has, *verb_form(1), *object_]
+            word, has = verb_form(1), ("hat", "has", list[str]())
+            german, english = [*subject, has, *object_, *word], [*subject, has, *word, *object_]
         case "modal":
-            wants: list[_Word] = [("will", "wants to", [])]
-            german, english = [*subject, *wants, *object_, *verb_form(2)], [*subject, *wants, *verb_form(2), *object_]
+            word, wants = verb_form(2), ("will", "wants to", list[str]())
+            german, english = [*subject, wants, *object_, *word], [*subject, wants, *word, *object_]
         case _:
-            know: list[_Word] = [("ich weiß, dass", "I know that", [])]
-            german, english = [*know, *subject, *object_, *verb_form(0)], [*know, *subject, *verb_form(0), *object_]
+            word, know = verb_form(0), ("ich weiß, dass", "I know that", list[str]())
+            german, english = [know, *subject, *object_, *word], [know, *subject, *word, *object_]
 
     at = rng.choice([i for i, (_, _, others) in enumerate(english) if others])
     chosen = english[at]

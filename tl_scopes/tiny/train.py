@@ -7,9 +7,6 @@ table of `evaluate`. Everything is drawn from `--seed`; on the same machine and 
 import argparse
 import json
 import math
-import os
-
-CK = os.environ.get("CKPT")
 import time
 from collections import Counter, defaultdict
 from itertools import islice
@@ -22,9 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tl_scopes.tiny.example import Example
-from tl_scopes.tiny.tasks import SERIES, TASKS, documents, examples
+from tl_scopes.tiny.tasks import MIXTURES, SERIES, TASKS, Mixture, documents, examples
 
 CONTEXT = 256
+STAGES = ((4500, 6500, 3e-3), (1000, 4500, 2e-3), (1600, 3500, 2e-3), (2000, 2000, 2e-3))
+"""Of the curriculum, one for each of `tasks.MIXTURES`: steps, the step at which the decay would end, peak rate."""
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
@@ -39,7 +38,7 @@ def train_tokenizer(seed: int, vocab_size: int = 1664) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((text for text, _ in islice(documents(seed), 100_000)), trainer)
+    tokenizer.train_from_iterator((text for text, _ in islice(documents(seed, MIXTURES[0]), 100_000)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
@@ -78,8 +77,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 class Packed:
     """Rows of `CONTEXT` tokens packed with whole documents; attention stays within a document."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int) -> None:
-        self.stream, self.tokenizer, self.rows = documents(seed), tokenizer, rows
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, mixture: Mixture, seed: int, rows: int) -> None:
+        self.stream, self.tokenizer, self.rows = documents(seed, mixture), tokenizer, rows
         self.random = torch.Generator().manual_seed(seed)
         self.waiting: list[tuple[list[int], list[float]]] = []
 
@@ -130,14 +129,14 @@ def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor, 
     return (losses * weights).sum() / weights.sum()
 
 
-def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device: str) -> None:
-    """AdamW with linear warm-up and cosine decay."""
+def train(model: LlamaForCausalLM, data: Packed, steps: int, horizon: int, peak: float, device: str) -> None:
+    """`steps` steps of AdamW, with linear warm-up and a cosine decay that would end at `horizon`."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = min(200, steps // 10 + 1)
+    warmup = min(200, horizon // 10 + 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda s: min((s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / steps)))),
+        lambda s: min((s + 1) / warmup, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, s / horizon)))),
     )
     start = time.monotonic()
     for step in range(steps):
@@ -151,24 +150,19 @@ def train(model: LlamaForCausalLM, data: Packed, steps: int, peak: float, device
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:6d}  loss {loss.item():.4f}  {time.monotonic() - start:7.0f} s", flush=True)
-        if (step + 1) % int(os.environ.get("EV", "1000")) == 0 and step + 1 < steps:
+        if (step + 1) % 1000 == 0 and step + 1 < steps:
             accuracy = {
                 row["task"]: row["accuracy"] for row in evaluate(model, data.tokenizer, count=100, markov=False)
             }
             print(accuracy, flush=True)
-            model.save_pretrained(CK)
-            data.tokenizer.save_pretrained(CK)
-            if os.environ.get("CKPT"):
-                model.save_pretrained(os.environ["CKPT"])
-                data.tokenizer.save_pretrained(os.environ["CKPT"])
             model.train()
 
 
 def markov_loss(task: str, test: list[Example], *, order: int = 2, series: int = 20_000) -> float:
     """Mean loss, in nats, of an interpolated (Witten-Bell) Markov chain of numbers on the targets of `test`.
 
-    Fitted on `series` series of the training split: what a predictor can know that only looks at the last `order`
-    numbers. It is given far more data per parameter than the model sees.
+    Fitted on `series` series of the training split, about as many as the model sees: what a predictor can know that
+    looks at the last `order` numbers alone.
     """
     counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for example in examples(task, series, seed=1, split="train"):
@@ -230,9 +224,8 @@ def main() -> None:
     """Train, save and evaluate, or evaluate alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, or to read with --evaluate-only")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--max-steps", type=int, help="end each stage early, to try the script out")
     parser.add_argument("--rows", type=int, default=16, help=f"rows of {CONTEXT} tokens per step")
-    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--examples", type=int, default=1000, help="held-out examples per task in the table")
@@ -248,7 +241,9 @@ def main() -> None:
         model = build_model(tokenizer)
         parameters = sum(p.numel() for p in model.parameters())
         print(f"{parameters:,} parameters, {len(tokenizer)} tokens in the vocabulary")
-        train(model, Packed(tokenizer, options.seed, options.rows), options.steps, options.lr, options.device)
+        for stage, (mixture, (steps, horizon, rate)) in enumerate(zip(MIXTURES, STAGES, strict=True)):
+            data = Packed(tokenizer, mixture, options.seed + stage, options.rows)
+            train(model, data, min(steps, options.max_steps or steps), horizon, rate, options.device)
         model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
     rows = evaluate(model, tokenizer, options.examples)
