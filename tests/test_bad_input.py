@@ -438,6 +438,8 @@ def test_load(tmp_path: Path) -> None:
         ValueError, match=r"cannot load the model '.*': .*Check the spelling and the network, or give a"
     ):
         models.load(tmp_path)
+    with pytest.raises(ValueError, match=r"there is no folder './nowhere': give one that save_pretrained wrote"):
+        models.load("./nowhere")
     with pytest.raises(ValueError, match="cannot load the model 'nobody/nothing'"):
         models.load("nobody/nothing")
     with pytest.raises(ValueError, match=r"model.safetensors' is no folder with a config.json"):

@@ -147,7 +147,7 @@ def test_without_a_model_the_bundled_one_answers() -> None:
     [
         (
             ["--target", " the"],
-            ["What moves the logit of ·the?", "how steeply it can change", "logit per unit of embedding norm"],
+            ["What moves the logit of ·the?", "how steeply this logit can change", "logit per unit of embedding norm"],
         ),
         (
             ["--target", " the", "--versus", " old"],

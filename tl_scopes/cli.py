@@ -148,6 +148,7 @@ def _exits(code: int, *kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         console = Console(stderr=True, highlight=False)
         reason = str(error).strip().replace("\n", " ") or type(error).__name__
+        reason = re.sub(r"\btarget=(\d+)", r"--target id:\1", reason)  # as it is written here
         console.print(Text.assemble(("error: ", "bold red"), reason), soft_wrap=not console.is_terminal)
         raise typer.Exit(code) from None
 
@@ -210,7 +211,8 @@ def _report(answer: "tl_scopes.attribution.Attribution", scope: Scope, top: int)
     else:
         assert answer.target is not None
         subject = Text.assemble("the logit of ", name(answer.target.text))
-        score = f"how steeply {'the difference' if answer.versus else 'it'} can change as the token's embedding moves"
+        changing = "the difference" if answer.versus else "this logit"
+        score = f"how steeply {changing} can change as the token's embedding moves"
         if answer.versus:
             subject.append(" against ").append(name(answer.versus.text))
 

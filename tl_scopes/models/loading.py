@@ -28,6 +28,8 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
     folder = Path(name).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
         raise ValueError(f"{str(name)!r} is no folder with a config.json: give a folder that save_pretrained wrote.")
+    if not folder.exists() and str(name).startswith(("/", ".", "~")):
+        raise ValueError(f"there is no folder {str(name)!r}: give one that save_pretrained wrote, or a model's name.")
     from transformer_lens.model_bridge import TransformerBridge
 
     source = str(folder) if folder.exists() else str(name)

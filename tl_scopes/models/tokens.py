@@ -118,8 +118,8 @@ def token(model: Model, target: Any, vocab: int) -> Token:
     spaced = tokenizer.encode(f" {target}", add_special_tokens=False)
     hint = f" With a leading space it is one token: {' ' + target!r}." if len(spaced) == 1 else ""
     raise ValueError(
-        f"the target {target!r} is {len(found)} token{'s' * (len(found) > 1)}: {listed}. "
-        f"Pass the id of one of them, say the first, target={found[0].id}.{hint}"
+        f"the target {target!r} is {len(found)} token{'s' * (len(found) > 1)}: {listed}.{hint} "
+        f"Pass the id of one of them, say the first, target={found[0].id}."
     )
 
 
@@ -149,7 +149,7 @@ def token_text(model: Model, id: int) -> str:
         return "".join(f"<0x{to_byte[character]:02X}>" for character in piece)
     if piece.startswith("▁") and not text.startswith(" "):  # decoding a single piece drops its space
         return " " + text
-    return text
+    return text or piece
 
 
 @cache
