@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 
@@ -34,3 +35,11 @@ def tiny() -> Any:
 def golden_model(request: pytest.FixtureRequest) -> Any:
     """The random Llama that the paper authors' code was run on, as both kinds of model."""
     return zoo.llama(zoo.GOLDEN, request.param)
+
+
+@pytest.fixture
+def no_type_checks() -> Iterator[None]:
+    """As users run it: the type checks that all other tests run under would be faster than our own messages."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

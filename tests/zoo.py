@@ -216,3 +216,20 @@ def llama(folder: Any, kind: str, dtype: torch.dtype = torch.float32) -> Any:
     if kind == "bridge":
         return build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=hf.config, model_name=str(folder))
     return hooked_from_llama(hf, tokenizer=None)
+
+
+def linear_toy(target: int = 7) -> Specimen:
+    """A model whose logits are zero but for the target's, which is linear in the embeddings: a sum over the tokens.
+
+    Attention alone, even over all tokens, without norms, positions and biases.
+    """
+    specimen = _native(normalization_type=None, attn_only=True)
+    with torch.no_grad():
+        for name, parameter in specimen.model.original_model.named_parameters():
+            if any(part in name for part in (".q.", ".k.", "pos.", "bias")):
+                parameter.zero_()
+            elif "head" in name:
+                parameter[[row for row in range(VOCAB) if row != target]] = 0
+                parameter *= -4  # for the prompts of the tests the target is then likely
+    specimen.plain.load_state_dict(specimen.model.original_model.state_dict())
+    return specimen

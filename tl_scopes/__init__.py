@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from tl_scopes.comparison import Comparison, compare
     from tl_scopes.diagnostics.linearity import linearity
     from tl_scopes.diagnostics.linearity_report import LinearityReport
+    from tl_scopes.faithfulness.evaluation import evaluate
+    from tl_scopes.faithfulness.known_causes import known_causes
     from tl_scopes.linearization import Linearization
     from tl_scopes.many import attribute_many, attribution_map
     from tl_scopes.maps import AttributionMap
@@ -42,6 +44,8 @@ __all__ = [
     "attribute_many",
     "attribution_map",
     "compare",
+    "evaluate",
+    "known_causes",
     "linearity",
     "linearize",
     "load_tiny",
@@ -67,6 +71,8 @@ _HOME = {
     "attribute_many": "many",
     "attribution_map": "many",
     "compare": "comparison",
+    "evaluate": "faithfulness.evaluation",
+    "known_causes": "faithfulness.known_causes",
     "linearity": "diagnostics.linearity",
     "linearize": "api",
     "load_tiny": "tiny",

@@ -20,6 +20,7 @@ from tl_scopes.models.forward import (
 from tl_scopes.models.kinds import Model, batches_cotangents, check_model, has_constant_readout_norm, model_name
 from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
 from tl_scopes.models.tokens import Prompt, Token, as_int, token, token_text, tokenize
+from tl_scopes.models.weights import exchanged_weights, fingerprint, shuffled_weights
 
 __all__ = [
     "EMBEDDING",
@@ -36,6 +37,8 @@ __all__ = [
     "embed",
     "embedding_matrix",
     "evaluate",
+    "exchanged_weights",
+    "fingerprint",
     "has_constant_readout_norm",
     "held_attention",
     "hooked_from_llama",
@@ -47,6 +50,7 @@ __all__ = [
     "model_name",
     "predict",
     "readout_graph",
+    "shuffled_weights",
     "token",
     "token_text",
     "tokenize",

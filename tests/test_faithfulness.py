@@ -1,0 +1,456 @@
+"""Evaluation by replacement: its measures beside slow loops and known answers, its files, its statistics."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import tl_scopes as tls
+from tests import zoo
+from tests.test_left_as_found import KINDS, unchanged
+from tests.zoo import PROMPT, Specimen
+from tl_scopes import models
+from tl_scopes.baselines import LeaveOneOut, RandomBaseline
+from tl_scopes.faithfulness import Protocol, differences, measures, plot, summary
+from tl_scopes.faithfulness.evaluation import candidates, evaluate
+from tl_scopes.faithfulness.measures import Removal, hard_measures, ranking, soft_measures, spearman
+from tl_scopes.faithfulness.protocol import Substitutes
+from tl_scopes.faithfulness.statistics import bootstrap
+
+TARGET = 7
+PROMPTS = [PROMPT, PROMPT[::-1], [4, 4, 30, 2, 1]]
+SHORT = Protocol(replacements=("zero", "resample"), fractions=(0.2, 0.5), steps=4, samples=2)
+
+
+@dataclass(frozen=True)
+class Fixed(tls.Scope):
+    """Whatever the test wants: scores by position, and what else happens when it is asked."""
+
+    scores: Any = None
+    asked: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
+    fails_at: int | None = field(default=None, repr=False, compare=False)
+
+    def measure(self, lin: tls.Linearization) -> tls.Measurement:
+        self.asked.append(tuple(lin.tokens.tolist()))
+        if len(self.asked) == self.fails_at:
+            raise KeyboardInterrupt
+        scores = torch.arange(len(lin.tokens)) if self.scores is None else torch.tensor(self.scores)
+        return tls.Measurement(scores.double())
+
+    def unit(self, lin: tls.Linearization) -> str:
+        return "test"
+
+
+@pytest.fixture(params=KINDS)
+def model(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A fresh one of each kind."""
+    with zoo.Float64():
+        model = zoo.SPECIES[request.param]().model
+        model(torch.tensor([PROMPT]))  # a bridge registers a hook of its own at the first run
+        yield model
+
+
+@pytest.fixture
+def toy() -> Iterator[tls.Linearization]:
+    """log p(target) grows with a sum over tokens: zoo.linear_toy."""
+    with zoo.Float64():
+        yield tls.linearize(zoo.linear_toy(TARGET).model, PROMPT[:5])
+
+
+def curve(values: list[measures.Value], measure: str, quantity: str) -> list[float]:
+    return [v.value for v in values if (v.measure, v.quantity) == (measure, quantity)]
+
+
+# -- the measures -----------------------------------------------------------------------------------------------------
+
+
+def test_hard_measures_are_their_equations(specimen: Specimen) -> None:
+    """One perturbed prompt after another, by hand."""
+    lin = tls.linearize(specimen.model, PROMPT)
+    random = torch.Generator().manual_seed(1)
+    instead = torch.randn(len(PROMPT), zoo.WIDTH, generator=random, dtype=torch.float64)
+    order, protocol = torch.tensor([6, 2, 3, 1, 7, 4, 5]), Protocol(fractions=(0.15, 0.5), steps=7)
+    removal = Removal(lin, instead, range(1, 8))
+    found = hard_measures(removal, {"a": order, "b": order.flip(0)}, {"a": TARGET, "b": 3}, protocol)["a"]
+
+    def after(replaced: Tensor) -> tuple[float, float]:
+        embeddings = lin.embeddings.clone()
+        embeddings[replaced] = instead[replaced]
+        log_probs = lin.at(embeddings).log_probs
+        return float(log_probs[TARGET]), float((lin.log_probs.exp() * (lin.log_probs - log_probs)).sum())
+
+    q = float(lin.log_probs[TARGET])
+    without, alone = zip(*((after(order[:k]), after(order[k:])) for k in range(8)), strict=True)
+    expected = {
+        ("deletion", "log_prob"): [q - one[0] for one in without],
+        ("deletion", "kl"): [one[1] for one in without],
+        ("insertion", "log_prob"): [one[0] - alone[0][0] for one in alone],
+        ("insertion", "kl"): [alone[0][1] - one[1] for one in alone],
+    }
+    steps = [i for i, f in enumerate(protocol.grid) if f not in protocol.fractions]
+    for (measure, quantity), values in expected.items():
+        assert [curve(found, measure, quantity)[i] for i in steps] == pytest.approx(values, abs=1e-9)
+        area = sum(values) / 7 - (values[0] + values[-1]) / 14
+        assert curve(found, f"{measure} area", quantity) == [pytest.approx(area, abs=1e-9)]
+    taken = [(math.exp(q) - math.exp(without[k][0])) for k in (1, 4)]  # 15% and 50% of seven tokens
+    left = [(math.exp(q) - math.exp(alone[k][0])) for k in (1, 4)]
+    assert curve(found, "comprehensiveness", "probability") == [pytest.approx(sum(taken) / 2, abs=1e-9)]
+    assert curve(found, "sufficiency", "probability") == [pytest.approx(sum(left) / 2, abs=1e-9)]
+    single = [after(torch.tensor([t]))[1] for t in range(1, 8)]
+    assert curve(found, "leave-one-out of the first", "kl") == [pytest.approx(single[5], abs=1e-9)]
+    assert curve(found, "leave-one-out rank of the first", "rank") == [
+        sorted(single, reverse=True).index(single[5]) + 1
+    ]
+
+
+def test_the_best_order_is_found_best(toy: tls.Linearization) -> None:
+    """Where contributions add up, no order of the tokens takes more, or gives back more, than by contribution."""
+    direction = toy.cotangent(lambda z: z[TARGET])
+    contributions = (toy.vjp(direction[None])[0] * toy.embeddings).sum(-1)
+    orders = {str(order): torch.tensor(order) for order in permutations(range(5))}
+    orders["oracle"] = contributions.argsort(descending=True)
+    removal = Removal(toy, torch.zeros_like(toy.embeddings), range(5))
+    found = hard_measures(removal, orders, dict.fromkeys(orders, TARGET), Protocol(fractions=(0.2,), steps=5))
+    for measure in ("deletion", "insertion"):
+        best = torch.tensor(curve(found["oracle"], measure, "log_prob"))
+        others = torch.tensor([curve(found[name], measure, "log_prob") for name in orders])
+        assert_close(others.max(0).values, best)
+        areas = [curve(found[name], f"{measure} area", "log_prob")[0] for name in orders]
+        assert areas.count(max(areas)) == 2  # the oracle, and the same order among all of them
+        assert areas[-1] == max(areas)
+
+
+def test_leave_one_out_ranks_first_by_itself(specimen: Specimen) -> None:
+    """The scope that is leave-one-out has the first rank in it."""
+    protocol = Protocol(replacements=("zero",), fractions=(0.5,), steps=1, samples=0, randomise=False)
+    results = evaluate(specimen.model, [PROMPT], [LeaveOneOut("zero")], protocol)
+    assert results[results.measure == "leave-one-out rank of the first"].value.tolist() == [1]
+
+
+@pytest.mark.parametrize(("score", "comprehensiveness", "sufficiency"), [(0.3, 1, 1), (0.0, 0, 0), (-2.0, 0, 0)])
+def test_soft_measures_at_their_ends(
+    toy: tls.Linearization, score: float, comprehensiveness: int, sufficiency: int
+) -> None:
+    """Equal scores keep, or take, everything; no score nothing."""
+    removal = Removal(toy, torch.zeros_like(toy.embeddings), range(5))
+    found = soft_measures(removal, torch.full((5,), score), TARGET, 3, torch.Generator().manual_seed(0))
+    assert [value.value for value in found] == pytest.approx([comprehensiveness, sufficiency])
+
+
+def test_soft_masks_are_as_likely_as_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The share of entries kept is the score over the largest; tokens that are no candidates stay."""
+    lin, seen = tls.linearize(zoo.specimen("bridge llama").model, PROMPT[:4]), []
+
+    def remember(self: Removal, kept: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
+        seen.append(kept)
+        return torch.zeros(1, len(kept)), torch.zeros(len(kept))
+
+    monkeypatch.setattr(Removal, "effects", remember)
+    removal = Removal(lin, lin.embeddings, range(1, 4))
+    soft_measures(removal, torch.tensor([9.0, 0.5, 2.0, -1.0]), TARGET, 400, torch.Generator().manual_seed(0))
+    share = seen[1].double().mean(-1).view(2, 400, 4).mean(1)
+    assert_close(share, torch.tensor([[1, 0.75, 0, 1], [1, 0.25, 1, 0]], dtype=torch.float64), atol=0.02, rtol=0)
+
+
+def test_soft_measures_have_no_scale_where_nothing_is_lost(toy: tls.Linearization) -> None:
+    removal = Removal(toy, toy.embeddings, range(5))  # replaced by themselves
+    found = soft_measures(removal, torch.ones(5), TARGET, 1, torch.Generator().manual_seed(0))
+    assert all(math.isnan(value.value) for value in found)
+
+
+def test_ranking() -> None:
+    """Best first, candidates only; among equals every order is as likely."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.tensor([9.0, 1.0, 3.0, 1.0, -5.0])
+    orders = [ranking(scores, range(1, 5), generator).tolist() for _ in range(200)]
+    assert {tuple(order) for order in orders} == {(2, 1, 3, 4), (2, 3, 1, 4)}
+    assert 60 < sum(order[1] == 1 for order in orders) < 140
+
+
+def test_spearman() -> None:
+    """The correlation of the ranks, equals sharing theirs; beside pandas."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(0, 6, (20,), generator=generator).double() for _ in range(2))
+    expected = pd.Series(a.numpy()).rank().corr(pd.Series(b.numpy()).rank())
+    assert spearman(a, b) == pytest.approx(expected)
+    assert spearman(a, 3 * a) == pytest.approx(1)
+    assert spearman(a, -a) == pytest.approx(-1)
+    assert math.isnan(spearman(a, torch.ones(20, dtype=torch.float64)))
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def test_exchanged_weights(model: Any) -> None:
+    """Inside, the model is one that was given these weights; after, it is what it was, also after an exception."""
+    weights = models.shuffled_weights(model, torch.Generator().manual_seed(0))
+    with unchanged(model), models.exchanged_weights(model, weights):
+        inside = tls.attribute(model, PROMPT, tls.SemanticScope(TARGET))
+    with unchanged(model), pytest.raises(ZeroDivisionError), models.exchanged_weights(model, weights):
+        raise ZeroDivisionError
+    before = models.fingerprint(model)
+    for parameter, other in zip(model.parameters(), weights, strict=True):
+        assert torch.equal(parameter.flatten().sort().values, other.flatten().sort().values)
+        parameter.data.copy_(other)
+    assert_close(tls.attribute(model, PROMPT, tls.SemanticScope(TARGET)).scores, inside.scores, rtol=0, atol=0)
+    assert models.fingerprint(model) != before
+
+
+# -- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_has_every_number(model: Any) -> None:
+    """Each prompt, scope and replacement, all finite; the weights' correlation once, 1 for a scope without weights."""
+    results = evaluate(model, PROMPTS, [tls.SemanticScope(), tls.FisherScope(), Fixed()], SHORT)
+    per_replacement = 4 * (len(SHORT.grid) + 1) + 6
+    assert len(results) == 3 * 3 * (2 * per_replacement + 1)
+    groups = results.groupby(["prompt", "scope", "replacement"]).size()
+    assert set(groups.xs("zero", level=2)) == set(groups.xs("resample", level=2)) == {per_replacement}
+    assert results[~results.measure.str.startswith("soft")].value.notna().all()
+    correlation = results[results.measure == "shuffled weights"].set_index(["scope", "prompt"]).value
+    assert correlation["Fixed()"].tolist() == pytest.approx([1, 1, 1])
+    assert (correlation["SemanticScope()"] < 0.99).all()
+
+
+def test_the_target_explained_is_measured(model: Any) -> None:
+    """The scope's own target, else the prompt's, else the most likely one."""
+    best = tls.linearize(model, PROMPT).token().text
+    scopes = [tls.SemanticScope(), tls.SemanticScope(3), tls.FisherScope(), LeaveOneOut(), LeaveOneOut(of="log_prob")]
+    results = evaluate(model, [PROMPT, PROMPT], scopes, Protocol(("zero",), (0.5,)), targets=[None, 5])
+    shown = results.groupby(["prompt", "scope"], sort=False).target.unique()
+    assert [names.tolist() for names in shown] == [[best], ["<3>"], *[[best]] * 3, ["<5>"], ["<3>"], *[["<5>"]] * 3]
+    total = results[(results.measure == "deletion") & (results.fraction == 1) & (results.quantity == "log_prob")]
+    lin = tls.linearize(model, PROMPT)
+    drop = lin.log_probs - lin.at(torch.zeros_like(lin.embeddings)).log_probs
+    assert total[(total.prompt == 1) & (total.scope == "FisherScope()")].value.tolist() == [
+        pytest.approx(float(drop[5]))
+    ]
+    aimed = evaluate(model, [PROMPT], [tls.SemanticScope(5)], Protocol(("zero",), (0.5,)))
+    ours = results[(results.prompt == 1) & (results.scope == "SemanticScope()")]
+    assert ours.value.tolist() == pytest.approx(aimed.value.tolist(), abs=1e-9, nan_ok=True)
+
+
+def test_all_scopes_are_measured_alike(model: Any) -> None:
+    """The same scores under two names give the same numbers, among other scopes and alone."""
+    both = evaluate(model, PROMPTS, {"one": Fixed(), "other": Fixed(), "third": RandomBaseline()}, SHORT)
+    alone = evaluate(model, PROMPTS, {"one": Fixed()}, SHORT)
+    parts = [both[both.scope == name].value.tolist() for name in ("one", "other")]
+    assert parts[0] == pytest.approx(parts[1], abs=1e-9, nan_ok=True)
+    assert parts[0] == pytest.approx(alone.value.tolist(), abs=1e-9, nan_ok=True)
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_an_interrupted_evaluation_goes_on(model: Any, tmp_path: Path, torn: bool) -> None:
+    """Stopped in the third of three prompts, even in the middle of a line, and taken up again: the same table."""
+    path = tmp_path / "results.jsonl"
+    whole = evaluate(model, PROMPTS, [Fixed(), tls.SemanticScope()], SHORT)
+    first = Fixed(fails_at=5)
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        evaluate(model, PROMPTS, [first, tls.SemanticScope()], SHORT, path=path)
+    if torn:
+        with path.open("a") as file:
+            file.write('{"prompt": 2, "key"')
+    second = Fixed()
+    results = evaluate(model, PROMPTS, [second, tls.SemanticScope()], SHORT, path=path)
+    pd.testing.assert_frame_equal(results, whole, check_exact=True)
+    assert set(second.asked) == {tuple(PROMPTS[2])}
+    third = Fixed()
+    pd.testing.assert_frame_equal(evaluate(model, PROMPTS, [third, tls.SemanticScope()], SHORT, path=path), whole)
+    assert third.asked == []
+
+
+def test_more_prompts_later(model: Any, tmp_path: Path) -> None:
+    """A file may grow, unless other prompts are drawn from."""
+    path, protocol = tmp_path / "results.jsonl", Protocol(("zero",), (0.5,))
+    evaluate(model, PROMPTS[:2], [Fixed()], protocol, path=path)
+    results = evaluate(model, PROMPTS, [Fixed()], protocol, path=path)
+    pd.testing.assert_frame_equal(results, evaluate(model, PROMPTS, [Fixed()], protocol), check_exact=True)
+    assert evaluate(model, PROMPTS[:1], [Fixed()], protocol, path=path).prompt.unique().tolist() == [0]
+
+
+def test_the_model_is_left_as_found(model: Any) -> None:
+    with unchanged(model):
+        evaluate(model, PROMPTS, [tls.SemanticScope(), RandomBaseline(), LeaveOneOut()], SHORT)
+
+
+def test_bos_is_set_aside(tiny: Any) -> None:
+    """BOS is neither ranked nor replaced, unless asked for."""
+    prompts, text = ["The keys to the old doors", "The wheel of the car in the park"], "The keys"
+    protocol = {"replacements": ("zero",), "fractions": (0.2,), "samples": 0, "randomise": False}
+    lin = tls.linearize(tiny, prompts[0])
+    assert candidates(tiny, lin.tokens, bos=False) == [1, 2, 3, 4, 5, 6]
+    assert candidates(tiny, lin.tokens, bos=True) == [0, 1, 2, 3, 4, 5, 6]
+    assert candidates(tiny, tls.linearize(tiny, text, prepend_bos=False).tokens, bos=False) == [0, 1]
+    everything = {}
+    for bos in (False, True):
+        results = evaluate(tiny, prompts, [RandomBaseline()], Protocol(bos=bos, **protocol))  # type: ignore[arg-type]
+        last = results[(results.measure == "deletion") & (results.quantity == "log_prob") & (results.fraction == 1)]
+        everything[bos] = last.value.tolist()[0]
+        gone = lin.embeddings.clone()
+        gone[int(not bos) :] = 0
+        drop = (lin.log_probs - lin.at(gone).log_probs)[lin.token().id]
+        assert everything[bos] == pytest.approx(float(drop), abs=1e-4)
+    assert everything[False] != everything[True]
+
+
+def test_resampled_tokens_come_from_other_prompts() -> None:
+    """Never from the prompt itself; other ones for another seed, the same for the same."""
+    model = zoo.specimen("bridge llama").model
+    prompts = [torch.tensor([1, 2, 3]), torch.tensor([4, 5]), torch.tensor([6])]
+    lin = tls.linearize(model, prompts[0])
+    substitutes = Substitutes.of(model, SHORT, prompts)
+    table = substitutes.model.embed(torch.arange(zoo.VOCAB)[None])[0].detach()
+    drawn = set()
+    for seed in range(20):
+        found = [substitutes(lin, "resample", 0, torch.Generator().manual_seed(seed)) for _ in range(2)]
+        assert torch.equal(*found)
+        drawn |= {int((table - row).norm(dim=-1).argmin()) for row in found[0]}
+    assert drawn == {4, 5, 6}
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+
+def table(values: dict[str, list[float]]) -> pd.DataFrame:
+    rows = [(i, scope, "m", v) for scope, column in values.items() for i, v in enumerate(column)]
+    return pd.DataFrame(rows, columns=["prompt", "scope", "measure", "value"])
+
+
+def test_bootstrap_intervals_are_honest() -> None:
+    """A 90% interval of the mean holds the true mean in about 90% of experiments."""
+    experiments = torch.rand(40, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 2
+    mean, low, high = bootstrap(experiments, 0.9, 1000, 0)
+    assert_close(mean, experiments.mean(0))
+    assert 0.85 < ((low < 1 / 3) & (high > 1 / 3)).double().mean() < 0.95
+
+
+def test_differences_are_paired() -> None:
+    """What all prompts share falls out: a constant lead is certain, however much prompts differ."""
+    base = [0.0, 10.0, 20.0, 35.0]
+    found = differences(table({"a": base, "b": [v + 1 for v in base], "c": base}), "a")
+    assert found[["scope", "difference", "low", "high", "prompts"]].values.tolist() == [
+        ["b", 1, 1, 1, 4],
+        ["c", 0, 0, 0, 4],
+    ]
+    wide = summary(table({"a": base}))
+    assert wide["mean"].tolist() == [16.25]
+    assert wide["low"].item() < 10 < 25 < wide["high"].item()
+
+
+def test_missing_numbers_do_not_count() -> None:
+    found = summary(table({"a": [1.0, math.nan, 3.0], "b": [math.nan] * 3}))
+    assert found[["mean", "prompts"]].values.tolist()[0] == [2, 2]
+    assert found["prompts"].tolist() == [2, 0]
+    assert found["low"].isna().tolist() == [False, True]
+
+
+def test_summary_of_an_evaluation(model: Any) -> None:
+    """One row per scope, replacement and measure, in order, whatever the columns hold."""
+    results = evaluate(model, PROMPTS, [Fixed(), tls.SemanticScope()], SHORT)
+    found = summary(results)
+    keys = ["scope", "replacement", "measure", "quantity", "fraction"]
+    expected = results.groupby(keys, sort=False, dropna=False).value.mean().reset_index()
+    pd.testing.assert_frame_equal(found[keys], expected[keys])
+    assert found["mean"].tolist() == pytest.approx(expected.value.tolist(), nan_ok=True)
+    assert (found.low <= found["mean"] + 1e-12).all()
+    lead = differences(results, "Fixed()")
+    assert set(lead.scope) == {"SemanticScope()"}
+    assert len(lead) * 2 == len(found)
+
+
+def test_plot(model: Any) -> None:
+    """A curve per scope, through its means."""
+    results = evaluate(model, PROMPTS, [Fixed(), tls.SemanticScope()], SHORT)
+    figure = plot(results, "zero", "kl")
+    found = summary(results[(results.replacement == "zero") & (results.quantity == "kl")])
+    for axes, measure in zip(figure.axes, ("deletion", "insertion"), strict=True):
+        for line, scope in zip(axes.lines, ("Fixed()", "SemanticScope()"), strict=True):
+            rows = found[(found.scope == scope) & (found.measure == measure)]
+            assert line.get_ydata().tolist() == rows["mean"].tolist()
+            assert line.get_label().startswith(scope)
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input(no_type_checks: None, tmp_path: Path) -> None:
+    model, scopes = zoo.specimen("bridge llama").model, [Fixed()]
+    zero = Protocol(("zero",), (0.5,))
+    for arguments, error, message in [
+        (([], scopes), ValueError, "there are no prompts to evaluate on"),
+        (("one text", scopes), TypeError, "prompts are a list, of texts or of lists of token ids, got str"),
+        ((PROMPTS, []), ValueError, "there are no scopes to evaluate"),
+        ((PROMPTS, [tls.SemanticScope]), TypeError, r"got <class .*SemanticScope'>: write SemanticScope\(\)"),
+        ((PROMPTS, [Fixed(), Fixed()]), ValueError, "there are 2 scopes and 1 names: name them, in a dict"),
+        (([PROMPT, [3]], scopes, zero), ValueError, "prompt 1 has 1 token to rank: it takes two at least"),
+        (([[1, 2, 3]], scopes), ValueError, r"prompt 0 has 3 tokens to rank, and 5% of them is less than half a token"),
+        (([PROMPT], scopes, Protocol(fractions=(0.5,))), ValueError, '"resample" takes tokens of other prompts, and'),
+        ((PROMPTS, scopes, Protocol(("pad",), (0.5,))), ValueError, "the model has no padding token"),
+    ]:
+        with pytest.raises(error, match=message):
+            evaluate(model, *arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one target per prompt: got 2 for 3 prompts"):
+        evaluate(model, PROMPTS, scopes, zero, targets=[1, 2])
+    for options, message in [
+        ({"replacements": ("noise",)}, "no replacement 'noise': choose from 'zero', 'mean', 'pad', 'resample'"),
+        ({"replacements": ()}, "replacements are given as a tuple, of one at least"),
+        ({"replacements": "zero"}, "replacements are given as a tuple, of one at least, got 'zero'"),
+        ({"fractions": (0.0, 0.5)}, "a fraction of the tokens lies between 0 and 1, got 0.0"),
+        ({"steps": 0}, "steps is a number, 1 at least, got 0"),
+        ({"samples": -1}, "samples is a number, 0 at least, got -1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Protocol(**options)  # type: ignore[arg-type]
+
+
+def test_files_of_others_are_refused(tmp_path: Path) -> None:
+    """Results of other settings, other prompts, another model: never mixed, and the file stays as it is."""
+    model, path, zero = zoo.specimen("bridge llama").model, tmp_path / "results.jsonl", Protocol(("zero",), (0.5,))
+    evaluate(model, PROMPTS, [Fixed()], zero, path=path)
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"other settings \(steps was 10, is 4\): give another path"):
+        evaluate(model, PROMPTS, [Fixed()], Protocol(("zero",), (0.5,), steps=4), path=path)
+    with pytest.raises(ValueError, match="other settings .scopes was .*RandomBaseline"):
+        evaluate(model, PROMPTS, [RandomBaseline()], zero, path=path)
+    with pytest.raises(ValueError, match="weights was"):
+        evaluate(zoo.specimen("bridge qwen2").model, PROMPTS, [Fixed()], zero, path=path)
+    with pytest.raises(ValueError, match="prompt 1, or its target, is not the one whose results are in"):
+        evaluate(model, [PROMPT, PROMPT], [Fixed()], zero, path=path)
+    with pytest.raises(ValueError, match="prompt 0, or its target, is not the one"):
+        evaluate(model, PROMPTS, [Fixed()], zero, targets=[1, 1, 1], path=path)
+    assert path.read_text() == before
+    for text, message in [
+        ("Dear diary,\n", "holds no results of an evaluation"),
+        ("", ""),
+        ('{"format": 1}\n', "this version"),
+    ]:
+        path.write_text(text)
+        if message:
+            with pytest.raises(ValueError, match=message):
+                evaluate(model, PROMPTS, [Fixed()], zero, path=path)
+            assert path.read_text() == text
+    assert json.loads(before.splitlines()[0])["format"] == "tl_scopes.evaluate"
+
+
+def test_statistics_refuse(no_type_checks: None) -> None:
+    results = table({"a": [1.0, 2.0]})
+    with pytest.raises(ValueError, match="an empty table has no mean"):
+        summary(results[:0])
+    with pytest.raises(ValueError, match="a confidence lies between 0 and 1, got 95"):
+        summary(results, confidence=95)
+    with pytest.raises(ValueError, match="no scope 'b' among 'a'"):
+        differences(results, "b")
+    with pytest.raises(ValueError, match="two results of the same scope, measure and prompt"):
+        summary(pd.concat([results, results]))
+    drawn = results.assign(replacement="zero", quantity="kl", fraction=0.0, measure="deletion")
+    with pytest.raises(ValueError, match="no curves of 'kl' with the replacement 'pad': the replacements are 'zero'"):
+        plot(drawn, "pad", "kl")

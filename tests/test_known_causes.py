@@ -1,0 +1,266 @@
+"""Known causes: the confirmations, the retrieval measures against exact answers, the table."""
+
+import itertools
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+
+import tl_scopes as tls
+from tests import zoo
+from tl_scopes.baselines import RandomBaseline
+from tl_scopes.faithfulness import differences, summary
+from tl_scopes.faithfulness.counterfactuals import TASKS, counterfactuals, replaced
+from tl_scopes.faithfulness.known_causes import (
+    MEASURES,
+    all_scopes,
+    cause_positions,
+    confirmed,
+    is_confirmed,
+    known_causes,
+    retrieval,
+    to_markdown,
+)
+from tl_scopes.tiny.example import Example
+from tl_scopes.tiny.language import ASIDES, GERMAN_NOUNS, HOLDERS, NOUNS, THINGS
+from tl_scopes.tiny.tasks import examples
+
+
+@dataclass(frozen=True)
+class Oracle(tls.Scope):
+    """Knows the causes of one example, or takes them for what they are not."""
+
+    example: Example
+    sign: float = 1.0
+
+    def measure(self, lin: tls.Linearization) -> tls.Measurement:
+        scores = torch.zeros(len(lin.tokens))
+        scores[cause_positions(lin, self.example)] = self.sign
+        return tls.Measurement(scores)
+
+    def unit(self, lin: tls.Linearization) -> str:
+        return "truth"
+
+
+# -- retrieval --------------------------------------------------------------------------------------------------------
+
+
+def test_an_oracle_is_perfect(tiny: Any) -> None:
+    """A scope that knows the causes has 1 of everything, one that ranks them last 0 of precision."""
+    scopes = {"oracle": lambda example: Oracle(example), "liar": lambda example: Oracle(example, -1.0)}
+    results = known_causes(tiny, TASKS, 3, scopes)
+    assert set(results[results.scope == "oracle"].value) == {1.0}
+    liar = results[results.scope == "liar"].set_index("measure").value
+    assert set(liar["precision at 1"]) == {0.0}
+    assert liar["reciprocal rank"].max() < 0.5
+
+
+@pytest.mark.parametrize("causes", [1, 2, 3])
+def test_chance(causes: int) -> None:
+    """Over all orders of n tokens: precision is the share of causes, reciprocal rank and average precision as known."""
+    n, orders = 6, list(itertools.permutations(range(6)))
+    found = [retrieval(torch.tensor(order), range(causes)) for order in orders]
+    mean = {measure: sum(one[measure] for one in found) / len(found) for measure in MEASURES}
+    assert mean["precision at 1"] == pytest.approx(causes / n)
+    assert mean["precision at n"] == pytest.approx(causes / n)
+    # The expected precision at the rank of a cause: of the others before it, a share of (c − 1)/(n − 1) are causes.
+    precision = [(1 + (causes - 1) * (rank - 1) / (n - 1)) / rank for rank in range(1, n + 1)]
+    assert mean["average precision"] == pytest.approx(sum(precision) / n)
+    if causes == 1:
+        assert mean["reciprocal rank"] == pytest.approx(sum(1 / rank for rank in range(1, n + 1)) / n)
+
+
+def test_retrieval_by_hand() -> None:
+    found = retrieval(torch.tensor([4, 2, 7, 1, 3]), [2, 1])
+    assert found == pytest.approx(dict(zip(MEASURES, (0, 0.5, (1 / 2 + 2 / 4) / 2, 1 / 2), strict=True)))
+
+
+def test_chance_on_the_tasks(tiny: Any) -> None:
+    """The interval of the random baseline holds what chance gives: its share of causes."""
+    results = known_causes(tiny, ["agreement"], 40, [RandomBaseline()])
+    found = summary(results[results.measure == "precision at n"])
+    prompts = [
+        (tiny.tokenizer(e.prompt)["input_ids"], e.cause_positions(tiny.tokenizer)) for e in examples("agreement", 40)
+    ]
+    share = sum(len(causes) / (len(tokens) - 1) for tokens, causes in prompts) / 40
+    assert found["low"].item() <= share <= found["high"].item()
+
+
+# -- confirmation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_counterfactuals_are_close(tiny: Any, task: str) -> None:
+    """One for each cause, some for other words; each of one token as the model knows it; the same ones every time."""
+    known = tiny.tokenizer.get_vocab()
+    for example in examples(task, 30):
+        found = counterfactuals(example)
+        assert found == counterfactuals(example)
+        assert {other.cause for other in found} - {None} == set(example.causes)
+        assert any(other.cause is None for other in found)
+        for other in found:
+            assert (other.answer == example.target) == (other.cause is None)
+            words, changed = (re.findall(r"\w+", prompt) for prompt in (example.prompt, other.prompt))
+            new = [word for word in changed if word not in words]
+            assert all({f"Ġ{word}", word} & known.keys() for word in new if word.isascii())
+            if task != "association" and len(words) == len(changed):
+                different = [(a, b) for a, b in zip(words, changed, strict=True) if a != b]
+                exchanged = len(different) == 2 and different[0] == different[1][::-1]
+                assert len(different) == 1 or exchanged or any(aside in example.prompt for aside in ASIDES)
+
+
+def test_agreement_turns_on_the_number() -> None:
+    for example in examples("agreement_far", 60):
+        for other in counterfactuals(example):
+            if other.cause is not None and example.prompt[slice(*other.cause)] != "Yesterday":
+                assert {other.answer, example.target} in ({" is", " are"}, {" was", " were"})
+                start, stop = other.cause
+                assert other.prompt[start:stop].endswith("s") != example.prompt[start:stop].endswith("s") or (
+                    other.prompt[stop : stop + 1] == "s"
+                )
+
+
+def test_inference_answers_are_who_has_what() -> None:
+    """Each counterfactual's answer follows from its own facts and question, read from its text."""
+    for task in ("inference_who", "inference_what"):
+        for example in examples(task, 60):
+            for other in counterfactuals(example):
+                had = dict(re.findall(r"The (\w+) had the (\w+)\.", other.prompt))
+                named = re.findall(r"The \w+ was the (\w+)\. The \w+ is the$", other.prompt)[0]
+                answer = had[named] if named in HOLDERS else {thing: who for who, thing in had.items()}[named]
+                assert other.answer == f" {answer}"
+                assert (answer in THINGS) == (task == "inference_what")
+
+
+def test_translation_answers_are_translations() -> None:
+    nouns = {german: english for german, _, english in GERMAN_NOUNS}
+    genders = {german: gender for german, gender, _ in GERMAN_NOUNS}
+    seen = 0
+    for example in examples("translation", 100):
+        for other in counterfactuals(example):
+            word = example.prompt[slice(*example.causes[0])]
+            if other.cause is not None and word in nouns:
+                start = other.cause[0]
+                new = re.match(r"\w+", other.prompt[start:])
+                assert new is not None
+                assert other.answer == f" {nouns[new[0]]}"
+                assert genders[new[0]] == genders[word]
+                seen += 1
+    assert seen > 20
+
+
+def test_replaced() -> None:
+    assert replaced("a bb c", ((2, 4), "long word"), ((0, 1), "x")) == "x long word c"
+    assert replaced("a bb c") == "a bb c"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_bundled_models_causes_are_confirmed(tiny: Any, task: str) -> None:
+    assert sum(is_confirmed(tiny, example) for example in examples(task, 10)) >= 9
+
+
+def test_wrong_causes_are_not_confirmed(tiny: Any) -> None:
+    """A wrong answer, a cause that is none, a cause left out: each is noticed."""
+    for example in examples("agreement_far", 10):
+        assert is_confirmed(tiny, example)
+        assert not is_confirmed(tiny, replace(example, target=example.foil, foil=example.target))
+        assert not is_confirmed(tiny, replace(example, target=" several tokens"))
+    inference = examples("inference_who", 1)[0]
+    assert not is_confirmed(tiny, replace(inference, target=inference.foil))
+    for example in [e for e in examples("agreement_far", 20) if len(e.causes) == 1]:
+        nouns = [m.span() for m in re.finditer(r"\w+", example.prompt) if m[0].removesuffix("s") in NOUNS]
+        assert not is_confirmed(tiny, replace(example, causes=(nouns[-1],)))
+
+
+def test_only_confirmed_examples_count(tiny: Any) -> None:
+    """Of a model that was broken, none; the model is then said not to know the task."""
+    broken = zoo.specimen("bridge llama").model  # knows nothing, has no tokenizer
+    with pytest.raises(ValueError, match="no tokenizer"):
+        known_causes(broken, ["agreement"], 2, [tls.SemanticScope()])
+    with tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_post", lambda value, hook: 0 * value)]):
+        with pytest.raises(ValueError, match="none of 4 examples of 'inference_who' was confirmed: the model does not"):
+            known_causes(tiny, ["inference_who"], 4, [tls.SemanticScope()])
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_scopes_beat_chance_at_translation(tiny: Any) -> None:
+    """The paper's scopes find the German word; the difference to chance does not hold 0."""
+    scopes = [tls.SemanticScope(), tls.TemperatureScope(), tls.FisherScope(), RandomBaseline()]
+    results = known_causes(tiny, ["translation"], 12, scopes)
+    lead = differences(results[results.measure == "average precision"], "RandomBaseline()")
+    assert (lead.low > 0.5).all()
+
+
+def test_all_scopes(tiny: Any) -> None:
+    """By default every scope and baseline takes part, those about a token twice."""
+    results = known_causes(tiny, ["agreement"], 1)
+    assert list(results.columns) == ["task", "examples", "prompt", "scope", "measure", "value"]
+    assert list(dict.fromkeys(results.scope)) == list(all_scopes())
+    assert len(results) == len(all_scopes()) * len(MEASURES)
+    public = {name for name in tls.__all__ if name.endswith("Scope")} - {"Scope", "JacobianScope", "DirectionScope"}
+    assert public <= {name.split("(")[0] for name in all_scopes()}
+
+
+def test_scopes_are_about_the_answer(tiny: Any) -> None:
+    """Without a target, the right answer; with one of their own, that."""
+    asked = []
+
+    def remember(example: Example) -> tls.Scope:
+        asked.append(example)
+        return tls.SemanticScope(example.target)
+
+    scopes = {"plain": tls.SemanticScope(), "made": remember, "fixed": tls.SemanticScope(" is")}
+    results = known_causes(tiny, ["agreement"], 6, scopes)
+    values = {name: results[results.scope == name].value.tolist() for name in scopes}
+    assert values["plain"] == values["made"] != values["fixed"]
+    assert asked == examples("agreement", 6)
+
+
+def test_markdown(tiny: Any) -> None:
+    results = known_causes(
+        tiny, ["agreement", "translation"], 4, {"oracle": lambda e: Oracle(e), "chance": RandomBaseline()}
+    )
+    lines = to_markdown(results, "average precision").splitlines()
+    assert lines[:2] == ["| average precision | agreement | translation |", "|---|---|---|"]
+    assert lines[2] == "| `oracle` | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |"
+    assert re.fullmatch(r"\| `chance` \| 0\.\d\d \(0\.\d\d to [01]\.\d\d\) \| .* \|", lines[3])
+    assert confirmed(results) == "Confirmed: agreement 4 of 4, translation 4 of 4."
+
+
+def test_the_command() -> None:
+    command = [sys.executable, "-m", "tl_scopes.faithfulness.known_causes", "--count", "1", "--tasks", "agreement"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("Confirmed: agreement 1 of 1.")
+    assert all(f"| {measure} | agreement |" in run.stdout for measure in MEASURES)
+    assert "found in sys.modules" not in run.stderr
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input(tiny: Any, no_type_checks: None) -> None:
+    for arguments, error, message in [
+        ((["logistic"],), ValueError, "causes of the task 'logistic' cannot be confirmed: choose from agreement"),
+        ((["agreement"], 0), ValueError, "count must be at least 1, got 0"),
+        ((["agreement"], 1, []), ValueError, "there are no scopes to evaluate"),
+        ((["agreement"], 1, {}), ValueError, "there are no scopes to evaluate"),
+        ((["agreement"], 1, {"a": tls.SemanticScope}), TypeError, r"write SemanticScope\(\)"),
+        ((["agreement"], 1, {"a": "SemanticScope()"}), TypeError, "expected a scope such as"),
+    ]:
+        with pytest.raises(error, match=message):
+            known_causes(tiny, *arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no counterfactuals for the task 'lorenz'"):
+        counterfactuals(examples("lorenz", 1)[0])
+    example = examples("agreement", 1)[0]
+    elsewhere = tls.linearize(tiny, "Something else")
+    with pytest.raises(ValueError, match="otherwise than the model: its causes have no place"):
+        cause_positions(elsewhere, example)
+    assert cause_positions(tls.linearize(tiny, example.prompt, prepend_bos=False), example) == [
+        position - 1 for position in cause_positions(tls.linearize(tiny, example.prompt), example)
+    ]

@@ -1,0 +1,202 @@
+"""What scopes are compared with: chance, the usual gradients, attention, and taking one token away.
+
+All are scopes, so they go wherever a scope goes.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, SupportsIndex
+
+import torch
+
+from tl_scopes import models
+from tl_scopes.linearization import Linearization
+from tl_scopes.models import Token
+from tl_scopes.question import Measurement, Scope, TargetScope, vjps
+from tl_scopes.replacement import effects, substitute
+from tl_scopes.scopes.path_integrated import PathIntegratedScope
+
+
+def prompt_generator(lin: Linearization, *purpose: object) -> torch.Generator:
+    """A source of random numbers on the CPU that belongs to this prompt and purpose, whatever was drawn before."""
+    return torch.Generator().manual_seed(zlib.crc32(repr((*purpose, lin.tokens.tolist())).encode()))
+
+
+@dataclass(frozen=True)
+class RandomBaseline(Scope):
+    """Uniform random numbers from 0 to 1: what chance scores.
+
+    Args:
+        generator: source of the random numbers, on the CPU. None is one of its own for every prompt, seeded by its
+            tokens: the same prompt gets the same numbers, another one others.
+
+    Unit: none.
+    Cost: none.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> bool((RandomBaseline()(lin).scores == RandomBaseline()(lin).scores).all())
+        True
+    """
+
+    generator: torch.Generator | None = field(default=None, repr=False, compare=False)
+
+    def measure(self, lin: Linearization) -> Measurement:
+        """Random numbers."""
+        return Measurement(torch.rand(len(lin.tokens), generator=self.generator or prompt_generator(lin)))
+
+    def unit(self, lin: Linearization) -> str:
+        """None."""
+        return "random number"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class GradientTimesInput(TargetScope):
+    """The size of the first-order change of a logit when a token's embedding is set to zero:
+
+        score_t = |g_t · x_t|,   g_t = ∂z_v/∂x_t
+
+    `answer.signed` is g_t · x_t itself: positive where the embedding speaks for the target, to first order.
+
+    Args: `target`, `versus` and `quantity` as in `SemanticScope`.
+
+    Unit: logit (nat for "log_prob").
+    Cost: one backward pass.
+    Raises: as `SemanticScope` does.
+    Source: Shrikumar et al. 2017 (arXiv:1605.01713); Denil et al. 2014 (arXiv:1412.6815) for words.
+    Departure: the scores are absolute values, so that tokens rank by the size of their effect.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> GradientTimesInput(target=" are", versus=" is")(lin).top(1)[0].token
+        ' keys'
+    """
+
+    def measure(self, lin: Linearization) -> Measurement:
+        """|g · x|."""
+        return self.measure_many([lin])[0]
+
+    def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
+        """Of several linearisations, together."""
+        gradients = vjps(lins, [lin.cotangent(self.function(lin))[None] for lin in lins])
+        signed = [(gradient[0] * lin.embeddings).sum(-1) for lin, gradient in zip(lins, gradients, strict=True)]
+        return [Measurement(one.abs(), {"signed": one}) for one in signed]
+
+    def unit(self, lin: Linearization) -> str:
+        """Of the quantity itself."""
+        return self.quantity_unit
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class IntegratedGradients(PathIntegratedScope):
+    """Gradient times input, with the gradient averaged along the line from a baseline to the prompt:
+
+        score_t = |Σ_d a_td|,   a as in `PathIntegratedScope`, whose score is ‖a_t‖₂
+
+    Args, cost, errors and what else the answer holds: as in `PathIntegratedScope`. `answer.signed` is without the
+    absolute value; in sum it is the change of the logit along the line.
+
+    Unit: logit (nat for "log_prob").
+    Source: Sundararajan et al. 2017 (arXiv:1703.01365), equation 3.
+    Departure: absolute values; the line begins a little beyond the baseline, for the reason told there.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> IntegratedGradients(target=" are", versus=" is")(lin).top(1)[0].token
+        ' keys'
+    """
+
+    def measure(self, lin: Linearization) -> Measurement:
+        """|signed|."""
+        details = super().measure(lin).details
+        return Measurement(details["signed"].abs(), details)
+
+
+@dataclass(frozen=True)
+class LeaveOneOut(Scope):
+    """What replacing this one token's embedding does to the prediction:
+
+        score_t = KL(p ‖ p_t), or log p(target) − log p_t(target),   p_t the prediction with x_t replaced
+
+    Args:
+        replacement: "zero"; "mean", of the embeddings of the vocabulary; "pad", the padding token's.
+        of: "kl", the change of the whole prediction, or "log_prob", the drop of the target: negative where the token
+            spoke against it.
+        target: a token as text or id, for "log_prob"; None is the most likely next token.
+
+    Unit: nat.
+    Cost: a forward pass per token, in batches.
+    Raises: ValueError for another `replacement` or `of`, for a target with "kl"; else as `SemanticScope` does.
+    Source: Li et al. 2016 (arXiv:1612.08220), erasure.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> LeaveOneOut()(lin).top(1)[0].token
+        ' keys'
+    """
+
+    replacement: Literal["zero", "mean", "pad"] = "zero"
+    of: Literal["kl", "log_prob"] = "kl"
+    target: str | SupportsIndex | None = None
+
+    def __post_init__(self) -> None:
+        if self.of not in ("kl", "log_prob"):
+            raise ValueError(f'of is "kl" or "log_prob", got {self.of!r}.')
+        if self.of == "kl" and self.target is not None:
+            raise ValueError(
+                f'of="kl" is about the whole prediction and has no target, got {self.target!r}: take of="log_prob".'
+            )
+
+    def measure(self, lin: Linearization) -> Measurement:
+        """One perturbed prompt per token."""
+        lin.require_readout()
+        instead = substitute(lin, self.replacement)
+        each = ~torch.eye(len(lin.tokens), dtype=torch.bool, device=lin.tokens.device)
+        target = torch.tensor([lin.token(self.target).id], device=lin.tokens.device)
+        log_probs, divergences = effects(lin, instead, each[..., None], target)
+        return Measurement(divergences if self.of == "kl" else lin.log_probs[target] - log_probs[:, 0])
+
+    def explained(self, lin: Linearization) -> tuple[Token | None, Token | None]:
+        """The target, for "log_prob"."""
+        return (lin.token(self.target), None) if self.of == "log_prob" else (None, None)
+
+    def unit(self, lin: Linearization) -> str:
+        """Nats."""
+        return "nat"
+
+
+@dataclass(frozen=True)
+class AttentionRollout(Scope):
+    """How much of each token's embedding reaches the position, if attention were all that mixes:
+
+        score_t = (Ā_L ··· Ā_1)[position, t],   Ā = ½ (mean over heads of the pattern) + ½ I
+
+    Unit: share; the scores sum to one.
+    Cost: one forward pass.
+    Raises: ValueError for a model without attention patterns (see `models.attention_layers`), and for a linearisation
+        that does not begin at the embedding.
+    Source: Abnar & Zuidema 2020 (arXiv:2005.00928), equation 1.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> AttentionRollout()(lin).top(1)[0].token
+        '<|bos|>'
+    """
+
+    def measure(self, lin: Linearization) -> Measurement:
+        """The product over the layers."""
+        if lin.wrt != models.EMBEDDING:
+            raise ValueError(f'attention rollout goes back to the embedding, not to {lin.wrt!r}: wrt="hook_embed".')
+        dtype = torch.promote_types(lin.readout.dtype, torch.float32)
+        identity = torch.eye(len(lin.tokens), dtype=dtype, device=lin.tokens.device)
+        rollout = identity
+        for layer in models.attention_layers(lin.model, lin.tokens):
+            mixing = layer.pattern.to(dtype).mean(0)
+            # Beside a learned sink logit a row sums to less than one.
+            rollout = (mixing / mixing.sum(-1, keepdim=True) + identity) / 2 @ rollout
+        return Measurement(rollout[-1])
+
+    def unit(self, lin: Linearization) -> str:
+        """A share."""
+        return "share of attention"

@@ -1,0 +1,54 @@
+"""Deletion and insertion curves, drawn."""
+
+from typing import TYPE_CHECKING
+
+from tl_scopes.faithfulness.statistics import summary
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str = "log_prob") -> "Figure":
+    """Draw what `evaluate` measured: how much replacing the first tokens takes, and putting them back gives.
+
+    The mean over prompts with its 95% bootstrap band; in the legend the area, also with its interval.
+
+    Args:
+        results: what `evaluate` returned.
+        replacement: one of those evaluated; None is the first.
+        quantity: "log_prob" of the target, or "kl" from the undisturbed prediction.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ValueError: for a replacement or quantity that was not evaluated.
+    """
+    known = [name for name in dict.fromkeys(results["replacement"]) if name]
+    replacement = known[0] if replacement is None else replacement
+    chosen = results[(results["replacement"] == replacement) & (results["quantity"] == quantity)]
+    chosen = chosen[chosen["measure"].str.contains("deletion|insertion")]
+    if not len(chosen):
+        raise ValueError(
+            f"there are no curves of {quantity!r} with the replacement {replacement!r}: the replacements are "
+            f'{", ".join(map(repr, known))}, the quantities "log_prob" and "kl".'
+        )
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    table = summary(chosen)
+    unit = "log-probability of the target" if quantity == "log_prob" else "KL from the undisturbed prediction"
+    texts = {"deletion": f"taken: {unit}, nats", "insertion": f"given back: {unit}, nats"}
+    for axes, (measure, text) in zip(figure.subplots(1, 2), texts.items(), strict=True):
+        for scope in dict.fromkeys(table["scope"]):
+            rows = table[table["scope"] == scope]
+            curve, area = rows[rows["measure"] == measure], rows[rows["measure"] == f"{measure} area"].iloc[0]
+            label = f"{scope}  {area['mean']:.2f} ({area['low']:.2f} to {area['high']:.2f})"
+            axes.plot(100 * curve["fraction"], curve["mean"], label=label, marker=".")
+            axes.fill_between(100 * curve["fraction"], curve["low"], curve["high"], alpha=0.15, linewidth=0)
+        replaced = "replaced" if measure == "deletion" else "put back"
+        axes.set(title=f"{measure} ({replacement})", xlabel=f"first tokens {replaced}, %", ylabel=text)
+        axes.legend(fontsize=7, title="area", title_fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,239 @@
+"""Do scopes find causes that are known? `python -m tl_scopes.faithfulness.known_causes` prints the tables.
+
+Of the bundled model's tasks the cause of each answer is known by construction, and it is checked here that it is the
+cause for the model too.
+"""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_scopes import models
+from tl_scopes.api import linearize
+from tl_scopes.baselines import (
+    AttentionRollout,
+    GradientTimesInput,
+    IntegratedGradients,
+    LeaveOneOut,
+    RandomBaseline,
+    prompt_generator,
+)
+from tl_scopes.faithfulness.counterfactuals import TASKS, counterfactuals
+from tl_scopes.faithfulness.evaluation import aim, candidates, names
+from tl_scopes.faithfulness.measures import ranking
+from tl_scopes.faithfulness.statistics import summary
+from tl_scopes.linearization import Linearization
+from tl_scopes.models import Model
+from tl_scopes.question import Scope, TargetScope, as_written
+from tl_scopes.scopes.fisher import FisherScope
+from tl_scopes.scopes.heta import HetaScope
+from tl_scopes.scopes.path_integrated import PathIntegratedScope
+from tl_scopes.scopes.semantic import SemanticScope
+from tl_scopes.scopes.spectral import SpectralScope
+from tl_scopes.scopes.temperature import TemperatureScope
+from tl_scopes.tiny import load_tiny
+from tl_scopes.tiny.example import Example
+from tl_scopes.tiny.tasks import examples
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Asker: TypeAlias = Scope | Callable[[Example], Scope]
+"""A scope, or how to make one for an example."""
+
+MEASURES = ("precision at 1", "precision at n", "average precision", "reciprocal rank")
+
+
+def all_scopes() -> dict[str, Asker]:
+    """Scopes, then baselines: where they are about a token, about the answer, and about the answer against the foil."""
+    kinds = (SemanticScope, PathIntegratedScope, GradientTimesInput, IntegratedGradients)
+    asked: dict[type[Scope], Asker] = {kind: partial(_against_foil, kind) for kind in kinds}
+    listed: list[Scope] = [
+        SemanticScope(), SemanticScope(quantity="log_prob"), PathIntegratedScope(), TemperatureScope(), FisherScope(),
+        SpectralScope(), HetaScope(), GradientTimesInput(), IntegratedGradients(), AttentionRollout(), LeaveOneOut(),
+        LeaveOneOut("mean"), RandomBaseline(),
+    ]  # fmt: skip
+    named: dict[str, Asker] = {}
+    for scope in listed:
+        if type(scope) in asked:
+            named[f"{type(scope).__name__}(versus=foil)"] = asked.pop(type(scope))
+        named[as_written(scope)] = scope
+    return named
+
+
+def _against_foil(kind: type[TargetScope], example: Example) -> Scope:
+    return kind(example.target, versus=example.foil)
+
+
+def known_causes(
+    model: Model | None = None,
+    tasks: Sequence[str] = TASKS,
+    count: int = 100,
+    scopes: Sequence[Scope] | Mapping[str, Asker] | None = None,
+    *,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """How high scopes and baselines rank the tokens that are known to cause the answer.
+
+    Only confirmed examples count: the model gives the right answer; it gives the other answer that is then right when
+    any of the causes is replaced; and it stays with its answer when any other word is, that has an alternative of its
+    kind (`faithfulness.counterfactuals`). With BOS set aside and the tokens ranked by score, r_1 < … < r_n the ranks of
+    the n causes,
+
+        precision at k      share of causes among the k first, for k = 1 and k = n
+        average precision   (1/n) Σ_i i/r_i
+        reciprocal rank     1/r_1
+
+    Tokens that are no cause may be needed all the same, to know that this is a question and of what kind; a scope that
+    ranks them first is right about the model, and wrong about what decides between the answers.
+
+    Args:
+        model: None is the bundled model.
+        tasks: some of `faithfulness.counterfactuals.TASKS`.
+        count: examples to draw per task, none of which the bundled model was trained on.
+        scopes: what to compare, with names of their own if given as a dict; there a function from the `Example` to a
+            scope will do too. Scopes without a target are about the right answer. None is all scopes and baselines.
+        seed: of the examples.
+
+    Returns:
+        One row per task, confirmed example, scope and measure: task, examples (how many were drawn), prompt, scope,
+        measure, value. `faithfulness.statistics.summary` and `differences` take it from there.
+
+    Cost: per example a forward pass for each of its words, one linearisation, and the scopes.
+
+    Raises:
+        ValueError: for an unknown task or a count below 1; a task of which no example was confirmed; a model whose
+            tokens are not those of its tokenizer. Else as `linearize` and the scopes do.
+        TypeError: for scopes that are none.
+
+    Source: average precision and reciprocal rank, Manning et al. 2008, Introduction to Information Retrieval, ch. 8.
+
+    Example:
+        >>> results = tls.known_causes(model, ["agreement"], 5, [tls.SemanticScope()])
+        >>> set(results.measure) == set(MEASURES), results.prompt.nunique()
+        (True, 5)
+    """
+    import pandas as pd
+
+    model = load_tiny() if model is None else model
+    models.check_model(model)
+    askers = _askers(all_scopes() if scopes is None else scopes)
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"the causes of the task {task!r} cannot be confirmed: choose from {', '.join(TASKS)}.")
+    rows = []
+    drawn = [(task, i, example) for task in tasks for i, example in enumerate(examples(task, count, seed=seed))]
+    for task, i, example in tqdm(drawn, desc="examples", delay=3, leave=False):
+        if is_confirmed(model, example):
+            lin = linearize(model, example.prompt)
+            for name, values in _of_one(lin, example, askers).items():
+                rows += [(task, count, i, name, measure, value) for measure, value in values.items()]
+    for task in tasks:
+        if all(task != row[0] for row in rows):
+            raise ValueError(f"none of {count} examples of {task!r} was confirmed: the model does not know this task.")
+    return pd.DataFrame(rows, columns=["task", "examples", "prompt", "scope", "measure", "value"])
+
+
+def is_confirmed(model: Model, example: Example) -> bool:
+    """Whether the known causes, and they alone, turn the model's prediction.
+
+    Raises:
+        ValueError: for a task that has no counterfactuals.
+    """
+    others = counterfactuals(example)
+    prompts = [models.tokenize(model, text) for text in (example.prompt, *(other.prompt for other in others))]
+    texts = [example.target, *(other.answer for other in others)]
+    try:
+        answers = [models.token(model, text, model.cfg.d_vocab).id for text in texts]
+    except ValueError:  # to this tokenizer an answer is several tokens
+        return False
+    batch = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    places = [(row, len(tokens) - 1) for row, tokens in enumerate(prompts)]
+    return models.predict(model, batch, places=places).argmax(-1).tolist() == answers
+
+
+def _of_one(lin: Linearization, example: Example, askers: Mapping[str, Asker]) -> dict[str, dict[str, float]]:
+    causes = cause_positions(lin, example)
+    target = lin.token(example.target).id
+    free = candidates(lin.model, lin.tokens, bos=False)
+    found = {}
+    for name, asker in askers.items():
+        scope = aim(asker, lin, target) if isinstance(asker, Scope) else asker(example)
+        order = ranking(scope(lin).scores, free, prompt_generator(lin, "ties"))
+        found[name] = retrieval(order, causes)
+    return found
+
+
+def cause_positions(lin: Linearization, example: Example) -> list[int]:
+    """Where the causes stand among the tokens of a prompt.
+
+    Raises:
+        ValueError: when the tokenizer splits the prompt otherwise than the model does.
+    """
+    ids = lin.model.tokenizer(example.prompt)["input_ids"]
+    ahead = len(lin.tokens) - len(ids)  # a BOS token that one of the two adds
+    if ahead not in (-1, 0, 1) or lin.tokens.tolist()[max(ahead, 0) :] != ids[max(-ahead, 0) :]:
+        raise ValueError(f"the tokenizer splits {example.prompt!r} otherwise than the model: its causes have no place.")
+    return [position + ahead for position in example.cause_positions(lin.model.tokenizer)]
+
+
+def retrieval(order: Int[Tensor, " rank"], causes: Sequence[int]) -> dict[str, float]:
+    """The measures of `known_causes` for positions in order, best first."""
+    hits = torch.isin(order, torch.tensor(causes)).double()
+    ranks = hits.nonzero()[:, 0] + 1
+    n = len(ranks)
+    precision: Float[Tensor, " cause"] = torch.arange(1, n + 1) / ranks
+    values = (hits[0], hits[:n].mean(), precision.mean(), 1 / ranks[0])
+    return {measure: float(value) for measure, value in zip(MEASURES, values, strict=True)}
+
+
+def _askers(scopes: Sequence[Scope] | Mapping[str, Asker]) -> dict[str, Asker]:
+    """Raises: as `names` does."""
+    if not isinstance(scopes, Mapping):
+        return dict(names(scopes))
+    ready = {name: asker for name, asker in scopes.items() if isinstance(asker, Scope | type) or not callable(asker)}
+    if ready or not scopes:
+        names(ready)  # type: ignore[arg-type]
+    return dict(scopes)
+
+
+def to_markdown(results: "pd.DataFrame", measure: str) -> str:
+    """One measure as a Markdown table, a row per scope and a column per task: mean and 95% interval."""
+    table = summary(results[results["measure"] == measure])
+    tasks, scopes = (list(dict.fromkeys(table[name])) for name in ("task", "scope"))
+    cells = {
+        (row.scope, row.task): f"{row.mean:.2f} ({row.low:.2f} to {row.high:.2f})"
+        for row in table.rename(columns={"mean": "average"}).assign(mean=table["mean"].to_numpy()).itertuples()
+    }
+    lines = [f"| {measure} | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
+    lines += [f"| `{scope}` | {' | '.join(cells[scope, task] for task in tasks)} |" for scope in scopes]
+    return "\n".join(lines)
+
+
+def confirmed(results: "pd.DataFrame") -> str:
+    """How many examples were confirmed, as a sentence."""
+    counts = results.groupby(["task", "examples"], sort=False)["prompt"].nunique()
+    return "Confirmed: " + ", ".join(f"{task} {n} of {drawn}" for (task, drawn), n in counts.items()) + "."
+
+
+def main() -> None:
+    """Print the tables of the bundled model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--count", type=int, default=100, help="held-out examples per task")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    parser.add_argument("--seed", type=int, default=0, help="of the examples")
+    options = parser.parse_args()
+    results = known_causes(tasks=options.tasks, count=options.count, seed=options.seed)
+    print(confirmed(results))
+    for measure in MEASURES:
+        print(f"\n{to_markdown(results, measure)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Means over prompts, with intervals: the bootstrap over prompts, paired where scopes are compared."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_NO_KEY = ("prompt", "tokens", "target", "value", "examples")
+"""Columns that tell rows of one group apart; the others name the group."""
+
+
+def bootstrap(
+    values: Float[Tensor, "prompt column"], confidence: float, resamples: int, seed: int
+) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"], Float[Tensor, " column"]]:
+    """The mean of each column, and the ends of its percentile bootstrap interval over prompts.
+
+    All columns share the resampled prompts. NaN counts as missing.
+
+    Source: Efron & Tibshirani 1993, chapter 13.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    weights = torch.zeros(resamples, len(values), dtype=values.dtype).scatter_add_(
+        1, drawn, torch.ones(drawn.shape, dtype=values.dtype)
+    )
+    there = values.isfinite().to(values.dtype)
+    means = (weights @ values.nan_to_num(0.0)) / (weights @ there)
+    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=values.dtype)
+    parts = [torch.nanquantile(part, ends, dim=0) for part in means.split(1000, dim=1)]  # it takes no large tensors
+    low, high = torch.cat(parts, dim=1)
+    return values.nanmean(0), low, high
+
+
+def summary(
+    results: "pd.DataFrame", *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> "pd.DataFrame":
+    """The mean over prompts of everything that `evaluate` or `known_causes` measured, with its interval.
+
+    Args:
+        results: what they returned, or some of its rows.
+        confidence: of the intervals.
+        resamples: of the bootstrap.
+        seed: of its random numbers.
+
+    Returns:
+        One row per scope, measure and so on, in the order of `results`: mean, low, high, prompts. Where all prompts
+        agree the interval has no width, though another hundred prompts may hold an exception.
+
+    Raises:
+        ValueError: for results without rows, or a confidence that is none.
+    """
+    wide = _wide(results, confidence)
+    mean, low, high = bootstrap(torch.tensor(wide.to_numpy(dtype=float)), confidence, resamples, seed)
+    table = wide.columns.to_frame(index=False)
+    return _named(table, results).assign(
+        mean=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=wide.notna().sum().to_numpy()
+    )
+
+
+def differences(
+    results: "pd.DataFrame", reference: str, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> "pd.DataFrame":
+    """What each scope has over a reference at the same prompts: mean difference, with its interval.
+
+    An interval that does not hold 0 tells the two apart, at this confidence and for each row by itself: of twenty rows
+    of equals, one will.
+
+    Args:
+        results: what `evaluate` or `known_causes` returned, or some of its rows.
+        reference: name of the scope to compare with.
+        confidence: of the intervals.
+        resamples: of the bootstrap.
+        seed: of its random numbers.
+
+    Raises:
+        ValueError: as `summary` does; for a reference that was not evaluated.
+    """
+    known = list(dict.fromkeys(results["scope"]))
+    if reference not in known:
+        raise ValueError(f"there is no scope {reference!r} among {', '.join(map(repr, known))}.")
+    wide = _wide(results, confidence)
+    keys = list(wide.columns.names)
+    at = keys.index("scope")
+    pairs = [
+        (column, (*column[:at], reference, *column[at + 1 :])) for column in wide.columns if column[at] != reference
+    ]
+    pairs = [(one, other) for one, other in pairs if other in wide.columns]
+    values = torch.tensor(wide[[one for one, _ in pairs]].to_numpy(dtype=float))
+    values = values - torch.tensor(wide[[other for _, other in pairs]].to_numpy(dtype=float))
+    mean, low, high = bootstrap(values, confidence, resamples, seed)
+    table = wide[[one for one, _ in pairs]].columns.to_frame(index=False)
+    return _named(table, results).assign(
+        difference=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=values.isfinite().sum(0).numpy()
+    )
+
+
+def _wide(results: "pd.DataFrame", confidence: float) -> "pd.DataFrame":
+    """Prompts down, all else across; in the order in which it stands in the results."""
+    if not len(results):
+        raise ValueError("there are no results: an empty table has no mean.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"a confidence lies between 0 and 1, got {confidence!r}.")
+    keys = [name for name in results.columns if name not in _NO_KEY]
+    keyed = results.assign(fraction=results["fraction"].fillna(-1.0)) if "fraction" in keys else results
+    if keyed.duplicated(["prompt", *keys]).any():
+        raise ValueError("two results of the same scope, measure and prompt: number the prompts of several runs apart.")
+    wide = keyed.set_index(["prompt", *keys])["value"].unstack(keys)
+    order = keyed[keys].drop_duplicates()
+    return wide[[tuple(row) for row in order.itertuples(index=False)]]
+
+
+def _named(table: "pd.DataFrame", results: "pd.DataFrame") -> "pd.DataFrame":
+    if "fraction" in table:
+        table["fraction"] = table["fraction"].where(table["fraction"] >= 0)
+    return table.astype({name: results[name].dtype for name in table.columns})
