@@ -1,10 +1,11 @@
 """The question: a `Scope`, asked of a `Linearization` to get an `Attribution`."""
 
 import operator
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, SupportsIndex, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -66,6 +67,12 @@ class Scope(ABC):
     def notes(self, lin: Linearization) -> tuple[str, ...]:
         """What a reader of the scores should know."""
         return ()
+
+    def aimed(self, lin: Linearization, target: int) -> "Scope":
+        """The same question about this token, where it is about one and none was given."""
+        if is_dataclass(self) and getattr(self, "target", 0) is None and self.explained(lin)[0] is not None:
+            return replace(self, target=target)
+        return self
 
     def observable(self, lin: Linearization) -> Observable | None:
         """What the scores are about, first-order ones the slope of: a function of readout and logits, with everything
@@ -249,6 +256,11 @@ def is_centered(lin: Linearization) -> bool:
 
 _centered: WeakKeyDictionary[Trace, bool] = WeakKeyDictionary()
 """The same for all predictions of a forward pass."""
+
+
+def prompt_generator(lin: Linearization, *purpose: object) -> torch.Generator:
+    """A source of random numbers on the CPU that belongs to this prompt and purpose, whatever was drawn before."""
+    return torch.Generator().manual_seed(zlib.crc32(repr((*purpose, lin.tokens.tolist())).encode()))
 
 
 def as_written(scope: Scope) -> str:

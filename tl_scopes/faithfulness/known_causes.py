@@ -22,15 +22,14 @@ from tl_scopes.baselines import (
     IntegratedGradients,
     LeaveOneOut,
     RandomBaseline,
-    prompt_generator,
 )
 from tl_scopes.faithfulness.counterfactuals import TASKS, counterfactuals
-from tl_scopes.faithfulness.evaluation import aim, candidates, names
+from tl_scopes.faithfulness.evaluation import candidates, names
 from tl_scopes.faithfulness.measures import ranking
 from tl_scopes.faithfulness.statistics import summary
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Model
-from tl_scopes.question import Scope, TargetScope, as_written
+from tl_scopes.question import Scope, TargetScope, as_written, prompt_generator
 from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
@@ -164,7 +163,7 @@ def _of_one(lin: Linearization, example: Example, askers: Mapping[str, Asker]) -
     free = candidates(lin.model, lin.tokens, bos=False)
     found = {}
     for name, asker in askers.items():
-        scope = aim(asker, lin, target) if isinstance(asker, Scope) else asker(example)
+        scope = asker.aimed(lin, target) if isinstance(asker, Scope) else asker(example)
         order = ranking(scope(lin).scores, free, prompt_generator(lin, "ties"))
         found[name] = retrieval(order, causes)
     return found

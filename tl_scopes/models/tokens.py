@@ -53,6 +53,11 @@ def tokenize(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> I
     return torch.tensor(ids, device=next(model.parameters()).device)
 
 
+def starts_with_bos(model: Model, tokens: Int[Tensor, "token"]) -> bool:
+    """Whether the first of these tokens is the tokenizer's BOS token."""
+    return int(tokens[0]) == getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+
+
 def _ids(prompt: Any) -> list[int]:
     """Token ids from a list or from a tensor or array of one row."""
     values = prompt.tolist() if isinstance(prompt, Tensor) or hasattr(prompt, "__array__") else prompt
