@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import median_low
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -152,10 +153,10 @@ class SinkReport:
             return f"No head has a sink, a token with more than {self.threshold:.0%} of the attention. {compared}"
         counts = {i: sum(head.position == i for head in heads) for i in self.sinks}
         named = ", ".join(f"{self.str_tokens[i]!r} (position {i}) for {n}" for i, n in counts.items())
-        norms = torch.tensor([head.value_norm for head in heads])
+        norm = median_low([head.value_norm for head in heads])
         return (
             f"{self._having_sinks()} of {self._heads} heads have a sink, a token with more than {self.threshold:.0%} "
-            f"of the attention: {named}. What they write from it has {norms.median():.2g} times the norm of other "
+            f"of the attention: {named}. What they write from it has {norm:.2g} times the norm of other "
             f"tokens' (median). {compared}"
         )
 
@@ -182,7 +183,7 @@ class SinkReport:
         import pandas as pd
 
         n, heads = self.early, self.sink_heads
-        norms = [torch.tensor([head.value_norm for head in heads if head.position == i]) for i in range(n)]
+        norms = [[head.value_norm for head in heads if head.position == i] for i in range(n)]
         return pd.DataFrame(
             {
                 "position": range(n),
@@ -190,7 +191,7 @@ class SinkReport:
                 "attention": self.mean_mass[:n].tolist(),
                 "uniform": self.uniform[:n].tolist(),
                 "sink_heads": [len(of_one) for of_one in norms],
-                "value_norm": [float(of_one.median()) if len(of_one) else float("nan") for of_one in norms],
+                "value_norm": [median_low(of_one) if of_one else float("nan") for of_one in norms],
             }
             | {f"share {name}": share[:n].tolist() for name, share in self.share.items()}
             | {f"kl_{name}": kl for name, kl in zip(INTERVENTIONS, self.kl.tolist(), strict=True)}
