@@ -577,9 +577,58 @@ def test_targets_are_shown_as_numbers(lin: tls.Linearization, target: Any) -> No
     assert tls.SemanticScope(target)(lin).scope == "SemanticScope(target=3)"
 
 
-def test_positions_of_any_integer_type(lin: tls.Linearization) -> None:
+INTEGERS: list[Any] = [np.int64(4), np.uint8(4), torch.tensor(4)]
+NO_INTEGERS: list[Any] = [True, np.True_, torch.tensor(True), 4.0, torch.tensor(4.0), "4"]
+
+
+@pytest.mark.parametrize("four", INTEGERS, ids=repr)
+def test_integers_of_every_type(model: Any, lin: tls.Linearization, four: Any) -> None:
+    """Whatever counts may be NumPy's or torch's, and is shown as the number that it is."""
+    for make in (
+        lambda n: tls.FisherScope(probes=n),
+        lambda n: tls.FisherScope(rank=n),
+        lambda n: tls.SpectralScope(rank=n),
+        lambda n: tls.HetaScope(3, probes=n),
+        lambda n: tls.PathIntegratedScope(3, steps=n, start=0.9),
+    ):
+        answer, expected = make(four)(lin), make(4)(lin)
+        assert answer.scope == expected.scope
+        torch.testing.assert_close(answer.scores, expected.scores)
+    path = tls.PathIntegratedScope(3, baseline=np.int64(4), steps=2, start=0.5)
+    assert repr(path) == "PathIntegratedScope(target=3, steps=2, baseline=4, start=0.5)"
+    assert len(answer.top(four)) == len(tls.SpectralScope().directions(lin, 2, four)) == 4
+    assert len(list(tls.attribute_many(model, [PROMPT] * 5, tls.SemanticScope(3), batch_size=four))) == 5
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
+def test_what_is_no_integer(model: Any, lin: tls.Linearization, value: Any) -> None:
+    for option in ("probes", "rank"):
+        with pytest.raises(ValueError, match=f"{option} is a number of backward passes, 1 at least, got "):
+            tls.FisherScope(**{option: value})
+    with pytest.raises(ValueError, match="rank is a number of directions, 1 at least, got "):
+        tls.SpectralScope(rank=value)
+    with pytest.raises(ValueError, match="probes is a number of random directions per token, 1 at least, got "):
+        tls.HetaScope(probes=value)
+    with pytest.raises(TypeError, match="steps is a number of points on the line, got "):
+        tls.PathIntegratedScope(steps=value)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got "):
+        tls.attribute_many(model, [PROMPT], tls.SemanticScope(3), batch_size=value)
+    with pytest.raises(ValueError, match="count must be at least 1, got "):
+        tls.SpectralScope().directions(lin, 2, value)
     answer = tls.SemanticScope(3)(lin)
-    assert answer.without(torch.tensor([0])).positions == answer.without([np.int64(0)]).positions == tuple(range(1, 8))
+    with pytest.raises(ValueError, match="count must be at least 1, got "):
+        answer.top(value)
+    with pytest.raises(TypeError, match="positions must be integers, got "):
+        answer.without([value])
+    if not isinstance(value, str):
+        with pytest.raises(TypeError, match="a target is a token as text or as id, got "):
+            tls.SemanticScope(value)(lin)
+
+
+def test_positions_of_any_integer_type(model: Any, lin: tls.Linearization) -> None:
+    answer, prompt_map = tls.SemanticScope(3)(lin), tls.attribution_map(model, PROMPT, tls.SemanticScope(3))
+    for zero in (torch.tensor([0]), [np.int64(0)]):
+        assert answer.without(zero).positions == prompt_map.without(zero)[-1].positions == tuple(range(1, 8))
 
 
 def test_temperature_in_float16() -> None:

@@ -1,17 +1,16 @@
 """The answer: how much each input token moves one prediction."""
 
 import json
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Token
+from tl_scopes.models import Token, as_count, as_int
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,29 +109,29 @@ class Attribution:
         total = self.scores.sum()
         return self.scores / total if total != 0 else torch.zeros_like(self.scores)
 
-    def top(self, count: int = 5) -> tuple[Influence, ...]:
+    def top(self, count: SupportsIndex = 5) -> tuple[Influence, ...]:
         """The most influential tokens, best first (all of them where there are fewer).
 
         Raises:
             ValueError: for a count below 1.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}.")
+        count = as_count(count, "count must be at least 1")
         share = self.share
         order = self.scores.argsort(descending=True, stable=True)[:count].tolist()
         return tuple(
             Influence(self.positions[i], self.str_tokens[i], self.scores[i].item(), share[i].item()) for i in order
         )
 
-    def without(self, positions: Iterable[int]) -> "Attribution":
+    def without(self, positions: Iterable[SupportsIndex]) -> "Attribution":
         """The same answer without the tokens at these positions of the prompt; shares are then of the rest.
 
         `answer.without([0])` sets aside the BOS token, on which much influence tends to rest.
 
         Raises:
             ValueError: for a position that is not there, or when no token would be left.
+            TypeError: for positions that are no integers, a mask of booleans say.
         """
-        gone = {operator.index(position) for position in positions}
+        gone = {as_int(position, "positions must be integers") for position in positions}
         absent = gone - set(self.positions)
         if absent:
             raise ValueError(

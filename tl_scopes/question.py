@@ -1,6 +1,5 @@
 """The question: a `Scope`, asked of a `Linearization` to get an `Attribution`."""
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -190,9 +189,9 @@ class TargetScope(Scope):
     def __post_init__(self) -> None:
         for name in ("target", "versus"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str | bool):
+            if value is not None and not isinstance(value, str):
                 with suppress(TypeError):  # a number of NumPy's or a tensor's is shown as the number that it is
-                    object.__setattr__(self, name, operator.index(value))
+                    object.__setattr__(self, name, models.as_int(value, name))
         if self.quantity not in ("logit", "log_prob"):
             raise ValueError(f'quantity is "logit" or "log_prob", got {self.quantity!r}.')
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_scopes import models
 from tl_scopes.fisher_information import fisher_products, fisher_root, weighted_logits
 from tl_scopes.linearization import Linearization
 from tl_scopes.question import Measurement, Observable, Scope, squared_norms
@@ -111,8 +112,9 @@ class FisherScope(Scope):
             raise ValueError(f"give at most one of probes, rtol, exact and rank, got {options}.")
         for name in ("probes", "rank"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} is a number of backward passes, 1 at least, got {value!r}.")
+            if value is not None:
+                count = models.as_count(value, f"{name} is a number of backward passes, 1 at least")
+                object.__setattr__(self, name, count)
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise ValueError(f"rtol is a relative error between 0 and 1, got {self.rtol!r}.")
 

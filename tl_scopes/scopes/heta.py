@@ -185,8 +185,8 @@ class HetaScope(Scope):
                 raise ValueError(f"{name} is the weight of a term, a number from 0 on, got {weight!r}.")
         if not self.beta + self.gamma:
             raise ValueError("beta and gamma are both 0, so that all scores would be: give one of them a weight.")
-        if not isinstance(self.probes, int) or isinstance(self.probes, bool) or self.probes < 1:
-            raise ValueError(f"probes is a number of random directions per token, 1 at least, got {self.probes!r}.")
+        probes = models.as_count(self.probes, "probes is a number of random directions per token, 1 at least")
+        object.__setattr__(self, "probes", probes)
 
     def explained(self, lin: Linearization) -> tuple[Token, None]:
         return lin.token(self.target), None

@@ -119,8 +119,9 @@ class SpectralScope(Scope):
             raise ValueError(f'statistic is "largest", "frobenius" or "effective_rank", got {self.statistic!r}.')
         if self.of not in ("readout", "distribution"):
             raise ValueError(f'of is "readout" or "distribution", got {self.of!r}.')
-        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
-            raise ValueError(f"rank is a number of directions, 1 at least, got {self.rank!r}.")
+        if self.rank is not None:
+            rank = models.as_count(self.rank, "rank is a number of directions, 1 at least")
+            object.__setattr__(self, "rank", rank)
 
     def observable(self, lin: Linearization) -> Observable:
         return weighted_logits(lin) if self.of == "distribution" else lambda readout, logits: readout
@@ -142,7 +143,9 @@ class SpectralScope(Scope):
             details[self.statistic], details | {"method": method, "backward_passes": sketch.backward_passes}
         )
 
-    def directions(self, lin: Linearization, position: SupportsIndex, count: int = 3) -> tuple[SingularDirection, ...]:
+    def directions(
+        self, lin: Linearization, position: SupportsIndex, count: SupportsIndex = 3
+    ) -> tuple[SingularDirection, ...]:
         """What the leading singular vectors of one token mean: which step of its embedding, to which effect.
 
         Args:
@@ -172,8 +175,7 @@ class SpectralScope(Scope):
                 f"there is no token at position {position}: up to the prediction the prompt has {len(lin.tokens)}, "
                 f"at 0 to {len(lin.tokens) - 1}."
             )
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}.")
+        count = models.as_count(count, "count must be at least 1")
         position %= len(lin.tokens)
         rank = self.rank and max(self.rank, min(count, len(lin.readout)))
         sketch = self._sketch(lin, rank, position)
