@@ -493,13 +493,27 @@ def test_more_probes_than_dimensions(lin: tls.Linearization, option: str) -> Non
         tls.FisherScope(**{option: 17})(lin)
 
 
+RANDOM: list[Any] = [tls.FisherScope, tls.SpectralScope, tls.HetaScope]
+
+
 def test_generator_elsewhere(lin: tls.Linearization) -> None:
-    class Elsewhere:
+    class Elsewhere(torch.Generator):
         device = torch.device("cuda")
 
     message = r"the generator is on cuda, the model on cpu: take torch.Generator\('cpu'\)"
-    with pytest.raises(ValueError, match=message):
-        tls.FisherScope(probes=4, generator=cast(Any, Elsewhere()))(lin)
+    for scope in RANDOM:
+        with pytest.raises(ValueError, match=message):
+            scope(generator=Elsewhere())(lin)
+
+
+@pytest.mark.parametrize("generator", [0, 5, "cpu"])
+def test_a_generator_that_is_none(lin: tls.Linearization, generator: Any) -> None:
+    """A seed is the usual mistake."""
+    hint = rf"torch.Generator\('cpu'\).manual_seed\({generator}\)\." if generator != "cpu" else r"\('cpu'\)\."
+    message = rf"generator must be a torch.Generator or None, got {generator!r}: take .*{hint}"
+    for scope in RANDOM:
+        with pytest.raises(TypeError, match=message):
+            scope(generator=generator)(lin)
 
 
 @pytest.mark.parametrize("cotangents", [torch.ones(16), torch.ones(1, 5), [1.0] * 16])
