@@ -13,6 +13,7 @@ import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
 from tl_scopes.attribution import Prediction
+from tl_scopes.baselines import LeaveOneOut
 from tl_scopes.models import Token
 from tl_scopes.question import is_centered
 
@@ -121,6 +122,52 @@ def test_a_scope_says_what_it_asked(scope: tls.Scope) -> None:
     assert eval(answer.scope, {name: getattr(tls, name) for name in tls.__all__}) == scope
     assert "None" not in answer.scope
     assert same(tls.Attribution.from_json(answer.to_json()), answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnScope(tls.JacobianScope):
+    name: str = ""
+    tensor: torch.Tensor | None = dataclasses.field(default=None, repr=False)
+
+    def cotangents(self, lin: tls.Linearization) -> torch.Tensor:
+        return lin.readout[None]
+
+    def unit(self, lin: tls.Linearization) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Shouting(OwnScope):
+    def __repr__(self) -> str:
+        return "OWN"
+
+
+@dataclasses.dataclass(frozen=True)
+class LouderStill(Shouting):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("scope", "written"),
+    [
+        (tls.SemanticScope(), "SemanticScope()"),
+        (tls.SemanticScope(" are", versus=" is"), "SemanticScope(target=' are', versus=' is')"),
+        (tls.TemperatureScope(of="logits"), "TemperatureScope(of='logits')"),
+        (tls.FisherScope(generator=torch.Generator()), "FisherScope()"),
+        (tls.SpectralScope(rank=3), "SpectralScope(rank=3)"),
+        (tls.HetaScope(beta=1.0), "HetaScope(beta=1.0)"),
+        (tls.PathIntegratedScope(baseline=torch.ones(4)), "PathIntegratedScope(baseline=<4 tensor of norm 2>)"),
+        (tls.DirectionScope(torch.ones(4)), "DirectionScope(direction=<4 tensor of norm 2>)"),
+        (LeaveOneOut(), "LeaveOneOut()"),
+        (OwnScope("x"), "OwnScope(name='x')"),
+        (Shouting("x"), "OWN"),
+        (LouderStill("x"), "OWN"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_scopes_are_written_alike(scope: tls.Scope, written: str) -> None:
+    """Without what is as by default; a repr of one's own stays."""
+    assert repr(scope) == written
 
 
 def test_a_scope_of_ones_own() -> None:

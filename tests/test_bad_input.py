@@ -238,6 +238,14 @@ def test_options(lin: tls.Linearization) -> None:
         tls.TemperatureScope(of="entropy")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("scope", [tls.SemanticScope(), tls.FisherScope(), tls.PathIntegratedScope()], ids=repr)
+def test_scopes_are_asked_of_linearisations(model: Any, scope: Any) -> None:
+    for thing in (model, "The keys", None):
+        message = rf"a scope is asked of a Linearization, got {type(thing).__name__}: write attribute\(model"
+        with pytest.raises(TypeError, match=message):
+            scope(thing)
+
+
 @pytest.mark.parametrize("scope", [tls.FisherScope, "fisher", None])
 def test_no_scope(model: Any, scope: Any) -> None:
     hint = r": write FisherScope\(\)" if scope is tls.FisherScope else ""

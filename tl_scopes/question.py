@@ -75,12 +75,25 @@ class Scope(ABC):
         """`measure` for several linearisations of one forward pass."""
         return [self.measure(lin) for lin in lins]
 
+    def __init_subclass__(cls) -> None:
+        # Before @dataclass, which writes a repr only where there is none: with every default, and tensors in full.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+
     def __repr__(self) -> str:
-        # Dataclasses write their own, unless repr=False: those that hold tensors, which would be printed whole.
         return as_written(self) if is_dataclass(self) else super().__repr__()
 
     def __call__(self, lin: Linearization) -> Attribution:
-        """Ask the question."""
+        """Ask the question.
+
+        Raises:
+            TypeError: for what is no Linearization, a model say. Else as the scope does.
+        """
+        if not isinstance(lin, Linearization):
+            raise TypeError(
+                f"a scope is asked of a Linearization, got {type(lin).__name__}: write "
+                "attribute(model, prompt, scope), or scope(linearize(model, prompt))."
+            )
         return self.ask([lin])[0]
 
     def ask(self, lins: Sequence[Linearization]) -> list[Attribution]:
@@ -178,7 +191,7 @@ class JacobianScope(Scope):
         return [self.combine(lin, of_one) for lin, of_one in zip(lins, norms, strict=True)]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class TargetScope(Scope):
     """A question about one token's logit z_v; with `versus` about z_v − z_u; with quantity="log_prob" about log p_v."""
 

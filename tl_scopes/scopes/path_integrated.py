@@ -23,7 +23,7 @@ _TOLERABLE = 0.05
 """Completeness gap, as a share of Σ|signed|, beyond which there is a warning."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class PathIntegratedScope(TargetScope):
     """Integrated gradients: how much each token's embedding adds to one token's logit f = z_v along the straight line
     x(α) = x₀ + α(x − x₀) from a baseline x₀ to the prompt's embeddings x:
