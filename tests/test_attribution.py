@@ -98,6 +98,58 @@ def test_json_round_trip(answer: tls.Attribution) -> None:
     assert same(pickle.loads(pickle.dumps(answer)), answer)
 
 
+def test_json_has_no_infinity(answer: tls.Attribution) -> None:
+    """Strict JSON, whatever the details are; and the same after it, in type and in every bit."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    odd = [torch.inf, -torch.inf, torch.nan, 0.1, -0.0]
+    details = {
+        "unknown": torch.tensor(odd),
+        "matrix": torch.tensor([odd, odd], dtype=torch.float64),
+        "ranks": torch.tensor([3, 1, 2, 2**60 + 1, 4]),
+        "known": torch.tensor([True, False, True, True, False]),
+        "flags": torch.tensor([1, 2, 3, 4, 255], dtype=torch.uint8),
+        "worst": torch.inf,
+        "undefined": torch.nan,
+        "some": (0.5, -torch.inf, ("a", torch.inf)),
+        "text": "NaN",
+        "count": 3,
+        "exact": True,
+        "nothing": None,
+    }
+    written = dataclasses.replace(answer, details=details).to_json()
+    assert json.loads(written, parse_constant=refuse)["details"]["unknown"]["values"][:2] == ["Infinity", "-Infinity"]
+    read = tls.Attribution.from_json(written)
+    assert read.details.keys() == details.keys()
+    for name, value in details.items():
+        assert type(read.details[name]) is type(value)
+        if isinstance(value, torch.Tensor):
+            assert_close(read.details[name], value, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(read.details[name].signbit(), value.signbit())
+        elif name == "undefined":
+            assert read.undefined != read.undefined
+        else:
+            assert read.details[name] == value
+    assert same(
+        tls.Attribution.from_json(answer.to_json().replace('"details": {}', '"details": {"bad": Infinity}')),
+        dataclasses.replace(answer, details={"bad": torch.inf}),
+    )  # as it was written before
+
+
+def test_details_keep_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts and flags stay what they are; other precisions become that of the scores."""
+    details = {"count": torch.arange(8), "flag": torch.arange(8) > 3, "half": torch.ones(8).half()}
+    measured = tls.Measurement(torch.ones(8), details)
+    monkeypatch.setattr(tls.FisherScope, "measure_many", lambda self, lins: [measured])
+    answer = tls.attribute(zoo.specimen("bridge llama").model, PROMPT, tls.FisherScope())
+    assert [value.dtype for value in answer.details.values()] == [torch.int64, torch.bool, torch.float64]
+    assert same(tls.Attribution.from_json(answer.to_json()), answer)
+    assert answer.without([0]).count.tolist() == list(range(1, 8))
+    assert answer.to_dataframe().flag.tolist() == [False] * 4 + [True] * 4
+
+
 def test_to_dataframe(answer: tls.Attribution) -> None:
     frame = answer.to_dataframe()
     assert list(frame.columns) == ["position", "token", "id", "score", "share"]

@@ -587,6 +587,13 @@ def test_details_belong_to_tokens(lin: tls.Linearization) -> None:
         _ = answer.scroes
 
 
+def test_details_do_not_hide(lin: tls.Linearization) -> None:
+    """A detail of the name of a field or a method could not be reached."""
+    answer = tls.SemanticScope(3)(lin)
+    with pytest.raises(ValueError, match="details may not be called 'scores', 'top': an Attribution has fields or met"):
+        dataclasses.replace(answer, details={"scores": torch.ones(8), "fine": 1, "top": 3})
+
+
 def test_measure_gives_a_measurement(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls.FisherScope, "measure_many", lambda self, lins: [torch.ones(8)])
     message = r"measure of FisherScope\(\) must give a Measurement, got Tensor: write Measurement\(scores\)"

@@ -143,7 +143,9 @@ class Scope(ABC):
             dtype=str(lin.readout.dtype).removeprefix("torch."),
             notes=self.notes(lin),
             details={
-                name: value.detach().to("cpu", dtype) if isinstance(value, Tensor) else value
+                name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+                if isinstance(value, Tensor)
+                else value
                 for name, value in measurement.details.items()
             },
         )
