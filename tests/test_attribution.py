@@ -65,6 +65,17 @@ def test_share_of_nothing(answer: tls.Attribution) -> None:
     assert silent.share.tolist() == [0.0] * 5
 
 
+def test_scores_below_zero(answer: tls.Attribution) -> None:
+    """They count by their size, so that a sum that cancels makes no share larger than the whole."""
+    signed = dataclasses.replace(answer, scores=torch.tensor([4.0, -5.0, 0.0, -2.0, 3.0 - 1e-6]))
+    assert [row.position for row in signed.top()] == [1, 0, 4, 3, 2]
+    assert_close(signed.share, signed.scores / 14)
+    assert repr(signed).startswith("Attribution(SemanticScope(target=' are'): 'The' -36%, '<|bos|>' 29%, ' é' 21%; 5")
+    frame = signed.to_dataframe()
+    assert frame.share.abs().sum() == pytest.approx(1)
+    assert (frame.share * frame.score >= 0).all()
+
+
 def test_without(answer: tls.Attribution) -> None:
     """Positions stay those of the prompt, shares are of the rest, and the first answer is as it was."""
     rest = answer.without([0, 3])

@@ -114,19 +114,22 @@ class Attribution:
 
     @property
     def share(self) -> Float[Tensor, "token"]:
-        """Each score over the sum of all; zeros where all scores are zero."""
-        total = self.scores.sum()
+        """Each score over the sum of their sizes; zeros where all scores are zero.
+
+        So shares keep the sign of their score, and their sizes sum to 1.
+        """
+        total = self.scores.abs().sum()
         return self.scores / total if total != 0 else torch.zeros_like(self.scores)
 
     def top(self, count: SupportsIndex = 5) -> tuple[Influence, ...]:
-        """The most influential tokens, best first (all of them where there are fewer).
+        """The most influential tokens, the largest score first, whatever its sign (all of them where there are fewer).
 
         Raises:
             ValueError: for a count below 1.
         """
         count = as_count(count, "count must be at least 1")
         share = self.share
-        order = self.scores.argsort(descending=True, stable=True)[:count].tolist()
+        order = self.scores.abs().argsort(descending=True, stable=True)[:count].tolist()
         return tuple(
             Influence(self.positions[i], self.str_tokens[i], self.scores[i].item(), share[i].item()) for i in order
         )

@@ -73,7 +73,7 @@ class AttributionMap:
 
     @property
     def share(self) -> Float[Tensor, "position token"]:
-        """The same as shares of each prediction's sum."""
+        """The same as shares of each prediction, whose sizes sum to 1."""
         return self._matrix([answer.share for answer in self.answers])
 
     def _matrix(self, rows: list[Tensor]) -> Tensor:
