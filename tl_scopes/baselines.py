@@ -12,7 +12,8 @@ import torch
 from tl_scopes import models
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token
-from tl_scopes.question import Measurement, Scope, TargetScope, prompt_generator, vjps
+from tl_scopes.question import Measurement, Scope, TargetScope, vjps
+from tl_scopes.randomness import prompt_generator
 from tl_scopes.replacement import effects, substitute
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
 

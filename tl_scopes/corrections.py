@@ -1,5 +1,6 @@
 """Scopes corrected for where a token stands and for what attention does with it: scopes around another scope."""
 
+import operator
 from dataclasses import dataclass, field, replace
 from typing import SupportsIndex
 
@@ -11,7 +12,8 @@ from tl_scopes import models
 from tl_scopes.api import linearize, require_scope
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token
-from tl_scopes.question import Measurement, Scope, as_written, prompt_generator
+from tl_scopes.question import Measurement, Scope, as_written
+from tl_scopes.randomness import source
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class PositionCorrectedScope(_Around):
     Args:
         scope: whose shares. What it explains at the prompt, it explains at the shuffles.
         shuffles: how many of them.
-        generator: source of the random numbers, on the CPU. None is one of its own for every prompt, seeded by its
-            tokens.
+        generator: source of the random numbers, on the model's device. None is one of its own for every prompt,
+            seeded by its tokens.
 
     Unit: 1, times the expected share. `answer.expected` is the expected share itself, `answer.uncorrected` the scope's
         own score, `answer.standard_error` what the number of shuffles leaves open.
@@ -68,15 +70,16 @@ class PositionCorrectedScope(_Around):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.shuffles, bool) or not isinstance(self.shuffles, int) or self.shuffles < 2:
+        if models.as_count(self.shuffles, "shuffles is a number, 2 at least") < 2:
             raise ValueError(f"shuffles is a number, 2 at least, got {self.shuffles!r}.")
+        object.__setattr__(self, "shuffles", operator.index(self.shuffles))
 
     def measure(self, lin: Linearization) -> Measurement:
         """The ratio."""
         first = int(models.starts_with_bos(lin.model, lin.tokens))
         target, _ = self.scope.explained(lin)
         scope = self.scope if target is None else self.scope.aimed(lin, target.id)
-        generator = self.generator or prompt_generator(lin, "shuffles")
+        generator = source(lin, self.generator, "shuffles")
         own = scope.measure(lin)
         shares = [self._share(own, lin)]
         for _ in range(self.shuffles):
@@ -151,5 +154,5 @@ class FrozenAttentionScope(_Around):
 
 def _shuffled(tokens: Int[Tensor, "token"], first: int, generator: torch.Generator) -> Int[Tensor, "token"]:
     """The same tokens in another order, those before `first` where they are."""
-    order = torch.randperm(len(tokens) - first, generator=generator).to(tokens.device)
+    order = torch.randperm(len(tokens) - first, generator=generator, device=tokens.device)
     return torch.cat([tokens[:first], tokens[first:][order]])

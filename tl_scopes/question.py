@@ -1,7 +1,5 @@
 """The question: a `Scope`, asked of a `Linearization` to get an `Attribution`."""
 
-import operator
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -83,12 +81,25 @@ class Scope(ABC):
         """`measure` for several linearisations of one forward pass."""
         return [self.measure(lin) for lin in lins]
 
+    def __init_subclass__(cls) -> None:
+        # Before @dataclass, which writes a repr only where there is none: with every default, and tensors in full.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+
     def __repr__(self) -> str:
-        # Dataclasses write their own, unless repr=False: those that hold tensors, which would be printed whole.
         return as_written(self) if is_dataclass(self) else super().__repr__()
 
     def __call__(self, lin: Linearization) -> Attribution:
-        """Ask the question."""
+        """Ask the question.
+
+        Raises:
+            TypeError: for what is no Linearization, a model say. Else as the scope does.
+        """
+        if not isinstance(lin, Linearization):
+            raise TypeError(
+                f"a scope is asked of a Linearization, got {type(lin).__name__}: write "
+                "attribute(model, prompt, scope), or scope(linearize(model, prompt))."
+            )
         return self.ask([lin])[0]
 
     def ask(self, lins: Sequence[Linearization]) -> list[Attribution]:
@@ -138,7 +149,9 @@ class Scope(ABC):
             dtype=str(lin.readout.dtype).removeprefix("torch."),
             notes=self.notes(lin),
             details={
-                name: value.detach().to("cpu", dtype) if isinstance(value, Tensor) else value
+                name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+                if isinstance(value, Tensor)
+                else value
                 for name, value in measurement.details.items()
             },
         )
@@ -186,7 +199,7 @@ class JacobianScope(Scope):
         return [self.combine(lin, of_one) for lin, of_one in zip(lins, norms, strict=True)]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class TargetScope(Scope):
     """A question about one token's logit z_v; with `versus` about z_v − z_u; with quantity="log_prob" about log p_v."""
 
@@ -197,9 +210,9 @@ class TargetScope(Scope):
     def __post_init__(self) -> None:
         for name in ("target", "versus"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str | bool):
+            if value is not None and not isinstance(value, str):
                 with suppress(TypeError):  # a number of NumPy's or a tensor's is shown as the number that it is
-                    object.__setattr__(self, name, operator.index(value))
+                    object.__setattr__(self, name, models.as_int(value, name))
         if self.quantity not in ("logit", "log_prob"):
             raise ValueError(f'quantity is "logit" or "log_prob", got {self.quantity!r}.')
 
@@ -256,11 +269,6 @@ def is_centered(lin: Linearization) -> bool:
 
 _centered: WeakKeyDictionary[Trace, bool] = WeakKeyDictionary()
 """The same for all predictions of a forward pass."""
-
-
-def prompt_generator(lin: Linearization, *purpose: object) -> torch.Generator:
-    """A source of random numbers on the CPU that belongs to this prompt and purpose, whatever was drawn before."""
-    return torch.Generator().manual_seed(zlib.crc32(repr((*purpose, lin.tokens.tolist())).encode()))
 
 
 def as_written(scope: Scope) -> str:

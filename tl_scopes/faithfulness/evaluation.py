@@ -18,7 +18,8 @@ from tl_scopes.faithfulness.measures import Removal, Value, count, hard_measures
 from tl_scopes.faithfulness.protocol import Protocol, Substitutes
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Model, Prompt
-from tl_scopes.question import Scope, as_written, prompt_generator
+from tl_scopes.question import Scope, as_written
+from tl_scopes.randomness import prompt_generator
 
 if TYPE_CHECKING:
     import pandas as pd

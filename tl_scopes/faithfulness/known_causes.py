@@ -32,7 +32,8 @@ from tl_scopes.faithfulness.measures import ranking
 from tl_scopes.faithfulness.tables import BEGIN, END, confirmed, put_into, to_markdown
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Model
-from tl_scopes.question import Scope, TargetScope, as_written, prompt_generator
+from tl_scopes.question import Scope, TargetScope, as_written
+from tl_scopes.randomness import prompt_generator
 from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope
 from tl_scopes.scopes.path_integrated import PathIntegratedScope

@@ -84,6 +84,18 @@ def as_int(value: Any, rule: str) -> int:
     raise TypeError(f"{rule}, got {value!r}.")
 
 
+def as_count(value: Any, rule: str) -> int:
+    """An integer from 1 on, of Python's, numpy's or torch's.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    with suppress(TypeError):
+        if (count := as_int(value, rule)) >= 1:
+            return count
+    raise ValueError(f"{rule}, got {value!r}.")
+
+
 def _context(model: Model) -> int | None:
     """The longest prompt; None where Hugging Face knows no limit, for TransformerLens then makes one up."""
     config = getattr(getattr(model, "original_model", None), "config", None)
