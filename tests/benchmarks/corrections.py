@@ -47,6 +47,15 @@ class WithoutSinks(Around):
         return Measurement(scores)
 
 
+class WithoutFirst(Around):
+    """The first token gets no score."""
+
+    def measure(self, lin: Linearization) -> Measurement:
+        scores = self.scope.measure(lin).scores.clone()
+        scores[0] = 0
+        return Measurement(scores)
+
+
 class HeldSinks(Around):
     """The attention weights of the sinks are constant in the Jacobian."""
 
@@ -67,7 +76,8 @@ class TowardsTokens(Around):
 
 CANDIDATES: dict[str, Callable[[tls.Scope], tls.Scope]] = {
     "uncorrected": lambda scope: scope,
-    "sinks dropped": WithoutSinks,
+    "first token dropped": WithoutFirst,
+    "all sinks dropped": WithoutSinks,
     "sinks' attention frozen": HeldSinks,
     "all attention frozen": tls.FrozenAttentionScope,
     "position corrected": tls.PositionCorrectedScope,
