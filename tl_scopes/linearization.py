@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import SupportsIndex, cast
 
 import torch
@@ -66,7 +65,7 @@ class Linearization:
         self.require_readout()
         return cast(Tensor, self.trace.logits)[self.row].detach()
 
-    @cached_property
+    @property
     def log_probs(self) -> Float[Tensor, " vocab"]:
         """Log-probabilities of the next token, in nats, in float64: in float32 a sure prediction leaves nothing.
 
@@ -254,7 +253,7 @@ class Linearization:
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _readout_and_logits(self) -> tuple[Float[Tensor, "1 d_of"], Float[Tensor, "1 vocab"]]:
         self.require_readout()
         return models.readout_graph(self.model, self.trace, self.row)
