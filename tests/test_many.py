@@ -5,6 +5,7 @@ import gc
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -86,6 +87,23 @@ def test_map() -> None:
     rest = prompt_map.without([0])
     assert (len(rest), rest.scores.shape, rest[-1].positions[0]) == (T - 1, (T - 1, T - 1), 1)
     assert repr(rest) == f"AttributionMap(SemanticScope(): {T - 1} predictions, {T - 1} tokens, {rest[-1].unit})"
+
+
+def test_a_part_of_a_map() -> None:
+    """A slice takes predictions by their positions in the prompt, and is a map like any other."""
+    prompt_map = tls.attribution_map(zoo.specimen("bridge llama").model, PROMPT, tls.SemanticScope())
+    part = prompt_map[2:5]
+    assert list(part) == [prompt_map[position] for position in (2, 3, 4)]
+    assert part.scores.shape == part.share.shape == (3, 5)
+    assert part[3] is part[-2] is prompt_map[3]
+    assert list(prompt_map[-3:]) == list(prompt_map)[5:]
+    assert list(prompt_map[:]) == list(prompt_map[::-1]) == list(prompt_map)
+    assert [answer.position for answer in prompt_map.without([0])[0:3]] == [1, 2]
+    assert [answer.position for answer in prompt_map[np.int64(1) : 7 : 2]] == [1, 3, 5]
+    for drawn in (part, part.without([0, 3])):
+        assert "SemanticScope()" in drawn._repr_html_()
+        assert drawn.plot().axes
+        assert drawn.show()._repr_html_()
 
 
 def test_a_map_keeps_few_copies_of_the_logits() -> None:
