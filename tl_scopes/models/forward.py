@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes.models.checkpointing import StopForward, checkpointed, frozen
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.kinds import Model, has_backward_hooks
 from tl_scopes.models.memory import enough_memory
 
 READOUT = "ln_final"
@@ -48,6 +48,8 @@ class Trace:
     perturbations."""
     unembedded: Float[Tensor, "row 1 vocab"] | None
     """What the unembedding gave out, on the way from `readout` to `logits`."""
+    hooked: bool = False
+    """Whether backward hooks of the user's are in the graph."""
     checkpointed: bool = False
     """Whether its blocks are run again in the backward pass."""
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -207,7 +209,8 @@ def trace(
     # A block that is to be run again keeps the hooks above: what they keep must not lead back to its graph.
     for kept in (outputs, readout, unembedded):
         kept.clear()
-    return Trace(places, inputs, perturbations, output, leaf, logits, last, checkpoint)
+    hooked = has_backward_hooks(model)
+    return Trace(places, inputs, perturbations, output, leaf, logits, last, hooked, checkpoint)
 
 
 def readout_graph(model: Model, trace: Trace, row: int) -> tuple[Float[Tensor, "1 d_of"], Float[Tensor, "1 vocab"]]:
