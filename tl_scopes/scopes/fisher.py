@@ -89,8 +89,9 @@ class FisherScope(Scope):
     Source: Liu et al. 2026 (arXiv:2601.16407), Fisher Scope. Splitting off the leading part: Hutch++ (Meyer et al.
         2021, arXiv:2010.09649), with the remainder as in Nyström++ (Persson et al. 2022, arXiv:2109.10659).
     Departure: the paper's code keeps the leading direction only. The default is an estimate since the exact
-        answer is out of reach where d_model is thousands, and since 32 probes miss it by less than 1%
-        where 32 leading directions alone miss it by up to 3% (the tasks of the bundled model).
+        answer is out of reach where d_model is thousands. On 54 prompts of the bundled model's tasks 32 probes miss
+        the scores by 0.6% of their sum in the mean, and by less than 3% on every prompt (mean over draws); 32 leading
+        directions alone by 0.8% and up to 6%, always downwards and without a standard error.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
