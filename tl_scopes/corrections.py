@@ -1,6 +1,7 @@
 """Scopes corrected for where a token stands and for what attention does with it: scopes around another scope."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import SupportsIndex
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.api import linearize, require_scope
+from tl_scopes.attribution import Attribution
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token
 from tl_scopes.question import Measurement, Scope, as_written
@@ -33,6 +35,9 @@ class _Around(Scope):
 
     def notes(self, lin: Linearization) -> tuple[str, ...]:
         return self.scope.notes(lin)
+
+    def caveat(self, answers: Sequence[Attribution]) -> str | None:
+        return self.scope.caveat(answers)
 
 
 @dataclass(frozen=True)
