@@ -6,15 +6,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ReferenceType
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Token
+from tl_scopes.models import Model, Token
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tl_scopes.diagnostics.check_report import Checks
 
 
 class Influence(NamedTuple):
@@ -31,6 +34,21 @@ class Prediction(NamedTuple):
 
     token: Token
     probability: float
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where an answer comes from, for `Attribution.checks`. It keeps neither the model nor a graph alive."""
+
+    model: "ReferenceType[Model]"
+    scope: Any
+    """The question, as an object."""
+    tokens: Int[Tensor, "token"]
+    """The whole prompt, up to where the prediction was read; on the CPU."""
+    readout_norm: float
+    """Of the value at the `of` hook: to tell whether the model still computes the same."""
+    checkpointed: bool
+    """Whether blocks were run again in the backward pass."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,6 +88,8 @@ class Attribution:
     details: Mapping[str, Any] = field(default_factory=dict)
     """What else the scope found: tensors with the tokens on their last axis, numbers and texts about the whole.
     `answer.standard_error` is short for `answer.details["standard_error"]`, and so for all of them."""
+    _origin: Origin | None = field(default=None)
+    """Stays behind where the answer is written down, as JSON or as a pickle."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.scores), len(self.tokens), len(self.str_tokens), len(self.positions)}
@@ -100,6 +120,9 @@ class Attribution:
             return details[name]
         known = f"; the details of this one are {', '.join(details)}" if details else ""
         raise AttributeError(f"an Attribution of {self.__dict__.get('scope')} has no {name!r}{known}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_origin": None}  # a reference to a model cannot travel, nor need a scope
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self.details})
@@ -170,7 +193,7 @@ class Attribution:
 
     def to_json(self) -> str:
         """Everything, as text that `from_json` reads back without loss."""
-        record = {name: value for name, value in vars(self).items() if name != "details"}
+        record = {name: value for name, value in vars(self).items() if name not in ("details", "_origin")}
         record |= {"scores": _as_record(self.scores), "tokens": self.tokens.tolist()}
         record |= {"details": {name: _as_record(value) for name, value in self.details.items()}}
         return json.dumps({"format": "tl_scopes.Attribution", "version": 1} | record, ensure_ascii=True)
@@ -190,7 +213,7 @@ class Attribution:
             raise ValueError('this JSON is no Attribution: its "format" is not "tl_scopes.Attribution".')
         if record.pop("version", None) != 1:
             raise ValueError("this Attribution was written by a later version of tl_scopes: upgrade to read it.")
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - {"_origin"}
         if set(record) != names:
             raise ValueError(f"this Attribution lacks or adds the fields {sorted(names ^ set(record))}.")
         try:
@@ -212,6 +235,24 @@ class Attribution:
             }
             | {name: tuple(record[name]) for name in ("str_tokens", "positions", "notes")}
         )
+
+    def checks(self, model: Model | None = None, *, thorough: bool = False) -> "Checks":
+        """What a careful reviewer would ask of these scores, in a few lines: see `diagnostics.checks.checks`.
+
+        Args:
+            model: the model, where the answer was read from JSON or a pickle, or has outlived it.
+            thorough: measure what is otherwise predicted or sampled.
+
+        Cost: about 10 forward passes for a `SemanticScope`.
+
+        Example:
+            >>> answer = tls.attribute(model, "The keys to the old cabinet near the door", tls.SemanticScope())
+            >>> [check.name for check in answer.checks()]
+            ['sinks', 'linearity', 'saturation', 'weights', 'leave-one-out', 'estimation']
+        """
+        from tl_scopes.diagnostics.checks import checks
+
+        return checks(self, model, thorough=thorough)
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 

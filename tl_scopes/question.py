@@ -4,16 +4,17 @@ import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, SupportsIndex, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models, pullback
-from tl_scopes.attribution import Attribution, Prediction
+from tl_scopes.attribution import Attribution, Origin, Prediction
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token, Trace
 
@@ -88,13 +89,14 @@ class Scope(ABC):
         """Ask it of several linearisations of one forward pass, together where the scope can."""
         # First, so that a target that is unknown is refused before the work.
         explained = [self.explained(lin) for lin in lins]
+        own = _without_graphs(self)
         return [
-            self._answer(lin, *tokens, measurement)
+            self._answer(lin, *tokens, measurement, own)
             for lin, tokens, measurement in zip(lins, explained, self.measure_many(lins), strict=True)
         ]
 
     def _answer(
-        self, lin: Linearization, target: Token | None, versus: Token | None, measurement: Measurement
+        self, lin: Linearization, target: Token | None, versus: Token | None, measurement: Measurement, own: "Scope"
     ) -> Attribution:
         predictions: tuple[Prediction, ...] = ()
         if lin.trace.logits is not None:
@@ -114,9 +116,10 @@ class Scope(ABC):
             raise ValueError(
                 f"{as_written(self)} must give one score per token, a tensor of shape [{len(lin.tokens)}], got {got}."
             )
+        tokens = lin.tokens.cpu()
         return Attribution(
             scores=scores.detach().to("cpu", dtype),
-            tokens=lin.tokens.cpu(),
+            tokens=tokens,
             str_tokens=lin.str_tokens,
             positions=tuple(range(len(lin.tokens))),
             position=lin.position,
@@ -134,6 +137,7 @@ class Scope(ABC):
                 name: value.detach().to("cpu", dtype) if isinstance(value, Tensor) else value
                 for name, value in measurement.details.items()
             },
+            _origin=Origin(ref(lin.model), own, tokens, float(lin.readout.float().norm()), lin.trace.checkpointed),
         )
 
 
@@ -258,6 +262,16 @@ def as_written(scope: Scope) -> str:
     values = {f.name: (getattr(scope, f.name), f.default) for f in fields(scope) if f.repr}
     given = {n: value for n, (value, default) in values.items() if isinstance(value, Tensor) or value != default}
     return f"{type(scope).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in given.items())})"
+
+
+def _without_graphs(scope: Scope) -> Scope:
+    """The scope with tensors of its own: a direction taken from the weights would keep them alive."""
+    values = {f.name: getattr(scope, f.name) for f in fields(scope)} if is_dataclass(scope) else {}
+    tensors = {name: value.detach().clone() for name, value in values.items() if isinstance(value, Tensor)}
+    own = copy(scope) if tensors else scope
+    for name, value in tensors.items():
+        object.__setattr__(own, name, value)
+    return own
 
 
 def _shown(value: Any) -> str:
