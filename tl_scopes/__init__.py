@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tl_scopes.api import attribute, linearize
     from tl_scopes.attribution import Attribution
     from tl_scopes.comparison import Comparison, compare
+    from tl_scopes.diagnostics.check_report import Check, Checks
     from tl_scopes.diagnostics.linearity import linearity
     from tl_scopes.diagnostics.linearity_report import LinearityReport
     from tl_scopes.faithfulness.evaluation import evaluate
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Attribution",
     "AttributionMap",
+    "Check",
+    "Checks",
     "Comparison",
     "DirectionScope",
     "FisherScope",
@@ -54,6 +57,8 @@ __all__ = [
 _HOME = {
     "Attribution": "attribution",
     "AttributionMap": "maps",
+    "Check": "diagnostics.check_report",
+    "Checks": "diagnostics.check_report",
     "Comparison": "comparison",
     "DirectionScope": "scopes.direction",
     "FisherScope": "scopes.fisher",

@@ -266,11 +266,11 @@ def as_written(scope: Scope) -> str:
 
 def _without_graphs(scope: Scope) -> Scope:
     """The scope with tensors of its own: a direction taken from the weights would keep them alive."""
-    values = {f.name: getattr(scope, f.name) for f in fields(scope)} if is_dataclass(scope) else {}
-    tensors = {name: value.detach().clone() for name, value in values.items() if isinstance(value, Tensor)}
+    names: list[str] = [f.name for f in fields(scope)] if is_dataclass(scope) else []
+    tensors = {name: value for name in names if isinstance(value := getattr(scope, name), Tensor)}
     own = copy(scope) if tensors else scope
     for name, value in tensors.items():
-        object.__setattr__(own, name, value)
+        object.__setattr__(own, name, value.detach().clone())
     return own
 
 

@@ -2,7 +2,7 @@
 
 import ast
 import math
-from dataclasses import is_dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +11,8 @@ from tl_scopes.api import linearize
 from tl_scopes.attribution import Attribution
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Model
-from tl_scopes.question import Scope
+from tl_scopes.question import Scope, TargetScope
+from tl_scopes.scopes.heta import HetaScope
 
 
 def linearize_again(answer: Attribution, model: Model | None) -> tuple[Linearization, Scope | None]:
@@ -38,8 +39,9 @@ def linearize_again(answer: Attribution, model: Model | None) -> tuple[Lineariza
     lin = linearize(found, tokens, wrt=answer.wrt, of=answer.of, checkpoint=checkpoint)
     _require_same(answer, lin)
     scope = read_scope(answer.scope) if origin is None else origin.scope
-    if answer.target is not None and is_dataclass(scope) and getattr(scope, "target", 0) is None:
-        scope = replace(scope, target=answer.target.id)  # the most likely token then, which may be a near tie
+    # What was the most likely token then may be a near tie.
+    if answer.target is not None and isinstance(scope, TargetScope | HetaScope) and scope.target is None:
+        scope = replace(scope, target=answer.target.id)
     return lin, scope
 
 

@@ -43,7 +43,8 @@ class Effects(NamedTuple):
     divergence: Float[Tensor, " some"] | None
     """KL(p ‖ p'), in nats; None where the linearisation ends before the logits."""
     change: Float[Tensor, " some"] | None
-    """‖Δq‖ of the quantity that the scope asks about; None where there is no such thing."""
+    """‖Δq‖ of the quantity that the scope asks about, where that is not known of the target's log-probability; None
+    where there is no such thing."""
 
 
 class Checked:
@@ -94,10 +95,12 @@ class Checked:
         some = torch.randperm(len(rest), generator=self.random)[: len(top)].tolist()
         chosen = top + (rest if self.thorough else [rest[i] for i in sorted(some)])
         q, vocab = self.q, 0 if self.lin.trace.logits is None else len(self.lin.logits)
+        explained = [token.id for token in (self.answer.target, self.answer.versus) if token is not None]
 
         def both(readout: Tensor, logits: Tensor) -> Tensor:
-            asked = readout.new_empty(0) if q is None else q.function(readout, logits).reshape(-1)
-            return torch.cat([logits.log_softmax(-1), asked])
+            log_probs = logits.log_softmax(-1)
+            asked = log_probs[explained].diff() if len(explained) == 2 else log_probs[explained]
+            return torch.cat([log_probs, asked if q is None else q.function(readout, logits).reshape(-1)])
 
         point, divergences, changes = LocalObservable(self.lin, both), [], []
         before = point.value
@@ -111,7 +114,7 @@ class Checked:
             chosen,
             len(top),
             torch.cat(divergences).cpu() if vocab else None,
-            None if q is None else torch.cat(changes).cpu(),
+            torch.cat(changes).cpu() if len(before) > vocab else None,
         )
 
     def slopes(self, positions: Sequence[int]) -> Float[Tensor, " some"]:
@@ -168,5 +171,5 @@ class Checked:
         found = radius(step, error, TOLERANCE)
         # Where the step is within the tolerance, nothing is known beyond it.
         found = found.clamp(max=float(step)).cpu()
-        passes = f"{len(top) + 1} forward and {len(top) + 1} backward passes"
-        return Reach(found, distance, f"from a step of {float(step):.2g} towards it", passes)
+        how = f"from a step of {float(step):.2g} towards it, the longest tried"
+        return Reach(found, distance, how, f"{len(top) + 1} forward and {len(top) + 1} backward passes")
