@@ -13,7 +13,7 @@ ROOT = Path(tl_scopes.__file__).parent
 
 ORDER = """
     models pullback linearization curvature attribution maps question api many fisher_information spectrum
-    scopes diagnostics replacement baselines tiny faithfulness views comparison terminal cli
+    scopes replacement diagnostics baselines tiny faithfulness views comparison terminal cli
 """.split()
 """A module imports from those before it. `attribution` also reaches forward, inside functions: it draws itself."""
 

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import tl_scopes as tls
 from tests import zoo
 from tests.test_left_as_found import failing, unchanged
 from tests.zoo import CONTEXT, PROMPT, WIDTH, Specimen
-from tl_scopes.models import AttentionLayer, attention_layers, held_attention
+from tl_scopes.models import AttentionLayer, attention_layers, held_attention, masked_attention
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 POSITION, KEYS = 5, [0, 2]
@@ -365,6 +366,135 @@ def test_attention_is_free_again(model: Any) -> None:
     assert not torch.allclose(held, plain)
     assert_close(other.result(), plain, **EXACT)
     assert_close(tls.linearize(model, PROMPT).as_matrix(), plain, **EXACT)
+
+
+# -- attention that is masked -----------------------------------------------------------------------------------------
+
+
+@of_species(*BRIDGES, "window", "sink logits", "latent", "multi-query")
+@pytest.mark.parametrize("keys", [[0], [1, -2]], ids=str)
+def test_masked_attention_by_hand(specimen: Specimen, keys: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same logits as the plain Hugging Face model's, with scores of minus infinity there."""
+    plain = copy.deepcopy(specimen.plain)
+    module = sys.modules[type(plain).__module__]
+    blocked = torch.zeros(len(PROMPT), len(PROMPT), dtype=torch.float64)
+    blocked[:, keys] = -torch.inf
+    eager = module.eager_attention_forward
+
+    def attention(
+        layer: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *given: Any, **named: Any
+    ) -> Any:
+        return eager(layer, query, key, value, mask + blocked.tril(-1), *given, **named)
+
+    monkeypatch.setattr(module, "eager_attention_forward", attention)
+    by_hand = plain(TOKENS[None]).logits.detach()
+    monkeypatch.undo()
+    with masked_attention(specimen.model, keys), torch.no_grad():
+        found = specimen.model(TOKENS[None])
+    assert_close(found, by_hand, **EXACT)
+    assert not torch.allclose(found, plain(TOKENS[None]).logits)
+
+
+class BlockedSoftmax(TorchFunctionMode):
+    """Softmaxes between tokens are taken of scores of minus infinity where a later token looks at `keys`."""
+
+    def __init__(self, keys: list[int]) -> None:
+        super().__init__()
+        self.blocked = torch.zeros(len(PROMPT), len(PROMPT), dtype=torch.float64)
+        self.blocked[:, keys] = -torch.inf
+        self.blocked = self.blocked.tril(-1)
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.softmax, torch.nn.functional.softmax, Tensor.softmax) and args[0].shape[-2:] == (8, 8):
+            self.count += 1
+            args = (args[0] + self.blocked, *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@of_species(*HOLDABLE, "window", "linear biases")
+@pytest.mark.parametrize("keys", [[0], [1, -2]], ids=str)
+def test_masked_attention_from_scores(specimen: Specimen, keys: list[int]) -> None:
+    """Same logits as the plain model's, whose softmaxes leave these scores out."""
+    with torch.no_grad(), BlockedSoftmax(keys) as oracle:
+        expected = specimen.forward(TOKENS, torch.zeros(len(PROMPT), WIDTH, dtype=torch.float64))[1]
+    assert oracle.count == specimen.model.cfg.n_layers
+    with masked_attention(specimen.model, keys), torch.no_grad():
+        assert_close(specimen.model(TOKENS[None])[0], expected, **EXACT)
+
+
+@of_species(*HOLDABLE, "window", "multi-query", "linear biases", "sink logits", "latent")
+def test_a_masked_token_tells_nobody(specimen: Specimen) -> None:
+    """Another token in its place changes no other prediction, nor does the Jacobian know of it; its own does change."""
+    other = TOKENS.clone()
+    other[2] = 20
+    with masked_attention(specimen.model, [2]), torch.no_grad():
+        ours, theirs = specimen.model(TOKENS[None])[0], specimen.model(other[None])[0]
+        lin = tls.linearize(specimen.model, PROMPT)
+    rest = [i for i in range(len(PROMPT)) if i != 2]
+    assert_close(ours[rest], theirs[rest], **EXACT)
+    assert not torch.allclose(ours[2], theirs[2])
+    influence = lin.as_matrix().norm(dim=(0, 2))
+    assert influence[2] < 1e-12 * influence.max()
+    with torch.no_grad():
+        assert_close(ours[:3], specimen.model(TOKENS[None])[0, :3], **EXACT)  # nothing is later
+
+
+def test_nothing_masked_changes_nothing(model: Any) -> None:
+    """Neither no keys, nor the last one, to which no other token attends."""
+    with torch.no_grad():
+        logits = model(TOKENS[None])
+        for keys in ([], [-1]):
+            with masked_attention(model, keys), unchanged(model):
+                assert_close(model(TOKENS[None]), logits, **EXACT)
+
+
+def test_masking_where_nothing_else_is_attended_to(model: Any) -> None:
+    def only_first(pattern: Tensor, hook: Any) -> Tensor:
+        return torch.zeros_like(pattern).index_fill(-1, torch.tensor([0]), 1)
+
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", only_first)]), unchanged(model):
+        with pytest.raises(ValueError, match=r"attention to 0 cannot be masked .* attends to nothing else.*float32"):
+            with masked_attention(model, [0]):
+                tls.linearize(model, PROMPT)
+
+
+def test_a_small_rest_is_shared_out_precisely() -> None:
+    """Of rows that lie on the masked token but for a part in a million, in float32."""
+    model = zoo.SPECIES["bridge llama"]().model.float()
+    rest = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]) * 1e-8
+    row = torch.cat([1 - rest.sum()[None], rest])
+    seen = []
+
+    def put(pattern: Tensor, hook: Any) -> Tensor:
+        return torch.cat([pattern[..., :-1, :], row.expand_as(pattern[..., -1:, :])], dim=-2)
+
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", put)]), masked_attention(model, [0]), torch.no_grad():
+        read = ("blocks.1.attn.hook_pattern", lambda pattern, hook: seen.append(pattern[0, :, -1]))
+        with model.hooks(fwd_hooks=[read]):
+            model(TOKENS[None])
+    assert_close(seen[0], torch.cat([torch.zeros(1), rest / rest.sum()]).expand_as(seen[0]), rtol=1e-5, atol=0)
+
+
+@of_species("opt", *WRAPPED)
+def test_wrapped_attention_cannot_be_masked(specimen: Specimen) -> None:
+    specimen.model(TOKENS[None])
+    with unchanged(specimen.model), pytest.raises(ValueError, match="attention cannot be masked in .*: layer 0"):
+        with masked_attention(specimen.model, KEYS):
+            tls.linearize(specimen.model, PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("species", "keys", "error", "message"),
+    [
+        ("bridge mamba", [0], ValueError, "MambaForCausalLM has no attention patterns: there is nothing to mask"),
+        ("bridge llama", [8], ValueError, "masked at position 8: the prompt has 8 tokens"),
+        ("bridge llama", [True], TypeError, "attention is masked at positions, integers, got True"),
+    ],
+)
+def test_what_cannot_be_masked(species: str, keys: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message), masked_attention(zoo.specimen(species).model, keys):
+        tls.linearize(zoo.specimen(species).model, PROMPT)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from tl_scopes.diagnostics.check_report import Check, Checks
     from tl_scopes.diagnostics.linearity import linearity
     from tl_scopes.diagnostics.linearity_report import LinearityReport
+    from tl_scopes.diagnostics.sinks import sink_report
+    from tl_scopes.diagnostics.sinks_report import SinkReport
     from tl_scopes.faithfulness.evaluation import evaluate
     from tl_scopes.faithfulness.known_causes import known_causes
     from tl_scopes.linearization import Linearization
@@ -41,6 +43,7 @@ __all__ = [
     "PathIntegratedScope",
     "Scope",
     "SemanticScope",
+    "SinkReport",
     "SpectralScope",
     "TemperatureScope",
     "attribute",
@@ -52,6 +55,7 @@ __all__ = [
     "linearity",
     "linearize",
     "load_tiny",
+    "sink_report",
 ]
 
 _HOME = {
@@ -70,6 +74,7 @@ _HOME = {
     "PathIntegratedScope": "scopes.path_integrated",
     "Scope": "question",
     "SemanticScope": "scopes.semantic",
+    "SinkReport": "diagnostics.sinks_report",
     "SpectralScope": "scopes.spectral",
     "TemperatureScope": "scopes.temperature",
     "attribute": "api",
@@ -81,6 +86,7 @@ _HOME = {
     "linearity": "diagnostics.linearity",
     "linearize": "api",
     "load_tiny": "tiny",
+    "sink_report": "diagnostics.sinks",
 }
 
 

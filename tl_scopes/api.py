@@ -1,12 +1,13 @@
 """The two functions to begin with: `linearize`, then ask; or `attribute`, both in one line."""
 
+from collections.abc import Iterable, Mapping
 from typing import SupportsIndex
 
 from tl_scopes import models
 from tl_scopes.attribution import Attribution
 from tl_scopes.linearization import Linearization, linearize_places
 from tl_scopes.models import Model, Prompt
-from tl_scopes.question import Scope
+from tl_scopes.question import Scope, as_written
 
 
 def linearize(
@@ -108,3 +109,24 @@ def require_scope(scope: object) -> None:
     if not isinstance(scope, Scope):
         hint = f": write {scope.__name__}()" if isinstance(scope, type) else ""
         raise TypeError(f"expected a scope such as SemanticScope(), got {scope!r}{hint}.")
+
+
+def names(scopes: Scope | Iterable[Scope] | Mapping[str, Scope]) -> dict[str, Scope]:
+    """Scopes by name: as given, or as they are written.
+
+    Raises:
+        ValueError: none at all, or two of the same name.
+        TypeError: for one that is no scope.
+    """
+    given = scopes.values() if isinstance(scopes, Mapping) else scopes
+    listed = list(given) if isinstance(given, Iterable) else [given]
+    if not listed:
+        raise ValueError("there are no scopes to evaluate: give one at least, [SemanticScope()] say.")
+    for scope in listed:
+        require_scope(scope)
+    if isinstance(scopes, Mapping):
+        return dict(scopes)
+    named = {as_written(scope): scope for scope in listed}
+    if len(named) < len(listed):
+        raise ValueError(f"there are {len(listed)} scopes and {len(named)} names: name them, in a dict.")
+    return named

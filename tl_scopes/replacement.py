@@ -65,13 +65,19 @@ def effects(
     tokens, d_model = lin.embeddings.shape
     width = max(8 * d_model, 3 * lin.model.cfg.n_heads * tokens)
     size = max(1, _WORKING_BYTES // (lin.embeddings.element_size() * (tokens * width + 8 * len(lin.logits))))
-    before, p = lin.log_probs, lin.log_probs.exp()
+    before = lin.log_probs
     found, divergences = [], []
     for rows in kept.split(size):
         values = torch.where(rows, lin.embeddings, instead.to(lin.embeddings))
         logits = models.predict(lin.model, lin.tokens.expand(len(rows), -1), wrt=lin.wrt, values=values)
         after = logits.to(before).log_softmax(-1)
         found.append(after[:, targets])
-        # Padded vocabularies hold logits of minus infinity, which neither prediction has any use for.
-        divergences.append(torch.where(p > 0, p * (before - after), 0).sum(-1).clamp(min=0))
+        divergences.append(divergence(before, after))
     return torch.cat(found), torch.cat(divergences)
+
+
+def divergence(before: Float[Tensor, " vocab"], after: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
+    """KL(p ‖ p') in nats, from log-probabilities."""
+    p = before.exp()
+    # Padded vocabularies hold logits of minus infinity, which neither prediction has any use for.
+    return torch.where(p > 0, p * (before - after), 0).sum(-1).clamp(min=0)

@@ -1,11 +1,27 @@
 """Attention sinks: tokens that most attention rests on, whatever they say."""
 
+from collections.abc import Callable, Iterable, Mapping
+from heapq import nlargest
+from typing import SupportsIndex
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.models import Model
+from tl_scopes.api import linearize, names
+from tl_scopes.attribution import Prediction
+from tl_scopes.diagnostics.sinks_report import INTERVENTIONS, SinkReport, can_be_sinks, uniform_mass
+from tl_scopes.linearization import Linearization
+from tl_scopes.models import AttentionOutOfReachError, Model, Prompt
+from tl_scopes.question import Scope
+from tl_scopes.replacement import divergence, substitute
+from tl_scopes.scopes.fisher import FisherScope
+from tl_scopes.scopes.semantic import SemanticScope
+from tl_scopes.scopes.temperature import TemperatureScope
+
+_HEADS, _CELLS = 6, 160_000
+"""How many patterns a report keeps, and of how many numbers: what circuitsvis can draw."""
 
 
 def attention_mass(model: Model, tokens: Int[Tensor, "token"]) -> Float[Tensor, "layer head token"]:
@@ -23,7 +39,7 @@ def attention_mass(model: Model, tokens: Int[Tensor, "token"]) -> Float[Tensor, 
     Cost: as `models.attention_layers`: one forward pass, of long prompts one for each group of layers whose patterns
         fit into 1 GiB. Nothing but the result is kept of a layer.
     Raises: ValueError for a model without attention patterns, as `models.attention_layers`.
-    Source: Gu et al. 2024 (arXiv:2410.10781), section 3.2, whose sinks are the heads with α_k > 0.3.
+    Source: Gu et al. 2024 (arXiv:2410.10781), the importance score of their sink metric.
     Departure: there the token's own query counts too (i ≥ k). The first token can only attend to itself, which has
         nothing to do with a sink, and in a prompt of 10 tokens would lift its mass from 0 to 0.1.
 
@@ -41,3 +57,165 @@ def mass_of(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head key
     dtype = torch.promote_types(pattern.dtype, torch.float32)
     after = torch.arange(pattern.shape[-1] - 1, -1, -1, device=pattern.device)
     return pattern.tril(-1).sum(1, dtype=dtype) / after.clamp(min=1)
+
+
+def sink_report(
+    model: Model,
+    prompt: Prompt,
+    scopes: Scope | Iterable[Scope] | Mapping[str, Scope] | None = None,
+    position: SupportsIndex = -1,
+    *,
+    early: SupportsIndex = 4,
+    threshold: float = 0.3,
+    prepend_bos: bool | None = None,
+) -> SinkReport:
+    """Where attention rests at a prompt, what is written from there, how much of each scope's influence the first
+    tokens get, and whether the prediction changes without them.
+
+    A head has a *sink* where a token's mass α_k (see `attention_mass`), the attention it draws from a later token on
+    average, is above `threshold`. Any position can be one that is followed by a quarter of the prompt, and by more than
+    1/threshold tokens: else each head that looks back at the token before it would make sinks of the last ones.
+
+    For each of the first tokens three interventions, and what they do to the prediction, KL(p ‖ p') in nats:
+
+        removed   the token is taken out of the prompt, all after it move up
+        masked    no later token attends to it, in any layer or head (`models.masked_attention`)
+        replaced  the mean embedding of the vocabulary takes the place of its own
+
+    Removing and masking the first token are the same where only distances between tokens count (rotary positions).
+
+    Args:
+        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. It is left as found.
+        prompt: text, a list of token ids, or a tensor of them.
+        scopes: whose influence is shared out: one, several, or several by name. None is `SemanticScope`,
+            `TemperatureScope` where the final norm has a gain, and `FisherScope`.
+        position: where the prediction is read; tokens after it are not run.
+        early: how many tokens from the start; at most those before the position.
+        threshold: the mass from which on a token is a head's sink.
+        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+
+    Unit: masses and shares are parts of a whole; KL in nats.
+    Cost: two forward passes (of long prompts more, see `attention_mass`), the scopes, three forward passes for each of
+        the early tokens, and the embedding of the whole vocabulary. Memory for the patterns of one layer at a time (of
+        short prompts for several, up to 1 GiB), beside the graph of the linearisation.
+    Raises:
+        TypeError: for a scope that is none; an `early` or a `position` that is no integer.
+        ValueError: for fewer than two tokens up to the position; an `early` below 1, a threshold that is not between 0
+            and 1; a model in which tokens mix other than by attention patterns. Else as `linearize` and the scopes do.
+    Source: sinks of Xiao et al. 2023 (arXiv:2309.17453); the threshold of Gu et al. 2024 (arXiv:2410.10781).
+    Departure: Gu et al. look at the first token, of prompts of 64; which others may be sinks is our rule. In short
+        prompts even uniform attention rests on the first tokens (a fifth on the first of 11): `uniform` tells.
+
+    Example:
+        >>> report = tls.sink_report(model, "The keys to the old cabinet near the door", tls.SemanticScope())
+        >>> report
+        SinkReport(tiny: 5 of 24 heads have a sink above 30%, at '<|bos|>', 'The', ' keys'; 10 tokens, 1 scope)
+        >>> report.to_dataframe()["share SemanticScope()"].round(2).tolist()
+        [0.1, 0.19, 0.22, 0.07]
+    """
+    models.check_model(model)
+    named = None if scopes is None else names(scopes)
+    count = models.as_int(early, "early is a number of tokens, an integer")
+    if count < 1:
+        raise ValueError(f"early is how many tokens from the start to look at, 1 at least, got {count}.")
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold is a part of the attention between 0 and 1, got {threshold!r}.")
+    lin = linearize(model, prompt, position, prepend_bos=prepend_bos)
+    tokens = len(lin.tokens)
+    if tokens < 2:
+        raise ValueError(
+            f"the prompt has one token up to the position, {lin.str_tokens[0]!r}: nothing comes after it that could "
+            "attend to it. Give two tokens at least, or a later position."
+        )
+    mass, norms, patterns = _attention(model, lin.tokens, can_be_sinks(tokens, threshold))
+    notes = [] if float(uniform_mass(tokens)[0]) <= threshold else [_too_short(tokens, threshold)]
+    if named is None:
+        named = names([SemanticScope(), TemperatureScope(), FisherScope()])
+        if models.has_constant_readout_norm(model):
+            del named["TemperatureScope()"]
+            notes.append(
+                "no TemperatureScope: the final norm has no gain, so that the readout's norm is constant; name "
+                'TemperatureScope(of="logits") among the scopes for the spread of the logits'
+            )
+    answers = {name: scope(lin) for name, scope in named.items()}
+    kl, likeliest, refusals = _interventions(lin, min(count, tokens - 1))
+    best = lin.token()
+    return SinkReport(
+        model=models.model_name(model),
+        tokens=lin.tokens.cpu(),
+        str_tokens=lin.str_tokens,
+        position=lin.position,
+        threshold=threshold,
+        mass=mass,
+        value_norms=norms,
+        answers=answers,
+        prediction=Prediction(best, float(lin.log_probs[best.id].exp())),
+        kl=kl,
+        likeliest=likeliest,
+        patterns=patterns,
+        notes=(*notes, *refusals),
+    )
+
+
+def _attention(
+    model: Model, tokens: Tensor, eligible: Tensor
+) -> tuple[
+    Float[Tensor, "layer head token"], Float[Tensor, "layer head token"], dict[tuple[int, int], Float[Tensor, "_ _"]]
+]:
+    """Masses, value norms, and the patterns of the heads with the strongest sinks, strongest first."""
+    mass, norms = [], []
+    kept: list[tuple[float, int, int, Tensor]] = []
+    count = min(_HEADS, _CELLS // len(tokens) ** 2)
+    for layer in models.attention_layers(model, tokens):
+        mass.append(mass_of(layer.pattern).cpu())
+        norms.append(layer.written_norms().cpu())
+        strengths = mass[-1][:, eligible if eligible.any() else slice(1)].amax(-1).tolist()
+        found = [(strength, layer.layer, head, layer.pattern[head]) for head, strength in enumerate(strengths)]
+        strongest = nlargest(count, [*kept, *found], key=lambda of_one: of_one[0])
+        # Copies, for a view of one head would keep the patterns of all.
+        kept = [(s, at, head, pattern.to(mass[-1], copy=True)) for s, at, head, pattern in strongest]
+    return torch.stack(mass), torch.stack(norms), {(layer, head): pattern for _, layer, head, pattern in kept}
+
+
+def _interventions(lin: Linearization, early: int) -> tuple[Tensor, tuple[tuple[str, ...], ...], list[str]]:
+    """KL and the most likely next token for each intervention and early token, and what could not be done.
+
+    Cost: three forward passes per token, and the embedding of the vocabulary.
+    """
+    model, tokens, mean = lin.model, lin.tokens[None], substitute(lin, "mean")[0]
+
+    def removed(i: int) -> Tensor:
+        return models.predict(model, torch.cat([tokens[:, :i], tokens[:, i + 1 :]], dim=1))
+
+    def masked(i: int) -> Tensor:
+        with models.masked_attention(model, [i]):
+            return models.predict(model, tokens)
+
+    def replaced(i: int) -> Tensor:
+        values = lin.embeddings[None].clone()
+        values[:, i] = mean.to(values)
+        return models.predict(model, tokens, values=values)
+
+    ways: dict[str, Callable[[int], Tensor]] = {"removed": removed, "masked": masked, "replaced": replaced}
+    kl = torch.full((len(INTERVENTIONS), early), torch.nan, dtype=torch.float64)
+    likeliest, refusals = [], []
+    for row, name in zip(kl, INTERVENTIONS, strict=True):
+        texts = [""] * early
+        try:
+            for i in range(early):
+                logits = ways[name](i)[0]
+                row[i] = divergence(lin.log_probs, logits.to(lin.log_probs).log_softmax(-1)).cpu()
+                texts[i] = lin.token(logits.argmax()).text
+        except AttentionOutOfReachError as error:
+            row[:] = torch.nan
+            texts = [""] * early
+            refusals.append(f"nothing is known of {name} tokens: {str(error).rstrip('.')}")
+        likeliest.append(tuple(texts))
+    return kl, tuple(likeliest), refusals
+
+
+def _too_short(tokens: int, threshold: float) -> str:
+    return (
+        f"in a prompt of {tokens} tokens even uniform attention puts {float(uniform_mass(tokens)[0]):.0%} on the "
+        f"first: a threshold of {threshold:.0%} says little"
+    )

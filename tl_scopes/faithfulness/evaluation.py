@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_scopes import models
-from tl_scopes.api import linearize, require_scope
+from tl_scopes.api import linearize, names
 from tl_scopes.attribution import Attribution
 from tl_scopes.baselines import prompt_generator
 from tl_scopes.faithfulness.log import Log, Record
@@ -183,26 +183,6 @@ def candidates(model: Model, tokens: Tensor, bos: bool) -> list[int]:
     """The positions that are ranked and replaced."""
     first = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
     return list(range(int(not bos and first is not None and int(tokens[0]) == first), len(tokens)))
-
-
-def names(scopes: Sequence[Scope] | Mapping[str, Scope]) -> dict[str, Scope]:
-    """Scopes by name: as given, or as they are written.
-
-    Raises:
-        ValueError: none at all, or two of the same name.
-        TypeError: for one that is no scope.
-    """
-    listed = list(scopes.values() if isinstance(scopes, Mapping) else [scopes] if isinstance(scopes, Scope) else scopes)
-    if not listed:
-        raise ValueError("there are no scopes to evaluate: give one at least, [SemanticScope()] say.")
-    for scope in listed:
-        require_scope(scope)
-    if isinstance(scopes, Mapping):
-        return dict(scopes)
-    named = {as_written(scope): scope for scope in listed}
-    if len(named) < len(listed):
-        raise ValueError(f"there are {len(listed)} scopes and {len(named)} names: name them, in a dict.")
-    return named
 
 
 def _tokens(model: Model, prompts: Sequence[Prompt], prepend_bos: bool | None) -> list[Tensor]:

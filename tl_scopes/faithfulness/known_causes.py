@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_scopes import models
-from tl_scopes.api import linearize
+from tl_scopes.api import linearize, names
 from tl_scopes.baselines import (
     AttentionRollout,
     GradientTimesInput,
@@ -25,7 +25,7 @@ from tl_scopes.baselines import (
     prompt_generator,
 )
 from tl_scopes.faithfulness.counterfactuals import TASKS, counterfactuals
-from tl_scopes.faithfulness.evaluation import aim, candidates, names
+from tl_scopes.faithfulness.evaluation import aim, candidates
 from tl_scopes.faithfulness.measures import ranking
 from tl_scopes.faithfulness.statistics import summary
 from tl_scopes.linearization import Linearization

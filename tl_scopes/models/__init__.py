@@ -4,7 +4,13 @@ Everything that depends on the kind of model stands in this folder. The rest of 
 tensors that `trace` returns.
 """
 
-from tl_scopes.models.attention import AttentionLayer, attention_layers, held_attention
+from tl_scopes.models.attention import (
+    AttentionLayer,
+    AttentionOutOfReachError,
+    attention_layers,
+    held_attention,
+    masked_attention,
+)
 from tl_scopes.models.embedding import EMBEDDING, embed, embedding_matrix, mean_embedding
 from tl_scopes.models.evaluation import evaluate, predict
 from tl_scopes.models.forward import (
@@ -26,6 +32,7 @@ __all__ = [
     "EMBEDDING",
     "READOUT",
     "AttentionLayer",
+    "AttentionOutOfReachError",
     "Model",
     "Prompt",
     "Token",
@@ -46,6 +53,7 @@ __all__ = [
     "is_readout",
     "load",
     "load_hooked_llama",
+    "masked_attention",
     "mean_embedding",
     "model_name",
     "predict",

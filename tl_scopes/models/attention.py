@@ -148,6 +148,10 @@ def _attention_layer(model: Model, layer: int, cache: dict[str, Tensor]) -> Atte
     return AttentionLayer(layer, pattern, value, model.blocks[layer].attn.W_O.detach())
 
 
+class AttentionOutOfReachError(ValueError):
+    """Attention patterns of this model cannot be changed from outside."""
+
+
 @contextmanager
 def held_attention(model: Model, keys: Sequence[SupportsIndex] | None = None) -> Iterator[None]:
     """Inside, the attention paid to these positions is constant for differentiation; no value changes.
@@ -164,47 +168,96 @@ def held_attention(model: Model, keys: Sequence[SupportsIndex] | None = None) ->
 
     Raises:
         ValueError: at once for a model without attention patterns; in the forward pass for keys outside of the prompt,
-            and for attention that runs inside a wrapped Hugging Face module, where a hook comes too late (OPT, GPT-J,
-            GPT-Neo; models of `boot_native` on TransformerLens 3.9).
+            and an `AttentionOutOfReachError` for attention that runs inside a wrapped Hugging Face module, where a hook
+            comes too late (OPT, GPT-J, GPT-Neo; models of `boot_native` on TransformerLens 3.9).
         TypeError: keys that are no integers.
     """
     positions = None if keys is None else [as_int(key, "attention is held at positions, integers") for key in keys]
+
+    def hold(pattern: Tensor) -> Tensor:
+        still = pattern.detach()
+        return still if positions is None else torch.where(_at(positions, pattern, "held"), still, pattern)
+
+    with _changed_patterns(model, hold, "hold", "held"):
+        yield
+
+
+@contextmanager
+def masked_attention(model: Model, keys: Sequence[SupportsIndex]) -> Iterator[None]:
+    """Inside, no later token attends to these positions, in any layer or head:
+
+        A'[i, j] = A[i, j] / Σ_m A[i, m],   j and m not masked, or i itself
+
+    which are the softmaxes over the scores left. A token still attends to itself. What it says reaches nobody, and
+    everything stays in its place. Beside a learned sink logit (GPT-OSS) the sink's part counts in the sum.
+    Other threads that would run a model here wait outside.
+
+    Args:
+        model: a checked model. Layers without attention (Jamba) are as ever.
+        keys: positions that are not attended to, negative ones from the end.
+
+    Raises:
+        ValueError: as `held_attention` does; in the forward pass also where a query had attended to nothing else.
+        TypeError: keys that are no integers.
+    """
+    positions = [as_int(key, "attention is masked at positions, integers") for key in keys]
+
+    def mask(pattern: Tensor) -> Tensor:
+        later = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).tril(-1)
+        precise = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
+        left = precise.masked_fill(_at(positions, pattern, "masked") & later, 0)
+        # What is missing in a row is rounding (softmaxes of any precision are taken in float32), or a learned sink's.
+        missing = 1 - precise.sum(-1, keepdim=True)
+        rounding = 4 * max(torch.finfo(pattern.dtype).eps, torch.finfo(torch.float32).eps)
+        total = left.sum(-1, keepdim=True) + missing.where(missing > rounding, 0)
+        if not (total > 0).all():
+            raise AttentionOutOfReachError(
+                f"attention to {_listed(positions)} cannot be masked in {_architecture(model)}: in {pattern.dtype} a "
+                "query attends to nothing else, and has nothing to share out. Load the model in float32."
+            )
+        return (left / total).to(pattern)
+
+    with _changed_patterns(model, mask, "mask", "masked"):
+        yield
+
+
+@contextmanager
+def _changed_patterns(model: Model, change: Callable[[Tensor], Tensor], verb: str, done: str) -> Iterator[None]:
+    """Inside, every attention pattern is changed before it is used."""
     layers = _layers_with(model, "hook_pattern", "hook_z")
     if not layers:
-        raise ValueError(f"{_architecture(model)} has no attention patterns: there is nothing to hold.")
-    held: set[int] = set()
+        raise ValueError(f"{_architecture(model)} has no attention patterns: there is nothing to {verb}.")
+    changed: set[int] = set()
 
-    def hold(layer: int) -> Callable[..., Tensor]:
+    def act(layer: int) -> Callable[..., Tensor]:
         def hook_function(pattern: Tensor, hook: Any) -> Tensor:
-            held.add(layer)
-            if positions is None:
-                return pattern.detach()
-            return torch.where(_at(positions, pattern), pattern.detach(), pattern)
+            changed.add(layer)
+            return change(pattern)
 
         return hook_function
 
     def check(layer: int) -> Callable[..., None]:
         def hook_function(z: Tensor, hook: Any) -> None:
             # What a pattern makes cannot come before it: this one was formed beside, or behind, and is not used.
-            if layer not in held:
-                raise ValueError(
-                    f"attention cannot be held in {_architecture(model)}: layer {layer} runs it inside a wrapped "
+            if layer not in changed:
+                raise AttentionOutOfReachError(
+                    f"attention cannot be {done} in {_architecture(model)}: layer {layer} runs it inside a wrapped "
                     "module, which a hook on the pattern does not reach. Take a HookedTransformer (TransformerLens "
                     "3.9), or for a model of boot_native TransformerLens 4."
                 )
-            held.remove(layer)
+            changed.remove(layer)
 
         return hook_function
 
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
         for layer in layers:
-            stack.enter_context(attached(model.hook_dict[_name(layer, "hook_pattern")], hold(layer)))
+            stack.enter_context(attached(model.hook_dict[_name(layer, "hook_pattern")], act(layer)))
             stack.enter_context(attached(model.hook_dict[_name(layer, "hook_z")], check(layer)))
         yield
 
 
-def _at(positions: list[int], pattern: Tensor) -> Tensor:
+def _at(positions: list[int], pattern: Tensor, done: str) -> Tensor:
     """Which keys of a pattern are meant.
 
     Raises:
@@ -214,7 +267,7 @@ def _at(positions: list[int], pattern: Tensor) -> Tensor:
     for position in positions:
         if not -tokens <= position < tokens:
             raise ValueError(
-                f"attention cannot be held at position {position}: the prompt has {tokens} tokens, up to where the "
+                f"attention cannot be {done} at position {position}: the prompt has {tokens} tokens, up to where the "
                 "prediction is read."
             )
     mask = torch.zeros(tokens, dtype=torch.bool, device=pattern.device)
