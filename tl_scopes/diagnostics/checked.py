@@ -14,6 +14,7 @@ from tl_scopes.diagnostics.observable import LocalObservable, Rays
 from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
 from tl_scopes.linearization import Linearization
 from tl_scopes.question import Scope
+from tl_scopes.replacement import divergence
 
 TOLERANCE = 0.1
 """The relative error that is still called linear, as in `linearity`."""
@@ -106,9 +107,7 @@ class Checked:
         before = point.value
         for i in range(0, len(chosen), point.batch):
             after = point.replaced(chosen[i : i + point.batch], self.average)
-            # Padded vocabularies hold logits of minus infinity, which neither prediction has any use for.
-            p = before[:vocab].exp()
-            divergences.append(torch.where(p > 0, p * (before - after)[:, :vocab], 0).sum(-1).clamp(min=0))
+            divergences.append(divergence(before[:vocab], after[:, :vocab]))
             changes.append((after - before)[:, vocab:].norm(dim=-1))
         return Effects(
             chosen,
@@ -161,7 +160,7 @@ class Checked:
             bends = q.curvatures(steepest)
             if bends is not None:
                 found = curvature_radius(q.slopes(steepest).norm(dim=-1, keepdim=True), bends[:, None], TOLERANCE)
-                cost = f"2 backward passes, {len(top)} Hessian-vector products"
+                cost = f"2 backward passes, {len(top)} Hessian products"
                 return Reach(found.cpu(), distance, "predicted", cost)
         away = Rays(at, table[rows[:, 0]] - lin.embeddings[top], none)
         slopes = q.slopes(away)

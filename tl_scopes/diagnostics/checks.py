@@ -13,6 +13,7 @@ from tl_scopes.diagnostics.check_report import Check, Checks
 from tl_scopes.diagnostics.checked import TOLERANCE, Checked
 from tl_scopes.diagnostics.linearity_report import CONFIDENT, is_saturated
 from tl_scopes.diagnostics.sinks import attention_mass
+from tl_scopes.diagnostics.sinks_report import can_be_sinks, uniform_mass
 from tl_scopes.models import Model
 from tl_scopes.pullback import NoSecondDerivativeError
 from tl_scopes.question import is_centered
@@ -25,7 +26,8 @@ from tl_scopes.scopes.spectral import SpectralScope
 # Where "look" begins. Conventions, unless it says otherwise.
 SINK = 0.3
 """Mean attention from later tokens that makes a sink: the threshold of Gu et al. 2024 (arXiv:2410.10781, section 3.2)
-for a head, here for the mean over all heads."""
+for a head, here for the mean over all heads, which has to be twice that of uniform attention as well: heads that look
+for a word are no reason to set the word aside."""
 SINK_SHARE = 0.3
 """Share of the scores on sinks; set aside, they make all other shares half as large again."""
 REACH = 0.02
@@ -96,15 +98,13 @@ def _sinks(one: Checked) -> Check:
         mass = attention_mass(one.lin.model, one.lin.tokens).mean((0, 1)).cpu()
     except ValueError as error:
         return Check(name, "not applicable", str(error).split(". ")[0].rstrip("."), "none")
-    # Attention spread evenly gives the key k the mean of 1/(i + 1) over the queries i after it.
-    each = 1 / torch.arange(1, tokens + 1)
-    even = (each.sum() - each.cumsum(0)) / torch.arange(tokens - 1, -1, -1).clamp(min=1)
-    sinks = sorted({0, *(mass > (2 * even).clamp(min=SINK)).nonzero()[:, 0].tolist()})
+    rests = (mass > (2 * uniform_mass(tokens)).clamp(min=SINK)) & can_be_sinks(tokens, SINK)
+    sinks = sorted({0, *rests.nonzero()[:, 0].tolist()})
     here = [k for k in sinks if k in one.shares]
     cost = "1 forward pass"
     if not here:
         return Check(name, "fine", f"{one.named(sinks)} {'are' if len(sinks) > 1 else 'is'} set aside", cost)
-    held, drawn = sum(one.shares[k] for k in here), float(mass[here].sum())
+    held, drawn = sum(abs(one.shares[k]) for k in here), float(mass[here].sum())
     looked = held > max(SINK_SHARE, 2 * len(here) / len(one.shares))
     finding = (
         f"{one.named(here)} {'hold' if len(here) > 1 else 'holds'} {held:.0%} of the scores, where an even share is "
@@ -157,12 +157,12 @@ def _saturation(one: Checked) -> Check:
     understated = one.understated(effects)
     worst = int(effects.change.argmax())
     looked = is_saturated(p, effects.change, understated)
-    finding = (
-        f"{best}; replacing {one.named([effects.positions[worst]])} does {float(understated[worst]):.2g} times what "
-        "its slope could at most"
-        + (": scores are too small for what matters; ask for a logit or for `versus`" if looked else "")
+    times = float(understated[worst])
+    shown = f"{times:,.0f}" if times >= 10 else f"{times:.1f}"
+    finding = f"{best}; replacing {one.named([effects.positions[worst]])} does {shown} times what its slope allows" + (
+        ": scores are too small for what matters, ask for a logit or a difference of logits" if looked else ""
     )
-    cost = "none beside leave-one-out and linearity" if len(one.q.value) == 1 else "2 backward passes"
+    cost = "as leave-one-out" + ("" if len(one.q.value) == 1 else ", 2 backward passes")
     return Check("saturation", "look" if looked else "fine", finding, cost)
 
 
@@ -193,7 +193,7 @@ def _weights(one: Checked) -> Check:
     eps = torch.finfo(lin.readout.dtype).eps
     first, *rest = answer.top(2)
     if eps > HALF and rest:
-        gap = abs(first.score - rest[0].score) / abs(first.score) if first.score else 0.0
+        gap = 1 - abs(rest[0].score / first.score) if first.score else 0.0
         close = gap < ROUNDINGS * eps
         looked |= close
         order = "too close for its rounding" if close else "farther apart than its rounding"

@@ -27,5 +27,5 @@ def _row(check: Check) -> list[tuple[str, str]]:
         (f"{_TOP};font-weight:600;white-space:nowrap", escape(check.name)),
         (f"{_TOP};white-space:nowrap", verdict),
         (_TOP, escape(check.finding)),
-        (f"{_TOP};white-space:nowrap;color:{MUTED}", escape(check.cost)),
+        (f"{_TOP};width:130px;color:{MUTED}", escape(check.cost)),
     ]
