@@ -13,6 +13,7 @@ import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
 from tl_scopes.attribution import Prediction
+from tl_scopes.baselines import LeaveOneOut
 from tl_scopes.models import Token
 from tl_scopes.question import is_centered
 
@@ -64,6 +65,17 @@ def test_share_of_nothing(answer: tls.Attribution) -> None:
     assert silent.share.tolist() == [0.0] * 5
 
 
+def test_scores_below_zero(answer: tls.Attribution) -> None:
+    """They count by their size, so that a sum that cancels makes no share larger than the whole."""
+    signed = dataclasses.replace(answer, scores=torch.tensor([4.0, -5.0, 0.0, -2.0, 3.0 - 1e-6]))
+    assert [row.position for row in signed.top()] == [1, 0, 4, 3, 2]
+    assert_close(signed.share, signed.scores / 14)
+    assert repr(signed).startswith("Attribution(SemanticScope(target=' are'): 'The' -36%, '<|bos|>' 29%, ' é' 21%; 5")
+    frame = signed.to_dataframe()
+    assert frame.share.abs().sum() == pytest.approx(1)
+    assert (frame.share * frame.score >= 0).all()
+
+
 def test_without(answer: tls.Attribution) -> None:
     """Positions stay those of the prompt, shares are of the rest, and the first answer is as it was."""
     rest = answer.without([0, 3])
@@ -97,6 +109,58 @@ def test_json_round_trip(answer: tls.Attribution) -> None:
     assert same(pickle.loads(pickle.dumps(answer)), answer)
 
 
+def test_json_has_no_infinity(answer: tls.Attribution) -> None:
+    """Strict JSON, whatever the details are; and the same after it, in type and in every bit."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    odd = [torch.inf, -torch.inf, torch.nan, 0.1, -0.0]
+    details = {
+        "unknown": torch.tensor(odd),
+        "matrix": torch.tensor([odd, odd], dtype=torch.float64),
+        "ranks": torch.tensor([3, 1, 2, 2**60 + 1, 4]),
+        "known": torch.tensor([True, False, True, True, False]),
+        "flags": torch.tensor([1, 2, 3, 4, 255], dtype=torch.uint8),
+        "worst": torch.inf,
+        "undefined": torch.nan,
+        "some": (0.5, -torch.inf, ("a", torch.inf)),
+        "text": "NaN",
+        "count": 3,
+        "exact": True,
+        "nothing": None,
+    }
+    written = dataclasses.replace(answer, details=details).to_json()
+    assert json.loads(written, parse_constant=refuse)["details"]["unknown"]["values"][:2] == ["Infinity", "-Infinity"]
+    read = tls.Attribution.from_json(written)
+    assert read.details.keys() == details.keys()
+    for name, value in details.items():
+        assert type(read.details[name]) is type(value)
+        if isinstance(value, torch.Tensor):
+            assert_close(read.details[name], value, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(read.details[name].signbit(), value.signbit())
+        elif name == "undefined":
+            assert read.undefined != read.undefined
+        else:
+            assert read.details[name] == value
+    assert same(
+        tls.Attribution.from_json(answer.to_json().replace('"details": {}', '"details": {"bad": Infinity}')),
+        dataclasses.replace(answer, details={"bad": torch.inf}),
+    )  # as it was written before
+
+
+def test_details_keep_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts and flags stay what they are; other precisions become that of the scores."""
+    details = {"count": torch.arange(8), "flag": torch.arange(8) > 3, "half": torch.ones(8).half()}
+    measured = tls.Measurement(torch.ones(8), details)
+    monkeypatch.setattr(tls.FisherScope, "measure_many", lambda self, lins: [measured])
+    answer = tls.attribute(zoo.specimen("bridge llama").model, PROMPT, tls.FisherScope())
+    assert [value.dtype for value in answer.details.values()] == [torch.int64, torch.bool, torch.float64]
+    assert same(tls.Attribution.from_json(answer.to_json()), answer)
+    assert answer.without([0]).count.tolist() == list(range(1, 8))
+    assert answer.to_dataframe().flag.tolist() == [False] * 4 + [True] * 4
+
+
 def test_to_dataframe(answer: tls.Attribution) -> None:
     frame = answer.to_dataframe()
     assert list(frame.columns) == ["position", "token", "id", "score", "share"]
@@ -121,6 +185,52 @@ def test_a_scope_says_what_it_asked(scope: tls.Scope) -> None:
     assert eval(answer.scope, {name: getattr(tls, name) for name in tls.__all__}) == scope
     assert "None" not in answer.scope
     assert same(tls.Attribution.from_json(answer.to_json()), answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnScope(tls.JacobianScope):
+    name: str = ""
+    tensor: torch.Tensor | None = dataclasses.field(default=None, repr=False)
+
+    def cotangents(self, lin: tls.Linearization) -> torch.Tensor:
+        return lin.readout[None]
+
+    def unit(self, lin: tls.Linearization) -> str:
+        return self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Shouting(OwnScope):
+    def __repr__(self) -> str:
+        return "OWN"
+
+
+@dataclasses.dataclass(frozen=True)
+class LouderStill(Shouting):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("scope", "written"),
+    [
+        (tls.SemanticScope(), "SemanticScope()"),
+        (tls.SemanticScope(" are", versus=" is"), "SemanticScope(target=' are', versus=' is')"),
+        (tls.TemperatureScope(of="logits"), "TemperatureScope(of='logits')"),
+        (tls.FisherScope(generator=torch.Generator()), "FisherScope()"),
+        (tls.SpectralScope(rank=3), "SpectralScope(rank=3)"),
+        (tls.HetaScope(beta=1.0), "HetaScope(beta=1.0)"),
+        (tls.PathIntegratedScope(baseline=torch.ones(4)), "PathIntegratedScope(baseline=<4 tensor of norm 2>)"),
+        (tls.DirectionScope(torch.ones(4)), "DirectionScope(direction=<4 tensor of norm 2>)"),
+        (LeaveOneOut(), "LeaveOneOut()"),
+        (OwnScope("x"), "OwnScope(name='x')"),
+        (Shouting("x"), "OWN"),
+        (LouderStill("x"), "OWN"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_scopes_are_written_alike(scope: tls.Scope, written: str) -> None:
+    """Without what is as by default; a repr of one's own stays."""
+    assert repr(scope) == written
 
 
 def test_a_scope_of_ones_own() -> None:

@@ -238,6 +238,14 @@ def test_options(lin: tls.Linearization) -> None:
         tls.TemperatureScope(of="entropy")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("scope", [tls.SemanticScope(), tls.FisherScope(), tls.PathIntegratedScope()], ids=repr)
+def test_scopes_are_asked_of_linearisations(model: Any, scope: Any) -> None:
+    for thing in (model, "The keys", None):
+        message = rf"a scope is asked of a Linearization, got {type(thing).__name__}: write attribute\(model"
+        with pytest.raises(TypeError, match=message):
+            scope(thing)
+
+
 @pytest.mark.parametrize("scope", [tls.FisherScope, "fisher", None])
 def test_no_scope(model: Any, scope: Any) -> None:
     hint = r": write FisherScope\(\)" if scope is tls.FisherScope else ""
@@ -493,13 +501,27 @@ def test_more_probes_than_dimensions(lin: tls.Linearization, option: str) -> Non
         tls.FisherScope(**{option: 17})(lin)
 
 
+RANDOM: list[Any] = [tls.FisherScope, tls.SpectralScope, tls.HetaScope]
+
+
 def test_generator_elsewhere(lin: tls.Linearization) -> None:
-    class Elsewhere:
+    class Elsewhere(torch.Generator):
         device = torch.device("cuda")
 
     message = r"the generator is on cuda, the model on cpu: take torch.Generator\('cpu'\)"
-    with pytest.raises(ValueError, match=message):
-        tls.FisherScope(probes=4, generator=cast(Any, Elsewhere()))(lin)
+    for scope in RANDOM:
+        with pytest.raises(ValueError, match=message):
+            scope(generator=Elsewhere())(lin)
+
+
+@pytest.mark.parametrize("generator", [0, 5, "cpu"])
+def test_a_generator_that_is_none(lin: tls.Linearization, generator: Any) -> None:
+    """A seed is the usual mistake."""
+    hint = rf"torch.Generator\('cpu'\).manual_seed\({generator}\)\." if generator != "cpu" else r"\('cpu'\)\."
+    message = rf"generator must be a torch.Generator or None, got {generator!r}: take .*{hint}"
+    for scope in RANDOM:
+        with pytest.raises(TypeError, match=message):
+            scope(generator=generator)(lin)
 
 
 @pytest.mark.parametrize("cotangents", [torch.ones(16), torch.ones(1, 5), [1.0] * 16])
@@ -565,6 +587,13 @@ def test_details_belong_to_tokens(lin: tls.Linearization) -> None:
         _ = answer.scroes
 
 
+def test_details_do_not_hide(lin: tls.Linearization) -> None:
+    """A detail of the name of a field or a method could not be reached."""
+    answer = tls.SemanticScope(3)(lin)
+    with pytest.raises(ValueError, match="details may not be called 'scores', 'top': an Attribution has fields or met"):
+        dataclasses.replace(answer, details={"scores": torch.ones(8), "fine": 1, "top": 3})
+
+
 def test_measure_gives_a_measurement(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tls.FisherScope, "measure_many", lambda self, lins: [torch.ones(8)])
     message = r"measure of FisherScope\(\) must give a Measurement, got Tensor: write Measurement\(scores\)"
@@ -577,9 +606,58 @@ def test_targets_are_shown_as_numbers(lin: tls.Linearization, target: Any) -> No
     assert tls.SemanticScope(target)(lin).scope == "SemanticScope(target=3)"
 
 
-def test_positions_of_any_integer_type(lin: tls.Linearization) -> None:
+INTEGERS: list[Any] = [np.int64(4), np.uint8(4), torch.tensor(4)]
+NO_INTEGERS: list[Any] = [True, np.True_, torch.tensor(True), 4.0, torch.tensor(4.0), "4"]
+
+
+@pytest.mark.parametrize("four", INTEGERS, ids=repr)
+def test_integers_of_every_type(model: Any, lin: tls.Linearization, four: Any) -> None:
+    """Whatever counts may be NumPy's or torch's, and is shown as the number that it is."""
+    for make in (
+        lambda n: tls.FisherScope(probes=n),
+        lambda n: tls.FisherScope(rank=n),
+        lambda n: tls.SpectralScope(rank=n),
+        lambda n: tls.HetaScope(3, probes=n),
+        lambda n: tls.PathIntegratedScope(3, steps=n, start=0.9),
+    ):
+        answer, expected = make(four)(lin), make(4)(lin)
+        assert answer.scope == expected.scope
+        torch.testing.assert_close(answer.scores, expected.scores)
+    path = tls.PathIntegratedScope(3, baseline=np.int64(4), steps=2, start=0.5)
+    assert repr(path) == "PathIntegratedScope(target=3, steps=2, baseline=4, start=0.5)"
+    assert len(answer.top(four)) == len(tls.SpectralScope().directions(lin, 2, four)) == 4
+    assert len(list(tls.attribute_many(model, [PROMPT] * 5, tls.SemanticScope(3), batch_size=four))) == 5
+
+
+@pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
+def test_what_is_no_integer(model: Any, lin: tls.Linearization, value: Any) -> None:
+    for option in ("probes", "rank"):
+        with pytest.raises(ValueError, match=f"{option} is a number of backward passes, 1 at least, got "):
+            tls.FisherScope(**{option: value})
+    with pytest.raises(ValueError, match="rank is a number of directions, 1 at least, got "):
+        tls.SpectralScope(rank=value)
+    with pytest.raises(ValueError, match="probes is a number of random directions per token, 1 at least, got "):
+        tls.HetaScope(probes=value)
+    with pytest.raises(TypeError, match="steps is a number of points on the line, got "):
+        tls.PathIntegratedScope(steps=value)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got "):
+        tls.attribute_many(model, [PROMPT], tls.SemanticScope(3), batch_size=value)
+    with pytest.raises(ValueError, match="count must be at least 1, got "):
+        tls.SpectralScope().directions(lin, 2, value)
     answer = tls.SemanticScope(3)(lin)
-    assert answer.without(torch.tensor([0])).positions == answer.without([np.int64(0)]).positions == tuple(range(1, 8))
+    with pytest.raises(ValueError, match="count must be at least 1, got "):
+        answer.top(value)
+    with pytest.raises(TypeError, match="positions must be integers, got "):
+        answer.without([value])
+    if not isinstance(value, str):
+        with pytest.raises(TypeError, match="a target is a token as text or as id, got "):
+            tls.SemanticScope(value)(lin)
+
+
+def test_positions_of_any_integer_type(model: Any, lin: tls.Linearization) -> None:
+    answer, prompt_map = tls.SemanticScope(3)(lin), tls.attribution_map(model, PROMPT, tls.SemanticScope(3))
+    for zero in (torch.tensor([0]), [np.int64(0)]):
+        assert answer.without(zero).positions == prompt_map.without(zero)[-1].positions == tuple(range(1, 8))
 
 
 def test_temperature_in_float16() -> None:

@@ -362,6 +362,14 @@ def test_after_a_journey(llama: Any, scope: tls.Scope) -> None:
             other.checks()
 
 
+def test_a_scope_around_another(llama: Any) -> None:
+    """Its scores are no slopes, and what it explains is asked about."""
+    found = tls.attribute(llama, PROMPT, tls.PositionCorrectedScope(tls.SemanticScope())).checks()
+    assert found["linearity"].verdict == "not applicable"
+    assert "change what is asked about" in found["leave-one-out"].finding
+    assert "(standard error)" in found["estimation"].finding
+
+
 def test_a_scope_that_cannot_be_read(llama: Any) -> None:
     answer = tls.attribute(llama, PROMPT, tls.DirectionScope(torch.ones(zoo.WIDTH)))
     found = tls.Attribution.from_json(answer.to_json()).checks(llama)
@@ -433,12 +441,13 @@ def test_an_answer_keeps_neither_model_nor_graph() -> None:
     row = model.unembed.weight[TARGET]
     assert row.requires_grad or row._base is not None
     answer = tls.DirectionScope(row)(lin)
-    answers = [answer, answer.without([0]), *tls.attribution_map(model, PROMPT, tls.FisherScope(probes=4))]
+    within = tls.FrozenAttentionScope(tls.DirectionScope(row))(lin)
+    answers = [answer, answer.without([0]), within, *tls.attribution_map(model, PROMPT, tls.FisherScope(probes=4))]
     kept = [weakref.ref(thing) for thing in (lin.trace, lin, model, next(model.parameters()))]
     del model, lin, row
     gc.collect()
     assert [reference() for reference in kept] == [None] * 4
-    assert answer._origin.scope.direction._base is None
+    assert answer._origin.scope.direction._base is within._origin.scope.scope.direction._base is None
     for one in answers:
         with pytest.raises(
             ValueError, match=r"has outlived its model, and its checks .* pass it, answer.checks\(model\)"

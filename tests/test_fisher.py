@@ -1,6 +1,7 @@
 """Fisher Scope from fewer backward passes than the readout has dimensions."""
 
-from itertools import pairwise
+import sys
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
+from tl_scopes import randomness
 from tl_scopes.fisher_information import fisher_information, fisher_root
 from tl_scopes.scopes.fisher import leading_part, remainder_probes
 from tl_scopes.tiny.tasks import examples
@@ -114,6 +116,39 @@ def test_the_same_question_has_the_same_answer(lin: tls.Linearization) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     scope = tls.FisherScope(probes=8, generator=generator())
     assert not torch.equal(scope(lin).scores, scope(lin).scores)
+
+
+@pytest.mark.parametrize("scope", [tls.FisherScope(probes=8), tls.SpectralScope(rank=2), tls.HetaScope(3, probes=1)])
+def test_random_numbers_belong_to_the_prompt(scope: tls.Scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same for all, errors of similar prompts went together, and the mean over a corpus kept them."""
+    drawn: dict[tuple[int, ...], list[int]] = {}
+
+    def watch(lin: tls.Linearization, *given: Any) -> torch.Generator:
+        source = randomness.source(lin, *given)
+        drawn.setdefault(tuple(lin.tokens.tolist()), []).append(source.initial_seed())
+        return source
+
+    monkeypatch.setattr(sys.modules[type(scope).__module__], "source", watch)
+    model, prompts = zoo.specimen("bridge llama").model, [PROMPT, [*PROMPT[:-1], 1], PROMPT[:4]]
+    for prompt in prompts:
+        tls.attribute(model, prompt, scope)
+    list(tls.attribute_many(model, prompts, scope))
+    assert [len(set(drawn[tuple(prompt)])) for prompt in prompts] == [1, 1, 1]
+    assert len({drawn[tuple(prompt)][0] for prompt in prompts}) == 3
+    drawn.clear()
+    tls.attribution_map(model, PROMPT, scope)
+    assert len({seed for seeds in drawn.values() for seed in seeds}) == len(PROMPT)
+
+
+def test_errors_of_similar_prompts_are_unrelated(tiny: Any) -> None:
+    """Prompts of one sentence's words: in the mean over them errors cancel as 1/√n."""
+    errors = []
+    for noun, adjective, thing, place in product(("keys", "doors"), ("old", "red"), ("cabinet", "box"), ("door",)):
+        lin = tls.linearize(tiny, f"The {noun} to the {adjective} {thing} near the {place}")
+        exact = tls.FisherScope(exact=True)(lin).scores
+        errors.append((tls.FisherScope(probes=8)(lin).scores - exact) / exact.sum())
+    found = torch.stack([error[-7:] for error in errors])
+    assert found.mean(0).norm() < 0.6 * found.norm(dim=1).mean()
 
 
 def test_as_many_probes_as_dimensions_are_exact(lin: tls.Linearization) -> None:

@@ -16,6 +16,7 @@ from tests.test_left_as_found import failing, unchanged
 from tests.zoo import PROMPT, WIDTH, Specimen
 from tl_scopes.curvature import block_norms
 from tl_scopes.linearization import linearize_places
+from tl_scopes.randomness import prompt_generator
 from tl_scopes.scopes.heta import attention_flow, information
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -334,8 +335,7 @@ def test_random_numbers(llama: Any) -> None:
     lin = tls.linearize(llama, PROMPT)
     default, again = (tls.HetaScope(TARGET, gamma=0.0, probes=1)(lin).S for _ in range(2))
     assert default.equal(again)
-    generator = torch.Generator().manual_seed(0)
-    scope = tls.HetaScope(TARGET, gamma=0.0, probes=1, generator=generator)
+    scope = tls.HetaScope(TARGET, gamma=0.0, probes=1, generator=prompt_generator(lin, "HetaScope"))
     assert scope(lin).S.equal(default)
     assert not scope(lin).S.equal(default)
     assert scope(lin).standard_error.isinf().all()
@@ -448,11 +448,11 @@ def test_training_mode(llama: Any) -> None:
 
 @pytest.mark.usefixtures("_no_type_checks")
 def test_generator_of_another_device(llama: Any) -> None:
-    class Elsewhere:
+    class Elsewhere(torch.Generator):
         device = torch.device("cuda:0")
 
     with pytest.raises(ValueError, match="the generator is on cuda:0, the model on cpu: take torch.Generator"):
-        tls.HetaScope(generator=Elsewhere())(tls.linearize(llama, PROMPT))  # type: ignore[arg-type]
+        tls.HetaScope(generator=Elsewhere())(tls.linearize(llama, PROMPT))
 
 
 def test_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +20,11 @@ from tl_scopes.faithfulness.known_causes import (
     MEASURES,
     all_scopes,
     cause_positions,
-    confirmed,
     is_confirmed,
     known_causes,
     retrieval,
-    to_markdown,
 )
+from tl_scopes.faithfulness.tables import BEGIN, END, confirmed, put_into, to_markdown
 from tl_scopes.tiny.example import Example
 from tl_scopes.tiny.language import ASIDES, GERMAN_NOUNS, HOLDERS, NOUNS, THINGS
 from tl_scopes.tiny.tasks import examples
@@ -226,22 +226,80 @@ def test_markdown(tiny: Any) -> None:
     results = known_causes(
         tiny, ["agreement", "translation"], 4, {"oracle": lambda e: Oracle(e), "chance": RandomBaseline()}
     )
-    lines = to_markdown(results, "average precision").splitlines()
-    assert lines[:2] == ["| average precision | agreement | translation |", "|---|---|---|"]
-    assert lines[2] == "| `oracle` | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) |"
-    assert re.fullmatch(r"\| `chance` \| 0\.\d\d \(0\.\d\d to [01]\.\d\d\) \| .* \|", lines[3])
+    lines = to_markdown(results, "average precision", "chance").splitlines()
+    assert lines[:2] == ["| average precision | agreement | translation | all | all, less `chance` |", "|---" * 5 + "|"]
+    assert lines[2].startswith("| `oracle` | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | +0.")
+    assert re.fullmatch(r"\| `chance` \| 0\.\d\d \(0\.\d\d to [01]\.\d\d\) \| .* \|  \|", lines[3])
     assert confirmed(results) == "Confirmed: agreement 4 of 4, translation 4 of 4."
 
 
-def test_the_command() -> None:
+def test_all_tasks_together(tiny: Any) -> None:
+    """The mean over all examples, which do not all belong to one task."""
+    results = known_causes(tiny, ["agreement", "translation"], 3, [tls.SemanticScope(), RandomBaseline()])
+    results = results[results.measure == "reciprocal rank"]
+    for scope, line in zip(
+        ("SemanticScope()", "RandomBaseline()"), to_markdown(results, "reciprocal rank").splitlines()[2:], strict=True
+    ):
+        of_one = results[results.scope == scope].value
+        assert len(of_one) == 6
+        assert line.split("|")[4].startswith(f" {of_one.mean():.2f} (")
+
+
+def test_bos_is_ranked_when_asked(tiny: Any) -> None:
+    """A scope that always names BOS first has its first cause second then."""
+
+    @dataclass(frozen=True)
+    class Bos(tls.Scope):
+        example: Example
+
+        def measure(self, lin: tls.Linearization) -> tls.Measurement:
+            scores = Oracle(self.example).measure(lin).scores
+            scores[0] = 10
+            return tls.Measurement(scores)
+
+        def unit(self, lin: tls.Linearization) -> str:
+            return "none"
+
+    for bos, rank in ((False, 1.0), (True, 0.5)):
+        results = known_causes(tiny, ["translation"], 3, {"bos": lambda e: Bos(e)}, bos=bos)
+        assert (results[results.measure == "reciprocal rank"].value == rank).all()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
     command = [sys.executable, "-m", "tl_scopes.faithfulness.known_causes", "--count", "1", "--tasks", "agreement"]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = subprocess.run([*command, "--into", str(page)], capture_output=True, text=True, check=True)
     assert run.stdout.startswith("Confirmed: agreement 1 of 1.")
     assert all(f"| {measure} | agreement |" in run.stdout for measure in MEASURES)
     assert "found in sys.modules" not in run.stderr
+    above, table, below = re.split(f"{BEGIN}\n|\n{END}\n", page.read_text())
+    assert (above, below) == ("above\n", "below\n")
+    assert table.startswith("| average precision | agreement |")
+    assert table.endswith("Confirmed: agreement 1 of 1.")
+    assert "old" not in table
+
+
+def test_the_readme_has_this_table() -> None:
+    """All scopes, all tasks, enough examples; regenerate with `--into README.md`."""
+    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    table = page[page.index(BEGIN) : page.index(END)]
+    assert re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE) == list(all_scopes())
+    assert table.splitlines()[1].startswith(f"| average precision | {' | '.join(TASKS)} | all | all, less")
+    counts = re.findall(r"(\d+) of (\d+)", table[table.index("Confirmed") :])
+    assert len(counts) == len(TASKS)
+    assert all(int(n) >= 50 for n, _ in counts)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_without_marks(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\nold\n")
+    with pytest.raises(ValueError, match=r"page\.md' has no place for the table: put the lines"):
+        put_into(page, "new")
+    assert page.read_text() == f"{BEGIN}\nold\n"
 
 
 def test_bad_input(tiny: Any, no_type_checks: None) -> None:

@@ -58,10 +58,9 @@ def labels(axis: Any) -> dict[float, str]:
 @pytest.mark.parametrize("shown", [MAP, SIGNED, MAP.without([0]), MAP.without([3])], ids=str)
 def test_every_cell_has_the_colour_of_its_value(shown: tls.AttributionMap) -> None:
     scale = map_views._scale(map_views._values(shown))
-    values = shown.scores if (shown.scores < 0).any() else shown.share
     colors = drawn(shown.plot())
     assert len(colors) == len(shown)
-    for line, row, one in zip(colors, values.tolist(), shown, strict=True):
+    for line, row, one in zip(colors, shown.share.tolist(), shown, strict=True):
         inside = len(one.scores)
         assert line[inside:] == [VOID] * (len(row) - inside)
         for hue, value in zip(line[:inside], row, strict=False):
@@ -130,10 +129,9 @@ def test_color_bar(shown: tls.AttributionMap) -> None:
     bar = labels(figure.axes[1].yaxis)
     assert len(bar) >= 4
     for place, text in bar.items():
-        score = float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
-        assert scale.strength(score) == pytest.approx(place, abs=1e-6)
+        assert scale.strength(float(text.removesuffix("%")) / 100) == pytest.approx(place, abs=1e-6)
     assert min(bar) == (0 if shown is MAP else pytest.approx(-max(bar)))
-    assert figure.axes[1].get_ylabel() == ("share of the scores" if shown is MAP else "logit")
+    assert figure.axes[1].get_ylabel() == "share of the scores"
 
 
 @pytest.mark.parametrize("tokens", [["$x$", "$\\frac{$"], ["日本", "𐎠"], NASTY[:2], ["one"]], ids=repr)
@@ -157,9 +155,7 @@ def test_values_are_written_into_few_large_cells() -> None:
 
     two = torch.tensor([[1.0, 0.0], [1.0, 3.0]])
     assert written(prompt_map(["a", "b"], two)) == ["100", "25", "75"]
-    assert written(prompt_map(["a", "b"], -two)) == ["-1.0", "-1.0", "-3.0"]
-    assert written(prompt_map(["a", "b"], -100 * two)) == ["-100", "-100", "-300"]
-    assert written(prompt_map(["a", "b"], -1e-5 * two)) == []
+    assert written(prompt_map(["a", "b"], torch.tensor([[1.0, 0.0], [1.0, -3.0]]))) == ["100", "25", "-75"]
     assert written(prompt_map(["a"] * 17, random(17))) == []
 
 
@@ -218,6 +214,13 @@ def test_card() -> None:
         assert [float(image["width"] or 0), float(image["height"] or 0)] == pytest.approx(size, abs=1)
         for word in ("<script", "<style", "<link", "http", "href=", "@import", "url("):
             assert word not in html
+
+
+def test_scores_below_zero() -> None:
+    """A share of what cancels is no larger than the whole, and the largest is so by its size."""
+    html = prompt_map(["a", "b"], torch.tensor([[1.0, 0.0], [1.0, -3.0]]))._repr_html_()
+    assert "The largest share, -75%, is that of &#x27;b&#x27; at position 1" in html
+    assert "colour: square root of the share" in html
 
 
 def test_map_draws_itself(tmp_path: Path) -> None:

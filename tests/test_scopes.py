@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import tl_scopes as tls
 from tests import zoo
+from tests.test_attention import HOLDABLE
 from tests.test_attribution import same
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, Specimen
@@ -28,6 +29,8 @@ SCOPES: dict[str, tls.Scope] = {
     "spectral distribution": tls.SpectralScope("effective_rank", of="distribution", rank=3),
     "direction": tls.DirectionScope(DIRECTION),
     "heta": tls.HetaScope(TARGET, probes=2),
+    "position corrected": tls.PositionCorrectedScope(tls.SemanticScope(TARGET), shuffles=2),
+    "frozen attention": tls.FrozenAttentionScope(tls.SemanticScope(TARGET)),
 }
 NEEDS_LOGITS = set(SCOPES) - {"spectral", "direction"}
 
@@ -38,10 +41,12 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def scope(name: str, specimen: Specimen) -> tls.Scope:
+def scope(name: str, specimen: Specimen, request: pytest.FixtureRequest) -> tls.Scope:
     """Every scope, on every model that has what it asks about."""
     if name == "heta" and getattr(specimen.model.cfg, "architecture", "") == "MambaForCausalLM":
         pytest.skip("no attention patterns")
+    if name == "frozen attention" and request.node.callspec.params["specimen"] not in HOLDABLE:
+        pytest.skip("its attention cannot be held")
     return SCOPES[name]
 
 

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from tl_scopes.api import attribute, linearize
     from tl_scopes.attribution import Attribution
     from tl_scopes.comparison import Comparison, compare
+    from tl_scopes.corrections import FrozenAttentionScope, PositionCorrectedScope
     from tl_scopes.diagnostics.check_report import Check, Checks
     from tl_scopes.diagnostics.linearity import linearity
     from tl_scopes.diagnostics.linearity_report import LinearityReport
@@ -35,12 +36,14 @@ __all__ = [
     "Comparison",
     "DirectionScope",
     "FisherScope",
+    "FrozenAttentionScope",
     "HetaScope",
     "JacobianScope",
     "LinearityReport",
     "Linearization",
     "Measurement",
     "PathIntegratedScope",
+    "PositionCorrectedScope",
     "Scope",
     "SemanticScope",
     "SinkReport",
@@ -66,12 +69,14 @@ _HOME = {
     "Comparison": "comparison",
     "DirectionScope": "scopes.direction",
     "FisherScope": "scopes.fisher",
+    "FrozenAttentionScope": "corrections",
     "HetaScope": "scopes.heta",
     "JacobianScope": "question",
     "LinearityReport": "diagnostics.linearity_report",
     "Linearization": "linearization",
     "Measurement": "question",
     "PathIntegratedScope": "scopes.path_integrated",
+    "PositionCorrectedScope": "corrections",
     "Scope": "question",
     "SemanticScope": "scopes.semantic",
     "SinkReport": "diagnostics.sinks_report",

@@ -1,18 +1,19 @@
 """The answer: how much each input token moves one prediction."""
 
 import json
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import ReferenceType
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Model, Token
+from tl_scopes.models import Model, Token, as_count, as_int
+from tl_scopes.origin import Origin
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,21 +35,6 @@ class Prediction(NamedTuple):
 
     token: Token
     probability: float
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """Where an answer comes from, for `Attribution.checks`. It keeps neither the model nor a graph alive."""
-
-    model: "ReferenceType[Model]"
-    scope: Any
-    """The question, as an object."""
-    tokens: Int[Tensor, "token"]
-    """The whole prompt, up to where the prediction was read; on the CPU."""
-    readout_norm: float
-    """Of the value at the `of` hook: to tell whether the model still computes the same."""
-    checkpointed: bool
-    """Whether blocks were run again in the backward pass."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,7 +72,8 @@ class Attribution:
     notes: tuple[str, ...] = field(default=())
     """What a reader of the scores should know: how the weights were processed, say."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """What else the scope found: tensors with the tokens on their last axis, numbers and texts about the whole.
+    """What else the scope found: tensors with the tokens on their last axis, numbers and texts about the whole, by
+    names that are not those of fields and methods.
     `answer.standard_error` is short for `answer.details["standard_error"]`, and so for all of them."""
     _origin: Origin | None = field(default=None)
     """Stays behind where the answer is written down, as JSON or as a pickle."""
@@ -97,6 +84,12 @@ class Attribution:
             raise ValueError(
                 f"scores, tokens, str_tokens and positions differ in length: {len(self.scores)}, {len(self.tokens)}, "
                 f"{len(self.str_tokens)}, {len(self.positions)}."
+            )
+        taken = [name for name in self.details if name in {f.name for f in fields(self)} or hasattr(type(self), name)]
+        if taken:
+            raise ValueError(
+                f"details may not be called {', '.join(map(repr, taken))}: an Attribution has fields or methods of "
+                "these names, behind which they could not be reached. Call them something else."
             )
         for name, value in self.details.items():
             if isinstance(value, Tensor) and value.shape[-1:] != self.scores.shape:
@@ -129,33 +122,36 @@ class Attribution:
 
     @property
     def share(self) -> Float[Tensor, "token"]:
-        """Each score over the sum of all; zeros where all scores are zero."""
-        total = self.scores.sum()
+        """Each score over the sum of their sizes; zeros where all scores are zero.
+
+        So shares keep the sign of their score, and their sizes sum to 1.
+        """
+        total = self.scores.abs().sum()
         return self.scores / total if total != 0 else torch.zeros_like(self.scores)
 
-    def top(self, count: int = 5) -> tuple[Influence, ...]:
-        """The most influential tokens, best first (all of them where there are fewer).
+    def top(self, count: SupportsIndex = 5) -> tuple[Influence, ...]:
+        """The most influential tokens, the largest score first, whatever its sign (all of them where there are fewer).
 
         Raises:
             ValueError: for a count below 1.
         """
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}.")
+        count = as_count(count, "count must be at least 1")
         share = self.share
-        order = self.scores.argsort(descending=True, stable=True)[:count].tolist()
+        order = self.scores.abs().argsort(descending=True, stable=True)[:count].tolist()
         return tuple(
             Influence(self.positions[i], self.str_tokens[i], self.scores[i].item(), share[i].item()) for i in order
         )
 
-    def without(self, positions: Iterable[int]) -> "Attribution":
+    def without(self, positions: Iterable[SupportsIndex]) -> "Attribution":
         """The same answer without the tokens at these positions of the prompt; shares are then of the rest.
 
         `answer.without([0])` sets aside the BOS token, on which much influence tends to rest.
 
         Raises:
             ValueError: for a position that is not there, or when no token would be left.
+            TypeError: for positions that are no integers, a mask of booleans say.
         """
-        gone = {operator.index(position) for position in positions}
+        gone = {as_int(position, "positions must be integers") for position in positions}
         absent = gone - set(self.positions)
         if absent:
             raise ValueError(
@@ -192,11 +188,16 @@ class Attribution:
         )
 
     def to_json(self) -> str:
-        """Everything, as text that `from_json` reads back without loss."""
+        """Everything, as text that `from_json` reads back without loss.
+
+        What is infinite or NaN among the details, an unknown standard error say, is written as the text "Infinity",
+        "-Infinity" or "NaN", for JSON has no such numbers.
+        """
         record = {name: value for name, value in vars(self).items() if name not in ("details", "_origin")}
         record |= {"scores": _as_record(self.scores), "tokens": self.tokens.tolist()}
         record |= {"details": {name: _as_record(value) for name, value in self.details.items()}}
-        return json.dumps({"format": "tl_scopes.Attribution", "version": 1} | record, ensure_ascii=True)
+        record = {"format": "tl_scopes.Attribution", "version": 1} | record
+        return json.dumps(record, ensure_ascii=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "Attribution":
@@ -237,18 +238,12 @@ class Attribution:
         )
 
     def checks(self, model: Model | None = None, *, thorough: bool = False) -> "Checks":
-        """What a careful reviewer would ask of these scores, in a few lines: see `diagnostics.checks.checks`.
-
-        Args:
-            model: the model, where the answer was read from JSON or a pickle, or has outlived it.
-            thorough: measure what is otherwise predicted or sampled.
-
-        Cost: about 10 forward passes for a `SemanticScope`.
+        """What a careful reviewer would ask of these scores, in a few lines: see `tl_scopes.diagnostics.checks`.
 
         Example:
             >>> answer = tls.attribute(model, "The keys to the old cabinet near the door", tls.SemanticScope())
-            >>> [check.name for check in answer.checks()]
-            ['sinks', 'linearity', 'saturation', 'weights', 'leave-one-out', 'estimation']
+            >>> {check.verdict for check in answer.checks()}
+            {'fine', 'not applicable'}
         """
         from tl_scopes.diagnostics.checks import checks
 
@@ -278,17 +273,21 @@ class Attribution:
 
 
 def _as_record(value: Any) -> Any:
-    """A detail as JSON: tensors with their precision, the rest as it is."""
+    """A detail as JSON: tensors, and numbers that JSON does not have, with their type, the rest as it is."""
     if isinstance(value, Tensor):
-        return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
-    return value
+        dtype, value = str(value.dtype).removeprefix("torch."), value.tolist()
+    elif isinstance(value, float) and not isfinite(value):
+        dtype = "float"
+    else:
+        return list(map(_as_record, value)) if isinstance(value, list | tuple) else value
+    return {"dtype": dtype, "values": json.loads(json.dumps(value), parse_constant=str)}
 
 
 def _from_record(value: Any) -> Any:
     if isinstance(value, dict):
-        return _tensor(value)
-    return tuple(value) if isinstance(value, list) else value
+        return float(value["values"]) if value["dtype"] == "float" else _tensor(value)
+    return tuple(map(_from_record, value)) if isinstance(value, list) else value
 
 
 def _tensor(record: dict[str, Any]) -> Tensor:
-    return torch.tensor(record["values"], dtype={"float32": torch.float32, "float64": torch.float64}[record["dtype"]])
+    return torch.from_numpy(np.array(record["values"], dtype=record["dtype"]))  # which reads "Infinity" and "NaN"

@@ -3,7 +3,6 @@
 All are scopes, so they go wherever a scope goes.
 """
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, SupportsIndex
@@ -14,13 +13,9 @@ from tl_scopes import models
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token
 from tl_scopes.question import Measurement, Scope, TargetScope, vjps
+from tl_scopes.randomness import prompt_generator
 from tl_scopes.replacement import effects, substitute
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
-
-
-def prompt_generator(lin: Linearization, *purpose: object) -> torch.Generator:
-    """A source of random numbers on the CPU that belongs to this prompt and purpose, whatever was drawn before."""
-    return torch.Generator().manual_seed(zlib.crc32(repr((*purpose, lin.tokens.tolist())).encode()))
 
 
 @dataclass(frozen=True)

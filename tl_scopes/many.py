@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def attribute_many(
     prompts: Iterable[Prompt],
     scope: Scope,
     *,
-    batch_size: int = 8,
+    batch_size: SupportsIndex = 8,
     prepend_bos: bool | None = None,
     on_error: Literal["warn", "raise"] = "warn",
     progress: bool = True,
@@ -104,8 +104,7 @@ def attribute_many(
             f"prompts must be an iterable of prompts, got one {type(prompts).__name__}: put it into a list, or call "
             "attribute."
         )
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size!r}.")
+    batch_size = models.as_count(batch_size, "batch_size must be at least 1")
     if on_error not in ("warn", "raise"):
         raise ValueError(f'on_error is "warn" or "raise", got {on_error!r}.')
     ask = partial(_ask, model, scope=scope, hooks=models.user_hooks(model), checkpoint=checkpoint)

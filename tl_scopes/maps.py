@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.attribution import Attribution
+from tl_scopes.models import as_int
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +73,7 @@ class AttributionMap:
 
     @property
     def share(self) -> Float[Tensor, "position token"]:
-        """The same as shares of each prediction's sum."""
+        """The same as shares of each prediction, whose sizes sum to 1."""
         return self._matrix([answer.share for answer in self.answers])
 
     def _matrix(self, rows: list[Tensor]) -> Tensor:
@@ -81,7 +82,7 @@ class AttributionMap:
             line[: len(row)] = row
         return matrix
 
-    def without(self, positions: Iterable[int]) -> "AttributionMap":
+    def without(self, positions: Iterable[SupportsIndex]) -> "AttributionMap":
         """The same map without the tokens at these positions, and without the predictions that had no others.
 
         `prompt_map.without([0])` sets aside the BOS token.
@@ -89,7 +90,7 @@ class AttributionMap:
         Raises:
             ValueError: for a position that is not there, or when no token would be left.
         """
-        gone = set(positions)
+        gone = {as_int(position, "positions must be integers") for position in positions}
         self.answers[-1].without(gone)  # says what is wrong, if anything is
         left = [answer for answer in self.answers if not set(answer.positions) <= gone]
         return AttributionMap(tuple(answer.without(gone & set(answer.positions)) for answer in left))

@@ -1,22 +1,21 @@
 """The question: a `Scope`, asked of a `Linearization` to get an `Attribution`."""
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from copy import copy
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, SupportsIndex, TypeAlias
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models, pullback
-from tl_scopes.attribution import Attribution, Origin, Prediction
+from tl_scopes.attribution import Attribution, Prediction
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token, Trace
+from tl_scopes.origin import Origin, without_graphs
 
 Observable: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From a readout [d_of] and its logits [vocab] (empty where there are none), in float64, to a number or a vector."""
@@ -68,6 +67,12 @@ class Scope(ABC):
         """What a reader of the scores should know."""
         return ()
 
+    def aimed(self, lin: Linearization, target: int) -> "Scope":
+        """The same question about this token, where it is about one and none was given."""
+        if is_dataclass(self) and getattr(self, "target", 0) is None and self.explained(lin)[0] is not None:
+            return replace(self, target=target)
+        return self
+
     def observable(self, lin: Linearization) -> Observable | None:
         """What the scores are about, first-order ones the slope of: a function of readout and logits, with everything
         else (the target that was most likely, a cotangent) as it is at `lin`. None where there is no such thing."""
@@ -77,19 +82,32 @@ class Scope(ABC):
         """`measure` for several linearisations of one forward pass."""
         return [self.measure(lin) for lin in lins]
 
+    def __init_subclass__(cls) -> None:
+        # Before @dataclass, which writes a repr only where there is none: with every default, and tensors in full.
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]
+
     def __repr__(self) -> str:
-        # Dataclasses write their own, unless repr=False: those that hold tensors, which would be printed whole.
         return as_written(self) if is_dataclass(self) else super().__repr__()
 
     def __call__(self, lin: Linearization) -> Attribution:
-        """Ask the question."""
+        """Ask the question.
+
+        Raises:
+            TypeError: for what is no Linearization, a model say. Else as the scope does.
+        """
+        if not isinstance(lin, Linearization):
+            raise TypeError(
+                f"a scope is asked of a Linearization, got {type(lin).__name__}: write "
+                "attribute(model, prompt, scope), or scope(linearize(model, prompt))."
+            )
         return self.ask([lin])[0]
 
     def ask(self, lins: Sequence[Linearization]) -> list[Attribution]:
         """Ask it of several linearisations of one forward pass, together where the scope can."""
         # First, so that a target that is unknown is refused before the work.
         explained = [self.explained(lin) for lin in lins]
-        own = _without_graphs(self)
+        own = without_graphs(self)
         return [
             self._answer(lin, *tokens, measurement, own)
             for lin, tokens, measurement in zip(lins, explained, self.measure_many(lins), strict=True)
@@ -116,10 +134,9 @@ class Scope(ABC):
             raise ValueError(
                 f"{as_written(self)} must give one score per token, a tensor of shape [{len(lin.tokens)}], got {got}."
             )
-        tokens = lin.tokens.cpu()
         return Attribution(
             scores=scores.detach().to("cpu", dtype),
-            tokens=tokens,
+            tokens=lin.tokens.cpu(),
             str_tokens=lin.str_tokens,
             positions=tuple(range(len(lin.tokens))),
             position=lin.position,
@@ -134,10 +151,12 @@ class Scope(ABC):
             dtype=str(lin.readout.dtype).removeprefix("torch."),
             notes=self.notes(lin),
             details={
-                name: value.detach().to("cpu", dtype) if isinstance(value, Tensor) else value
+                name: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+                if isinstance(value, Tensor)
+                else value
                 for name, value in measurement.details.items()
             },
-            _origin=Origin(ref(lin.model), own, tokens, float(lin.readout.float().norm()), lin.trace.checkpointed),
+            _origin=Origin.of(lin, own),
         )
 
 
@@ -183,7 +202,7 @@ class JacobianScope(Scope):
         return [self.combine(lin, of_one) for lin, of_one in zip(lins, norms, strict=True)]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class TargetScope(Scope):
     """A question about one token's logit z_v; with `versus` about z_v − z_u; with quantity="log_prob" about log p_v."""
 
@@ -194,9 +213,9 @@ class TargetScope(Scope):
     def __post_init__(self) -> None:
         for name in ("target", "versus"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str | bool):
+            if value is not None and not isinstance(value, str):
                 with suppress(TypeError):  # a number of NumPy's or a tensor's is shown as the number that it is
-                    object.__setattr__(self, name, operator.index(value))
+                    object.__setattr__(self, name, models.as_int(value, name))
         if self.quantity not in ("logit", "log_prob"):
             raise ValueError(f'quantity is "logit" or "log_prob", got {self.quantity!r}.')
 
@@ -262,16 +281,6 @@ def as_written(scope: Scope) -> str:
     values = {f.name: (getattr(scope, f.name), f.default) for f in fields(scope) if f.repr}
     given = {n: value for n, (value, default) in values.items() if isinstance(value, Tensor) or value != default}
     return f"{type(scope).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in given.items())})"
-
-
-def _without_graphs(scope: Scope) -> Scope:
-    """The scope with tensors of its own: a direction taken from the weights would keep them alive."""
-    names: list[str] = [f.name for f in fields(scope)] if is_dataclass(scope) else []
-    tensors = {name: value for name in names if isinstance(value := getattr(scope, name), Tensor)}
-    own = copy(scope) if tensors else scope
-    for name, value in tensors.items():
-        object.__setattr__(own, name, value.detach().clone())
-    return own
 
 
 def _shown(value: Any) -> str:

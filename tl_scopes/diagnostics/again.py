@@ -2,7 +2,6 @@
 
 import ast
 import math
-from dataclasses import replace
 
 import torch
 
@@ -11,8 +10,7 @@ from tl_scopes.api import linearize
 from tl_scopes.attribution import Attribution
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Model
-from tl_scopes.question import Scope, TargetScope
-from tl_scopes.scopes.heta import HetaScope
+from tl_scopes.question import Scope
 
 
 def linearize_again(answer: Attribution, model: Model | None) -> tuple[Linearization, Scope | None]:
@@ -40,9 +38,7 @@ def linearize_again(answer: Attribution, model: Model | None) -> tuple[Lineariza
     _require_same(answer, lin)
     scope = read_scope(answer.scope) if origin is None else origin.scope
     # What was the most likely token then may be a near tie.
-    if answer.target is not None and isinstance(scope, TargetScope | HetaScope) and scope.target is None:
-        scope = replace(scope, target=answer.target.id)
-    return lin, scope
+    return lin, scope if scope is None or answer.target is None else scope.aimed(lin, answer.target.id)
 
 
 def _require_same(answer: Attribution, lin: Linearization) -> None:

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -13,13 +13,13 @@ from tqdm.auto import tqdm
 from tl_scopes import models
 from tl_scopes.api import linearize, names
 from tl_scopes.attribution import Attribution
-from tl_scopes.baselines import prompt_generator
 from tl_scopes.faithfulness.log import Log, Record
 from tl_scopes.faithfulness.measures import Removal, Value, count, hard_measures, ranking, soft_measures, spearman
 from tl_scopes.faithfulness.protocol import Protocol, Substitutes
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Model, Prompt
 from tl_scopes.question import Scope, as_written
+from tl_scopes.randomness import prompt_generator
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +129,7 @@ class _Evaluation:
         """All that is measured at one prompt."""
         lin = linearize(self.model, tokens)
         target = lin.token(asked)
-        aimed = {name: aim(scope, lin, target.id) for name, scope in self.scopes.items()}
+        aimed = {name: scope.aimed(lin, target.id) for name, scope in self.scopes.items()}
         answers = {name: scope(lin) for name, scope in aimed.items()}
         shown = {name: answer.target or target for name, answer in answers.items()}
         ids = {name: token.id for name, token in shown.items()}
@@ -172,17 +172,9 @@ class _Evaluation:
         return {name: spearman(answers[name].scores[free], scores[name][free]) for name in answers}
 
 
-def aim(scope: Scope, lin: Linearization, target: int) -> Scope:
-    """The scope with this target, where it explains a target and was given none."""
-    if is_dataclass(scope) and getattr(scope, "target", 0) is None and scope.explained(lin)[0] is not None:
-        return replace(scope, target=target)
-    return scope
-
-
 def candidates(model: Model, tokens: Tensor, bos: bool) -> list[int]:
     """The positions that are ranked and replaced."""
-    first = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
-    return list(range(int(not bos and first is not None and int(tokens[0]) == first), len(tokens)))
+    return list(range(int(not bos and models.starts_with_bos(model, tokens)), len(tokens)))
 
 
 def _tokens(model: Model, prompts: Sequence[Prompt], prepend_bos: bool | None) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""Do scopes find causes that are known? `python -m tl_scopes.faithfulness.known_causes` prints the tables.
+"""Do scopes find causes that are known? `python -m tl_scopes.faithfulness.known_causes` prints the tables,
+`--into README.md` puts the main one into the page.
 
 Of the bundled model's tasks the cause of each answer is known by construction, and it is checked here that it is the
 cause for the model too.
@@ -7,6 +8,7 @@ cause for the model too.
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -22,15 +24,16 @@ from tl_scopes.baselines import (
     IntegratedGradients,
     LeaveOneOut,
     RandomBaseline,
-    prompt_generator,
 )
+from tl_scopes.corrections import FrozenAttentionScope, PositionCorrectedScope
 from tl_scopes.faithfulness.counterfactuals import TASKS, counterfactuals
-from tl_scopes.faithfulness.evaluation import aim, candidates
+from tl_scopes.faithfulness.evaluation import candidates
 from tl_scopes.faithfulness.measures import ranking
-from tl_scopes.faithfulness.statistics import summary
+from tl_scopes.faithfulness.tables import BEGIN, END, confirmed, put_into, to_markdown
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Model
 from tl_scopes.question import Scope, TargetScope, as_written
+from tl_scopes.randomness import prompt_generator
 from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
@@ -51,7 +54,7 @@ MEASURES = ("precision at 1", "precision at n", "average precision", "reciprocal
 
 
 def all_scopes() -> dict[str, Asker]:
-    """Scopes, then baselines: where they are about a token, about the answer, and about the answer against the foil."""
+    """Scopes, baselines, corrections: those about a token about the answer, and about the answer against the foil."""
     kinds = (SemanticScope, PathIntegratedScope, GradientTimesInput, IntegratedGradients)
     asked: dict[type[Scope], Asker] = {kind: partial(_against_foil, kind) for kind in kinds}
     listed: list[Scope] = [
@@ -64,11 +67,17 @@ def all_scopes() -> dict[str, Asker]:
         if type(scope) in asked:
             named[f"{type(scope).__name__}(versus=foil)"] = asked.pop(type(scope))
         named[as_written(scope)] = scope
+    for around in (PositionCorrectedScope, FrozenAttentionScope):
+        named[f"{around.__name__}(SemanticScope(versus=foil))"] = partial(_around_semantic, around)
     return named
 
 
 def _against_foil(kind: type[TargetScope], example: Example) -> Scope:
     return kind(example.target, versus=example.foil)
+
+
+def _around_semantic(kind: Callable[[Scope], Scope], example: Example) -> Scope:
+    return kind(_against_foil(SemanticScope, example))
 
 
 def known_causes(
@@ -78,13 +87,14 @@ def known_causes(
     scopes: Sequence[Scope] | Mapping[str, Asker] | None = None,
     *,
     seed: int = 0,
+    bos: bool = False,
 ) -> "pd.DataFrame":
     """How high scopes and baselines rank the tokens that are known to cause the answer.
 
     Only confirmed examples count: the model gives the right answer; it gives the other answer that is then right when
     any of the causes is replaced; and it stays with its answer when any other word is, that has an alternative of its
-    kind (`faithfulness.counterfactuals`). With BOS set aside and the tokens ranked by score, r_1 < … < r_n the ranks of
-    the n causes,
+    kind (`faithfulness.counterfactuals`). With the tokens ranked by score, BOS set aside unless `bos`, and
+    r_1 < … < r_n the ranks of the n causes,
 
         precision at k      share of causes among the k first, for k = 1 and k = n
         average precision   (1/n) Σ_i i/r_i
@@ -100,6 +110,7 @@ def known_causes(
         scopes: what to compare, with names of their own if given as a dict; there a function from the `Example` to a
             scope will do too. Scopes without a target are about the right answer. None is all scopes and baselines.
         seed: of the examples.
+        bos: whether the BOS token is ranked as well; it is no cause.
 
     Returns:
         One row per task, confirmed example, scope and measure: task, examples (how many were drawn), prompt, scope,
@@ -132,7 +143,7 @@ def known_causes(
     for task, i, example in tqdm(drawn, desc="examples", delay=3, leave=False):
         if is_confirmed(model, example):
             lin = linearize(model, example.prompt)
-            for name, values in _of_one(lin, example, askers).items():
+            for name, values in _of_one(lin, example, askers, bos).items():
                 rows += [(task, count, i, name, measure, value) for measure, value in values.items()]
     for task in tasks:
         if all(task != row[0] for row in rows):
@@ -158,13 +169,15 @@ def is_confirmed(model: Model, example: Example) -> bool:
     return models.predict(model, batch, places=places).argmax(-1).tolist() == answers
 
 
-def _of_one(lin: Linearization, example: Example, askers: Mapping[str, Asker]) -> dict[str, dict[str, float]]:
+def _of_one(
+    lin: Linearization, example: Example, askers: Mapping[str, Asker], bos: bool
+) -> dict[str, dict[str, float]]:
     causes = cause_positions(lin, example)
     target = lin.token(example.target).id
-    free = candidates(lin.model, lin.tokens, bos=False)
+    free = candidates(lin.model, lin.tokens, bos)
     found = {}
     for name, asker in askers.items():
-        scope = aim(asker, lin, target) if isinstance(asker, Scope) else asker(example)
+        scope = asker.aimed(lin, target) if isinstance(asker, Scope) else asker(example)
         order = ranking(scope(lin).scores, free, prompt_generator(lin, "ties"))
         found[name] = retrieval(order, causes)
     return found
@@ -203,36 +216,23 @@ def _askers(scopes: Sequence[Scope] | Mapping[str, Asker]) -> dict[str, Asker]:
     return dict(scopes)
 
 
-def to_markdown(results: "pd.DataFrame", measure: str) -> str:
-    """One measure as a Markdown table, a row per scope and a column per task: mean and 95% interval."""
-    table = summary(results[results["measure"] == measure])
-    tasks, scopes = (list(dict.fromkeys(table[name])) for name in ("task", "scope"))
-    cells = {
-        (row.scope, row.task): f"{row.mean:.2f} ({row.low:.2f} to {row.high:.2f})"
-        for row in table.rename(columns={"mean": "average"}).assign(mean=table["mean"].to_numpy()).itertuples()
-    }
-    lines = [f"| {measure} | {' | '.join(tasks)} |", "|---" * (len(tasks) + 1) + "|"]
-    lines += [f"| `{scope}` | {' | '.join(cells[scope, task] for task in tasks)} |" for scope in scopes]
-    return "\n".join(lines)
-
-
-def confirmed(results: "pd.DataFrame") -> str:
-    """How many examples were confirmed, as a sentence."""
-    counts = results.groupby(["task", "examples"], sort=False)["prompt"].nunique()
-    return "Confirmed: " + ", ".join(f"{task} {n} of {drawn}" for (task, drawn), n in counts.items()) + "."
-
-
 def main() -> None:
-    """Print the tables of the bundled model."""
+    """Print the tables of the bundled model, or put the one into a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="held-out examples per task")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--seed", type=int, default=0, help="of the examples")
+    parser.add_argument("--bos", action="store_true", help="rank the BOS token as well")
+    parser.add_argument("--into", type=Path, help=f"a page to put the {_SHOWN} into, between {BEGIN} and {END}")
     options = parser.parse_args()
-    results = known_causes(tasks=options.tasks, count=options.count, seed=options.seed)
-    print(confirmed(results))
-    for measure in MEASURES:
-        print(f"\n{to_markdown(results, measure)}")
+    results = known_causes(tasks=options.tasks, count=options.count, seed=options.seed, bos=options.bos)
+    tables = {measure: to_markdown(results, measure, _REFERENCE) for measure in MEASURES}
+    print("\n\n".join([confirmed(results), *tables.values()]))
+    if options.into:
+        put_into(options.into, f"{tables[_SHOWN]}\n\n{confirmed(results)}")
+
+
+_SHOWN, _REFERENCE = "average precision", "SemanticScope(versus=foil)"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from tl_scopes.models.forward import (
 )
 from tl_scopes.models.kinds import Model, batches_cotangents, check_model, has_constant_readout_norm, model_name
 from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
-from tl_scopes.models.tokens import Prompt, Token, as_int, token, token_text, tokenize
+from tl_scopes.models.tokens import Prompt, Token, as_count, as_int, starts_with_bos, token, token_text, tokenize
 from tl_scopes.models.weights import exchanged_weights, fingerprint, shuffled_weights
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Prompt",
     "Token",
     "Trace",
+    "as_count",
     "as_int",
     "attention_layers",
     "batches_cotangents",
@@ -59,6 +60,7 @@ __all__ = [
     "predict",
     "readout_graph",
     "shuffled_weights",
+    "starts_with_bos",
     "token",
     "token_text",
     "tokenize",

@@ -53,6 +53,11 @@ def tokenize(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> I
     return torch.tensor(ids, device=next(model.parameters()).device)
 
 
+def starts_with_bos(model: Model, tokens: Int[Tensor, "token"]) -> bool:
+    """Whether the first of these tokens is the tokenizer's BOS token."""
+    return int(tokens[0]) == getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+
+
 def _ids(prompt: Any) -> list[int]:
     """Token ids from a list or from a tensor or array of one row."""
     values = prompt.tolist() if isinstance(prompt, Tensor) or hasattr(prompt, "__array__") else prompt
@@ -77,6 +82,18 @@ def as_int(value: Any, rule: str) -> int:
         with suppress(TypeError):
             return operator.index(value)
     raise TypeError(f"{rule}, got {value!r}.")
+
+
+def as_count(value: Any, rule: str) -> int:
+    """An integer from 1 on, of Python's, numpy's or torch's.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    with suppress(TypeError):
+        if (count := as_int(value, rule)) >= 1:
+            return count
+    raise ValueError(f"{rule}, got {value!r}.")
 
 
 def _context(model: Model) -> int | None:

@@ -9,7 +9,7 @@ from tl_scopes.linearization import Linearization
 from tl_scopes.question import JacobianScope
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class DirectionScope(JacobianScope):
     """The steepest change of the projection dᵀy that a unit step in each token's embedding can make, for a direction d
     of the space where the linearisation ends:

@@ -8,9 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_scopes import models
 from tl_scopes.fisher_information import fisher_products, fisher_root, weighted_logits
 from tl_scopes.linearization import Linearization
 from tl_scopes.question import Measurement, Observable, Scope, squared_norms
+from tl_scopes.randomness import source
 
 _PROBES = 32
 _OVERSAMPLING, _ITERATIONS = 8, 2
@@ -76,14 +78,14 @@ class FisherScope(Scope):
         exact: the trace itself, one pass per direction of F that matters, at most d_model.
         rank: the paper's truncation: the `rank` leading directions of F alone. `answer.trace_share` is the share of
             tr F they hold; the scores are too small, and folding and centring change them.
-        generator: source of the random numbers, on the model's device. None is a new one each time, always the same:
-            the answer can be had again, but over a corpus the errors of similar prompts go together. Give one there.
+        generator: source of the random numbers, on the model's device. None is one of its own for every prompt, seeded
+            by its tokens: the same prompt gets the same numbers, another one others.
 
     Unit: nat per squared unit of embedding norm.
     Cost: about 0.6 of a forward pass per backward pass. `exact` and `rank` need all of F: two products with the
         unembedding per dimension of the readout.
     Raises: ValueError for a linearisation that does not end at the readout; for numbers out of range; for a generator
-        on another device.
+        on another device. TypeError for a generator that is none.
     Source: Liu et al. 2026 (arXiv:2601.16407), Fisher Scope. Splitting off the leading part: Hutch++ (Meyer et al.
         2021, arXiv:2010.09649), with the remainder as in Nyström++ (Persson et al. 2022, arXiv:2109.10659).
     Departure: the paper's code keeps the leading direction only. The default is an estimate since the exact
@@ -111,8 +113,9 @@ class FisherScope(Scope):
             raise ValueError(f"give at most one of probes, rtol, exact and rank, got {options}.")
         for name in ("probes", "rank"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} is a number of backward passes, 1 at least, got {value!r}.")
+            if value is not None:
+                count = models.as_count(value, f"{name} is a number of backward passes, 1 at least")
+                object.__setattr__(self, name, count)
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise ValueError(f"rtol is a relative error between 0 and 1, got {self.rtol!r}.")
 
@@ -181,7 +184,7 @@ class FisherScope(Scope):
                 return found
 
     def _random(self, lin: Linearization) -> torch.Generator:
-        return self.generator or torch.Generator(lin.readout.device).manual_seed(0)
+        return source(lin, self.generator, "FisherScope")
 
     def _check(self, lin: Linearization) -> None:
         lin.require_readout()
@@ -192,11 +195,7 @@ class FisherScope(Scope):
                     f"{name}={value} is more than the {len(lin.readout)} dimensions of the readout: "
                     "FisherScope(exact=True) needs no more backward passes than these."
                 )
-        if self.generator is not None and self.generator.device.type != lin.readout.device.type:
-            raise ValueError(
-                f"the generator is on {self.generator.device}, the model on {lin.readout.device}: "
-                f"take torch.Generator({lin.readout.device.type!r})."
-            )
+        self._random(lin)
 
 
 def _few(lin: Linearization, count: int) -> bool:

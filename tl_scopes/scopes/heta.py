@@ -16,6 +16,7 @@ from tl_scopes.curvature import block_norms
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token
 from tl_scopes.question import Measurement, Observable, Scope
+from tl_scopes.randomness import source
 
 
 def attention_flow(lin: Linearization) -> Float[Tensor, "token"]:
@@ -142,7 +143,8 @@ class HetaScope(Scope):
         mask: what takes the place of a token for I: "zero", "mean" (of the embeddings of this prompt), or a token, as
             text or id, `model.tokenizer.pad_token_id` say.
         normalize: divide S and I by their sums over the tokens first, so that β and γ weigh like with like.
-        generator: source of the random numbers, on the model's device. None is a new one each time, always the same.
+        generator: source of the random numbers, on the model's device. None is one of its own for every prompt, seeded
+            by its tokens: the same prompt gets the same numbers, another one others.
 
     Unit: S is in nats per squared unit of embedding norm, I in nats. The paper adds them as they are: on prompts of the
         bundled model S makes anything from 0% to 100% of the scores. With `normalize` both are shares.
@@ -152,7 +154,8 @@ class HetaScope(Scope):
     Raises: ValueError for models without attention patterns (Mamba); for a `wrt` that is neither "hook_embed" nor
         "blocks.L.hook_resid_pre"; for a linearisation moved by `at`, or made under other hooks; for a target or a mask
         that is several tokens or unknown, numbers out of range, a generator on another device. RuntimeError under an
-        attention kernel that cannot be differentiated twice: load with attn_implementation="eager".
+        attention kernel that cannot be differentiated twice: load with attn_implementation="eager". TypeError for a
+        generator that is none.
     Source: Pramanik et al. 2026, HETA (arXiv:2604.13258), section 4 and equation 5.
     Departure: from the authors' code, where that departs from the equations. Its values leave out the norm before
         attention and the biases, and cut grouped-query values as if each query head had its own: here they are those
@@ -185,8 +188,8 @@ class HetaScope(Scope):
                 raise ValueError(f"{name} is the weight of a term, a number from 0 on, got {weight!r}.")
         if not self.beta + self.gamma:
             raise ValueError("beta and gamma are both 0, so that all scores would be: give one of them a weight.")
-        if not isinstance(self.probes, int) or isinstance(self.probes, bool) or self.probes < 1:
-            raise ValueError(f"probes is a number of random directions per token, 1 at least, got {self.probes!r}.")
+        probes = models.as_count(self.probes, "probes is a number of random directions per token, 1 at least")
+        object.__setattr__(self, "probes", probes)
 
     def explained(self, lin: Linearization) -> tuple[Token, None]:
         return lin.token(self.target), None
@@ -225,17 +228,16 @@ class HetaScope(Scope):
         _first_layer(lin.wrt)
         if self.gamma and self.mask not in ("zero", "mean"):
             _mask_token(lin, self.mask)
-        if self.generator is not None and self.generator.device.type != lin.readout.device.type:
-            raise ValueError(
-                f"the generator is on {self.generator.device}, the model on {lin.readout.device}: "
-                f"take torch.Generator({lin.readout.device.type!r})."
-            )
+        self._random(lin)
         _require_own(lin)
 
     def _signs(self, lin: Linearization) -> Int8[Tensor, "probe token d_model"]:
-        generator = self.generator or torch.Generator(lin.readout.device).manual_seed(0)
+        generator = self._random(lin)
         shape, device = (self.probes, *lin.embeddings.shape), lin.readout.device
         return torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8) * 2 - 1
+
+    def _random(self, lin: Linearization) -> torch.Generator:
+        return source(lin, self.generator, "HetaScope")
 
     def _combined(self, flow: Tensor, norms: Tensor | None, lost: Tensor | None) -> Measurement:
         details, scores = {"M": flow}, torch.zeros_like(flow)

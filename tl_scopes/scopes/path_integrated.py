@@ -23,7 +23,7 @@ _TOLERABLE = 0.05
 """Completeness gap, as a share of Σ|signed|, beyond which there is a warning."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False)
 class PathIntegratedScope(TargetScope):
     """Integrated gradients: how much each token's embedding adds to one token's logit f = z_v along the straight line
     x(α) = x₀ + α(x − x₀) from a baseline x₀ to the prompt's embeddings x:
@@ -83,13 +83,14 @@ class PathIntegratedScope(TargetScope):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if models.as_int(self.steps, "steps is a number of points on the line") < 1:
+        object.__setattr__(self, "steps", models.as_int(self.steps, "steps is a number of points on the line"))
+        if self.steps < 1:
             raise ValueError(f"steps is a number of points on the line, 1 at least, got {self.steps}.")
         if not 0 <= self.start < 1:
             raise ValueError(f"start is the α in [0, 1) where the line begins, got {self.start!r}.")
         kinds = 'baseline is "zero", "mean", "token:" and the text of a token, a token id or a tensor'
         if not isinstance(self.baseline, str | Tensor):
-            models.as_int(self.baseline, kinds)
+            object.__setattr__(self, "baseline", models.as_int(self.baseline, kinds))
         elif isinstance(self.baseline, str) and not re.match("zero$|mean$|token:", self.baseline):
             raise ValueError(
                 f"{kinds}, got {self.baseline!r}. For the token of this text: baseline={'token:' + self.baseline!r}."

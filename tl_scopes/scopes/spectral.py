@@ -12,6 +12,7 @@ from tl_scopes.fisher_information import fisher_root, weighted_logits
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token
 from tl_scopes.question import Measurement, Observable, Scope
+from tl_scopes.randomness import source
 from tl_scopes.spectrum import Sketch
 
 _LISTED = 5
@@ -88,14 +89,16 @@ class SpectralScope(Scope):
         rank: None for the exact answer; else how many directions to look for, the same ones for all tokens. 16 find
             σ_1 to 0.2% for the distribution, 32 to 3% for the readout (mean over the tokens of the bundled model's
             tasks). The exact answer where that is no dearer.
-        generator: source of the random numbers, on the model's device. None is a new one each time, always the same.
+        generator: source of the random numbers, on the model's device. None is one of its own for every prompt, seeded
+            by its tokens: the same prompt gets the same numbers, another one others.
 
     Unit: readout, or nat^½, per unit of embedding norm; the effective rank is a number of directions.
     Cost: d_of backward passes (with "distribution", as many as F has directions) and d_of x token x d_model numbers;
         with `rank`, 2 rank + 8 passes. "distribution" needs two products with the unembedding per dimension of the
         readout.
     Raises: ValueError for an unknown statistic or `of`; a rank below 1 or above d_of; for "distribution", a
-        linearisation that does not end at the readout; for a generator on another device.
+        linearisation that does not end at the readout; for a generator on another device. TypeError for a generator
+        that is none.
     Source: the Jacobian of Liu et al. 2026 (arXiv:2601.16407). Effective rank: R₀ of Bartlett et al. 2020
         (arXiv:1906.11300), the participation ratio. Singular vectors of a token's Jacobian, read as tokens: Golden
         2025 (arXiv:2505.24293). Algorithm: see `tl_scopes.spectrum`.
@@ -119,8 +122,9 @@ class SpectralScope(Scope):
             raise ValueError(f'statistic is "largest", "frobenius" or "effective_rank", got {self.statistic!r}.')
         if self.of not in ("readout", "distribution"):
             raise ValueError(f'of is "readout" or "distribution", got {self.of!r}.')
-        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1):
-            raise ValueError(f"rank is a number of directions, 1 at least, got {self.rank!r}.")
+        if self.rank is not None:
+            rank = models.as_count(self.rank, "rank is a number of directions, 1 at least")
+            object.__setattr__(self, "rank", rank)
 
     def observable(self, lin: Linearization) -> Observable:
         return weighted_logits(lin) if self.of == "distribution" else lambda readout, logits: readout
@@ -142,7 +146,9 @@ class SpectralScope(Scope):
             details[self.statistic], details | {"method": method, "backward_passes": sketch.backward_passes}
         )
 
-    def directions(self, lin: Linearization, position: SupportsIndex, count: int = 3) -> tuple[SingularDirection, ...]:
+    def directions(
+        self, lin: Linearization, position: SupportsIndex, count: SupportsIndex = 3
+    ) -> tuple[SingularDirection, ...]:
         """What the leading singular vectors of one token mean: which step of its embedding, to which effect.
 
         Args:
@@ -172,8 +178,7 @@ class SpectralScope(Scope):
                 f"there is no token at position {position}: up to the prediction the prompt has {len(lin.tokens)}, "
                 f"at 0 to {len(lin.tokens) - 1}."
             )
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}.")
+        count = models.as_count(count, "count must be at least 1")
         position %= len(lin.tokens)
         rank = self.rank and max(self.rank, min(count, len(lin.readout)))
         sketch = self._sketch(lin, rank, position)
@@ -213,17 +218,12 @@ class SpectralScope(Scope):
         d_of = len(lin.readout)
         if rank is not None and rank > d_of:
             raise ValueError(f"rank={rank} is more than the {d_of} dimensions of the readout: leave it out.")
-        if self.generator is not None and self.generator.device.type != lin.readout.device.type:
-            raise ValueError(
-                f"the generator is on {self.generator.device}, the model on {lin.readout.device}: "
-                f"take torch.Generator({lin.readout.device.type!r})."
-            )
+        generator = source(lin, self.generator, "SpectralScope")
         root = torch.eye(d_of, device=lin.readout.device) if self.of == "readout" else fisher_root(lin)
         if not len(root):  # a prediction so sure that nothing moves it
             root = lin.log_probs.new_zeros(1, d_of)
         if rank is None or spectrum.passes(rank) >= len(root):
             return spectrum.exact(lin, root)
-        generator = self.generator or torch.Generator(lin.readout.device).manual_seed(0)
         return spectrum.sketch(lin, root, rank, generator, position)
 
 

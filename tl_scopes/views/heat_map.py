@@ -33,10 +33,9 @@ def heat_map(
     columns: Sequence[str],
     *,
     names: tuple[str, str, str],
-    percent: bool,
     title: str = "",
 ) -> "Figure":
-    """One large map.
+    """One large map of shares.
 
     Args:
         values: NaN where there is none.
@@ -44,7 +43,6 @@ def heat_map(
         rows: their labels.
         columns: their labels.
         names: what the rows, the columns and the values are.
-        percent: whether values are parts of a whole.
         title: set over it.
     """
     size = max(len(rows), len(columns))
@@ -57,11 +55,11 @@ def heat_map(
         image = _cells(axes, values, scale, grid=size <= LEGIBLE)
         _label(axes, rows, columns, every=ceil(size / LEGIBLE), turned=45 if annotated else 90)
         if annotated:
-            _annotate(axes, values, scale, percent)
+            _annotate(axes, values, scale)
         axes.set_ylabel(names[0], fontsize=8, color=MUTED)
         axes.set_xlabel(names[1], fontsize=8, color=MUTED)
         axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
-        _color_bar(figure, bar, image, scale, names[2], percent)
+        _color_bar(figure, bar, image, scale, names[2], percent=True)
         return _fitted(figure)
 
 
@@ -177,21 +175,16 @@ def _label(
     axes.tick_params(axis="both", which="major", pad=3)
 
 
-def _annotate(axes: "Axes", values: Tensor, scale: Scale, percent: bool) -> None:
-    """Write the value into each cell, where all of them fit with two digits of the largest."""
-    largest = 100.0 if percent else scale.end
-    if not 0.01 <= largest < 10_000:
-        return
-    decimals = max(0, 1 - floor(log10(largest)))
+def _annotate(axes: "Axes", values: Tensor, scale: Scale) -> None:
+    """Write the share into each cell, in percent."""
     for row, line in enumerate(values.tolist()):
         for column, value in enumerate(line):
             if value == value:
-                text = f"{100 * value if percent else value:.{decimals}f}"
                 hue = text_color(scale.strength(value))
-                axes.text(column, row, text, fontsize=7, ha="center", va="center", color=hue)
+                axes.text(column, row, f"{100 * value:.0f}", fontsize=7, ha="center", va="center", color=hue)
 
 
-def _color_bar(figure: "Figure", axes: "Axes", image: "AxesImage", scale: Scale, name: str, percent: bool) -> None:
+def _color_bar(figure: "Figure", axes: "Axes", image: "AxesImage", scale: Scale, name: str, *, percent: bool) -> None:
     is_signed, is_cut = image.norm.vmin != 0, scale.top < 1
     extend = ("both" if is_signed else "max") if is_cut else "neither"
     bar = figure.colorbar(image, cax=axes, extend=extend)

@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 
 
 def plot(prompt_map: AttributionMap) -> "Figure":
-    """A heat map of shares: predictions from top to bottom, tokens from left to right.
-
-    Of scores where some are negative, for shares of a sum that cancels can be of any size.
-    """
+    """A heat map of shares: predictions from top to bottom, tokens from left to right."""
     return _figure(prompt_map, prompt_map.answers[-1].scope)
 
 
@@ -49,13 +46,11 @@ def attention_view(prompt_map: AttributionMap) -> LiveView:
     scale, size = _scale(values), last.position + 1
     require_drawable(size**2)
     attention = [[Written(0.0, "set aside") for _ in range(row + 1)] + [0.0] * (size - row - 1) for row in range(size)]
-    is_signed = _is_signed(prompt_map)
     for answer in prompt_map:
         told = f" → {visible(_explained(answer))}" if _explained(answer) else ""
         for position, score, share in zip(answer.positions, answer.scores.tolist(), answer.share.tolist(), strict=True):
-            value = score if is_signed else share
             text = f"{score:.3g} {answer.unit}, {share:.1%}{told}"
-            attention[answer.position][position] = Written(scale.strength(value), text)
+            attention[answer.position][position] = Written(scale.strength(share), text)
     texts = _texts(prompt_map)
     props = {
         "tokens": [heat_map.shortened(texts[i]) if i in texts else "–" for i in range(size)],
@@ -80,7 +75,7 @@ def attention_view(prompt_map: AttributionMap) -> LiveView:
 def _card(prompt_map: AttributionMap, picture: str) -> str:
     last = prompt_map.answers[-1]
     about = f"{last.model} · {last.dtype} · {last.wrt} → {last.of} · {_count(prompt_map)}"
-    legend = f"score in {last.unit}; colour: square root of the {'score' if _is_signed(prompt_map) else 'share'}"
+    legend = f"score in {last.unit}; colour: square root of the share"
     if _scale(_values(prompt_map)).top < 1:
         legend += ", the darkest is over the scale"
     return markup.card(
@@ -96,7 +91,7 @@ def _card(prompt_map: AttributionMap, picture: str) -> str:
 def _alt(prompt_map: AttributionMap) -> str:
     last = prompt_map.answers[-1]
     cells = [(row, answer) for answer in prompt_map for row in answer.top(1) if len(answer.scores) > 1]
-    row, answer = max(cells, key=lambda cell: cell[0].share, default=(last.top(1)[0], last))
+    row, answer = max(cells, key=lambda cell: abs(cell[0].share), default=(last.top(1)[0], last))
     return (
         f"Heat map of {_count(prompt_map)} by {len(last.positions)} tokens. The largest share, "
         f"{row.share:.0%}, is that of {row.token!r} at position {row.position} in the prediction after position "
@@ -105,7 +100,7 @@ def _alt(prompt_map: AttributionMap) -> str:
 
 
 def _figure(prompt_map: AttributionMap, title: str = "") -> "Figure":
-    values, texts, is_signed = _values(prompt_map), _texts(prompt_map), _is_signed(prompt_map)
+    values, texts = _values(prompt_map), _texts(prompt_map)
     rows = []
     for answer in prompt_map:
         read = heat_map.shortened(texts[answer.position]) if answer.position in texts else f"({answer.position})"
@@ -117,12 +112,7 @@ def _figure(prompt_map: AttributionMap, title: str = "") -> "Figure":
         _scale(values),
         rows,
         [heat_map.shortened(text) for text in prompt_map.str_tokens],
-        names=(
-            "after token → prediction",
-            "token",
-            prompt_map.answers[-1].unit if is_signed else "share of the scores",
-        ),
-        percent=not is_signed,
+        names=("after token → prediction", "token", "share of the scores"),
         title=title,
     )
 
@@ -131,13 +121,9 @@ def _count(prompt_map: AttributionMap) -> str:
     return f"{len(prompt_map)} prediction{'s' * (len(prompt_map) > 1)}"
 
 
-def _is_signed(prompt_map: AttributionMap) -> bool:
-    return bool((prompt_map.scores < 0).any())
-
-
 def _values(prompt_map: AttributionMap) -> Float[Tensor, "position token"]:
-    """Shares, or scores where some are negative; NaN after each position."""
-    values = (prompt_map.scores if _is_signed(prompt_map) else prompt_map.share).clone()
+    """Shares; NaN after each position."""
+    values = prompt_map.share
     for line, answer in zip(values, prompt_map, strict=True):
         line[len(answer.scores) :] = torch.nan
     return values

@@ -1,0 +1,163 @@
+"""Do corrections for attention sinks help? `python -m tests.benchmarks.corrections` prints what is said of them.
+
+Candidates, shipped or not, around Semantic Scope: by the causes that are known, with the BOS token ranked and without,
+and by deletion and insertion. Differences to the uncorrected scope are paired. The bundled model has no attention sink
+(`demos/03_attention_sinks.ipynb`): with `--sink 0.15` one is made by hand, on the first token, and predictions stay.
+"""
+
+import argparse
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+import tl_scopes as tls
+from tl_scopes import models
+from tl_scopes.faithfulness import Protocol, differences
+from tl_scopes.faithfulness.counterfactuals import TASKS
+from tl_scopes.linearization import Linearization
+from tl_scopes.question import Measurement
+from tl_scopes.tiny.example import Example
+from tl_scopes.tiny.tasks import examples
+
+
+@dataclass(frozen=True)
+class Around(tls.Scope):
+    """Another way to ask a Jacobian scope's question."""
+
+    scope: tls.SemanticScope
+
+    def unit(self, lin: Linearization) -> str:
+        return self.scope.unit(lin)
+
+    def explained(self, lin: Linearization) -> tuple[models.Token | None, models.Token | None]:
+        return self.scope.explained(lin)
+
+    def aimed(self, lin: Linearization, target: int) -> tls.Scope:
+        return type(self)(self.scope.aimed(lin, target))  # type: ignore[arg-type]
+
+
+class WithoutSinks(Around):
+    """Positions that are the sink of a head get no score: what `answer.without` does."""
+
+    def measure(self, lin: Linearization) -> Measurement:
+        scores = self.scope.measure(lin).scores.clone()
+        scores[list(tls.sink_report(lin.model, lin.tokens, self.scope, early=1).sinks)] = 0
+        return Measurement(scores)
+
+
+class WithoutFirst(Around):
+    """The first token gets no score."""
+
+    def measure(self, lin: Linearization) -> Measurement:
+        scores = self.scope.measure(lin).scores.clone()
+        scores[0] = 0
+        return Measurement(scores)
+
+
+class HeldSinks(Around):
+    """The attention weights of the sinks are constant in the Jacobian."""
+
+    def measure(self, lin: Linearization) -> Measurement:
+        sinks = tls.sink_report(lin.model, lin.tokens, self.scope, early=1).sinks
+        return tls.FrozenAttentionScope(self.scope, sinks).measure(lin)
+
+
+class TowardsTokens(Around):
+    """Steps towards the vocabulary's embeddings e in place of unit steps: √ mean_e (g_t · (e − x_t))²."""
+
+    def measure(self, lin: Linearization) -> Measurement:
+        embeddings = models.embedding_matrix(lin.model)
+        (gradient,) = lin.vjp(self.scope.cotangents(lin))
+        changes = gradient @ embeddings.T - (gradient * lin.embeddings).sum(-1, keepdim=True)
+        return Measurement(changes.square().mean(-1).sqrt())
+
+
+CANDIDATES: dict[str, Callable[[tls.Scope], tls.Scope]] = {
+    "uncorrected": lambda scope: scope,
+    "first token dropped": WithoutFirst,
+    "all sinks dropped": WithoutSinks,
+    "sinks' attention frozen": HeldSinks,
+    "all attention frozen": tls.FrozenAttentionScope,
+    "position corrected": tls.PositionCorrectedScope,
+    "position corrected, all attention frozen": lambda scope: tls.PositionCorrectedScope(
+        tls.FrozenAttentionScope(scope)
+    ),
+    "towards other tokens": TowardsTokens,
+}
+
+
+def aimed_at_answer(around: Callable[[tls.Scope], tls.Scope]) -> Callable[[Example], tls.Scope]:
+    """Against the foil, as the question is put."""
+    return lambda example: around(tls.SemanticScope(example.target, versus=example.foil))
+
+
+def line(name: str, table: pd.DataFrame) -> str:
+    """Differences as cells of a Markdown table."""
+    cells = [f"{row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f})" for row in table.itertuples()]
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+def sink(model: models.Model, part: float) -> list[tuple[str, Callable[..., torch.Tensor]]]:
+    """Hooks that take a part of all attention from all tokens in proportion, for the first one."""
+
+    def more_on_the_first(pattern: torch.Tensor, hook: object) -> torch.Tensor:
+        first = torch.zeros_like(pattern)
+        first[..., 0] = 1
+        return (1 - part) * pattern + part * first
+
+    return [(f"blocks.{layer}.attn.hook_pattern", more_on_the_first) for layer in range(model.cfg.n_layers)]
+
+
+def by_known_causes(model: models.Model, count: int, seed: int) -> None:
+    """Print what becomes of the average precision."""
+    scopes = {name: aimed_at_answer(around) for name, around in CANDIDATES.items()}
+    for bos in (False, True):
+        results = tls.known_causes(model, count=count, scopes=scopes, seed=seed, bos=bos)
+        chosen = results[results.measure == "average precision"]
+        chosen = pd.concat([chosen, chosen.assign(prompt=chosen.groupby(["task", "prompt"]).ngroup(), task="all")])
+        means = chosen[chosen.scope == "uncorrected"].groupby("task", sort=False).value.mean()
+        table = differences(chosen.assign(examples=0), "uncorrected")
+        print(f"\naverage precision of known causes, {'with' if bos else 'without'} BOS, and difference to uncorrected")
+        print(f"| | {' | '.join(dict.fromkeys(table.task))} |")
+        print(f"| uncorrected | {' | '.join(f'{mean:.2f}' for mean in means)} |")
+        for name in list(CANDIDATES)[1:]:
+            print(line(name, table[table.scope == name]), flush=True)
+
+
+def by_replacement(model: models.Model, count: int, seed: int) -> None:
+    """Print what becomes of the areas under deletion and insertion curves."""
+    held_out = [example for task in TASKS for example in examples(task, count, seed=seed)]
+    about = {name: around(tls.SemanticScope()) for name, around in CANDIDATES.items()}
+    prompts, targets = [example.prompt for example in held_out], [example.target for example in held_out]
+    for bos in (False, True):
+        protocol = Protocol(("resample", "mean"), fractions=(0.2,), bos=bos, samples=0, randomise=False)
+        results = tls.evaluate(model, prompts, about, protocol, targets=targets)
+        areas = results[results.measure.isin(["deletion area", "insertion area"]) & (results.quantity == "log_prob")]
+        table = differences(areas, "uncorrected")
+        print(f"\nareas in nats of log-probability, {'with' if bos else 'without'} BOS: difference to uncorrected")
+        heads = table[["replacement", "measure"]].drop_duplicates().itertuples(index=False)
+        print(f"| | {' | '.join(f'{measure} ({replacement})' for replacement, measure in heads)} |")
+        for name in list(CANDIDATES)[1:]:
+            print(line(name, table[table.scope == name]), flush=True)
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=50, help="examples per task")
+    parser.add_argument("--seed", type=int, default=1, help="of the examples: others than those of the README's table")
+    parser.add_argument("--sink", type=float, default=0.0, help="part of all attention to move to the first token")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", "resource_tracker")
+    model = tls.load_tiny()
+    with model.hooks(fwd_hooks=sink(model, options.sink) if options.sink else []):
+        by_known_causes(model, options.count, options.seed)
+        by_replacement(model, options.count, options.seed)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

@@ -1,0 +1,158 @@
+"""Scopes corrected for where a token stands and for what attention does with it: scopes around another scope."""
+
+import operator
+from dataclasses import dataclass, field, replace
+from typing import SupportsIndex
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_scopes import models
+from tl_scopes.api import linearize, require_scope
+from tl_scopes.linearization import Linearization
+from tl_scopes.models import Token
+from tl_scopes.question import Measurement, Scope, as_written
+from tl_scopes.randomness import source
+
+
+@dataclass(frozen=True)
+class _Around(Scope):
+    """Another way to ask a scope's question."""
+
+    scope: Scope
+
+    def __post_init__(self) -> None:
+        require_scope(self.scope)
+
+    def explained(self, lin: Linearization) -> tuple[Token | None, Token | None]:
+        return self.scope.explained(lin)
+
+    def aimed(self, lin: Linearization, target: int) -> Scope:
+        return replace(self, scope=self.scope.aimed(lin, target))
+
+    def notes(self, lin: Linearization) -> tuple[str, ...]:
+        return self.scope.notes(lin)
+
+
+@dataclass(frozen=True)
+class PositionCorrectedScope(_Around):
+    """How many times more of the influence a token has than its position gets anyway:
+
+        score_t = share_t / mean_π share_t(π x)
+
+    over the prompt itself and some shuffles π of its tokens, which keep a BOS token in front. What remains of a
+    position without its token (attention sinks, recency) is divided out: 1 is what any token of the prompt would get
+    there. A prompt with a single token to shuffle scores 1 throughout.
+
+    Args:
+        scope: whose shares. What it explains at the prompt, it explains at the shuffles.
+        shuffles: how many of them.
+        generator: source of the random numbers, on the model's device. None is one of its own for every prompt,
+            seeded by its tokens.
+
+    Unit: 1, times the expected share. `answer.expected` is the expected share itself, `answer.uncorrected` the scope's
+        own score, `answer.standard_error` what the number of shuffles leaves open.
+    Cost: `shuffles` + 1 times the scope's, and a forward pass per shuffle; memory as for one.
+    Raises: ValueError for less than two shuffles, and for a scope with negative scores; TypeError for none; else as the
+        scope does.
+    Source: ours. `demos/03_attention_sinks.ipynb` judges it.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> answer = tls.PositionCorrectedScope(tls.SemanticScope(" are", versus=" is"))(lin)
+        >>> answer.top(1)[0].token, bool(answer.top(1)[0].score > 1.5)
+        (' keys', True)
+    """
+
+    shuffles: int = 8
+    generator: torch.Generator | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if models.as_count(self.shuffles, "shuffles is a number, 2 at least") < 2:
+            raise ValueError(f"shuffles is a number, 2 at least, got {self.shuffles!r}.")
+        object.__setattr__(self, "shuffles", operator.index(self.shuffles))
+
+    def measure(self, lin: Linearization) -> Measurement:
+        """The ratio."""
+        first = int(models.starts_with_bos(lin.model, lin.tokens))
+        target, _ = self.scope.explained(lin)
+        scope = self.scope if target is None else self.scope.aimed(lin, target.id)
+        generator = source(lin, self.generator, "shuffles")
+        own = scope.measure(lin)
+        shares = [self._share(own, lin)]
+        for _ in range(self.shuffles):
+            tokens = _shuffled(lin.tokens, first, generator)
+            other = linearize(
+                lin.model, tokens, wrt=lin.wrt, of=lin.of, checkpoint=lin.trace.checkpointed, prepend_bos=False
+            )
+            shares.append(self._share(scope.measure(other), other))
+        among = torch.stack(shares)
+        # The prompt is one of its own arrangements: nothing is then divided by zero, and the order of the tokens is
+        # the same as without.
+        expected = among.mean(0)
+        scores = torch.where(expected > 0, shares[0] / expected, 0)
+        spread = among[1:].std(0) * self.shuffles**0.5 / len(among)
+        error = torch.where(expected > 0, scores * spread / expected, 0)
+        found = {"expected": expected, "uncorrected": own.scores, "standard_error": error}
+        return Measurement(scores, {**own.details, **found})
+
+    def _share(self, found: Measurement, lin: Linearization) -> Tensor:
+        if found.scores.min() < 0:
+            raise ValueError(
+                f"{as_written(self.scope)} has negative scores, {found.scores.min():.3g} for one token: such have no "
+                "shares. Take a scope of sizes, without a sign."
+            )
+        return found.scores / found.scores.sum().clamp(min=torch.finfo(found.scores.dtype).tiny)
+
+    def unit(self, lin: Linearization) -> str:
+        """A ratio."""
+        return "times the share expected at the position"
+
+
+@dataclass(frozen=True)
+class FrozenAttentionScope(_Around):
+    """The scope's score with attention patterns frozen: what the tokens move through the values attended to, not by
+    drawing attention to themselves or away.
+
+        J_t = ∂y/∂x_t at constant attention weights
+
+    Args:
+        scope: whose question.
+        keys: positions whose attention weights are held constant, the sinks say; None holds all patterns.
+
+    Unit: the scope's.
+    Cost: the scope's, and a forward pass.
+    Raises: TypeError for no scope; as `models.held_attention` does, for models in which attention cannot be held; else
+        as the scope does.
+    Source: freezing attention patterns to make a transformer linear in its values, Elhage et al. 2021, A Mathematical
+        Framework for Transformer Circuits. `demos/03_attention_sinks.ipynb` judges it.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> tls.FrozenAttentionScope(tls.SemanticScope(" are", versus=" is"))(lin).top(1)[0].token
+        ' keys'
+    """
+
+    keys: tuple[SupportsIndex, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keys is not None:
+            object.__setattr__(self, "keys", tuple(self.keys))
+
+    def measure(self, lin: Linearization) -> Measurement:
+        """The scope, asked of the model with its attention held."""
+        with models.held_attention(lin.model, self.keys):
+            return self.scope.measure(lin.at(lin.embeddings))
+
+    def unit(self, lin: Linearization) -> str:
+        """As it is."""
+        return self.scope.unit(lin)
+
+
+def _shuffled(tokens: Int[Tensor, "token"], first: int, generator: torch.Generator) -> Int[Tensor, "token"]:
+    """The same tokens in another order, those before `first` where they are."""
+    order = torch.randperm(len(tokens) - first, generator=generator, device=tokens.device)
+    return torch.cat([tokens[:first], tokens[first:][order]])
