@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
-from tl_scopes import models
+from tl_scopes import models, pullback
 from tl_scopes.pullback import pull, pulls
 from tl_scopes.tiny.tasks import MIXTURES, documents
 
@@ -56,6 +56,7 @@ def test_no_probes(model: Any) -> None:
     none = torch.zeros(0, len(lin.readout), dtype=torch.float64)
     assert lin.vjp(none).shape == (0, *lin.embeddings.shape)
     assert lin.squared_norms(none).shape == (0, len(PROMPT))
+    assert lin.jvp(torch.zeros(0, *lin.embeddings.shape)).shape == (0, len(lin.readout))
 
 
 # -- tokens -----------------------------------------------------------------------------------------------------------
@@ -178,6 +179,50 @@ def test_backward_hooks_see_plain_gradients(model: Any) -> None:
         inside = tls.linearize(model, PROMPT)
         assert_close(inside.vjp(cotangents), before)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("name", ["unembed.hook_in", "unembed.hook_out", "blocks.1.hook_resid_pre"])
+@pytest.mark.parametrize("species", ["bridge llama", *(["hooked layer norm"] if zoo.HookedTransformer else [])])
+def test_backward_hooks_everywhere(species: str, name: str) -> None:
+    """At the unembedding too, for every product, and for as long as the graph lives that they are in."""
+    model = zoo.specimen(species).model
+    eye = torch.eye(zoo.VOCAB, dtype=torch.float64)
+
+    def results(lin: tls.Linearization) -> list[torch.Tensor]:
+        scopes = [tls.FisherScope(probes=8), tls.SpectralScope(rank=2), tls.HetaScope(3, probes=2)]
+        verbs = [lin.vjp(eye[:3, :16]), lin.jvp(lin.embeddings.repeat(3, 1, 1))]
+        verbs += [lin.logits_vjp(eye[:3]), lin.logits_jvp(eye[:3, :16])]
+        return verbs + [scope(lin).scores for scope in (*scopes, tls.SemanticScope(3))]
+
+    with zoo.Float64():
+        expected = results(tls.linearize(model, PROMPT))
+        expected.append(tls.attribution_map(model, PROMPT, tls.SemanticScope(3)).scores)
+        seen: list[float] = []
+        with model.hooks(bwd_hooks=[(name, lambda gradient, hook: seen.append(gradient.abs().max().item()))]):
+            lin = tls.linearize(model, PROMPT)
+            found = [*results(lin), tls.attribution_map(model, PROMPT, tls.SemanticScope(3)).scores]
+        outside = results(lin)
+    assert seen
+    assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    assert_close(outside, expected[:-1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("together", [1, 2, 5])
+def test_tangents_go_in_batches(model: Any, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    """As many at once as cotangents do: memory for one batch of them."""
+    lin, sizes = tls.linearize(model, PROMPT), []
+    tangents = torch.randn(5, *lin.embeddings.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    whole, products = lin.jvp(tangents), pullback.products
+
+    def watch(output: torch.Tensor, leaf: torch.Tensor, some: torch.Tensor, **options: Any) -> torch.Tensor:
+        sizes.append(len(some))
+        return products(output, leaf, some, **options)
+
+    monkeypatch.setattr(pullback, "batch_size", lambda *_: together)
+    monkeypatch.setattr(pullback, "products", watch)
+    assert_close(lin.jvp(tangents), whole)
+    assert max(sizes) == together
+    assert sum(sizes) == 5
 
 
 def test_mamba_goes_one_by_one() -> None:

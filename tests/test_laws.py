@@ -90,9 +90,11 @@ def test_squared_norms(lin: tls.Linearization) -> None:
 def test_batches_change_no_number(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch size is about memory alone."""
     cotangents = randn(5, len(lin.readout))
-    whole = lin.vjp(cotangents)
+    tangents = randn(5, *lin.embeddings.shape)
+    whole, pushed = lin.vjp(cotangents), lin.jvp(tangents)
     monkeypatch.setattr("tl_scopes.pullback._WORKING_BYTES_OF_CPU", 1)
     assert_close(lin.vjp(cotangents), whole, **EXACT)
+    assert_close(lin.jvp(tangents), pushed, **EXACT)
     dealt = pulls([0], lin.trace.places, [cotangents])
     assert [len(batch) for batch in pull(lin.model, lin.trace, lin.wrt, dealt)] == [1] * 5
 

@@ -1,9 +1,11 @@
 """Maps of whole prompts and many prompts at once are the loop, only faster."""
 
 import dataclasses
+import gc
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -11,6 +13,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
+from tl_scopes.linearization import linearize_places
 from tl_scopes.tiny.tasks import examples
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -84,6 +87,43 @@ def test_map() -> None:
     rest = prompt_map.without([0])
     assert (len(rest), rest.scores.shape, rest[-1].positions[0]) == (T - 1, (T - 1, T - 1), 1)
     assert repr(rest) == f"AttributionMap(SemanticScope(): {T - 1} predictions, {T - 1} tokens, {rest[-1].unit})"
+
+
+def test_a_part_of_a_map() -> None:
+    """A slice takes predictions by their positions in the prompt, and is a map like any other."""
+    prompt_map = tls.attribution_map(zoo.specimen("bridge llama").model, PROMPT, tls.SemanticScope())
+    part = prompt_map[2:5]
+    assert list(part) == [prompt_map[position] for position in (2, 3, 4)]
+    assert part.scores.shape == part.share.shape == (3, 5)
+    assert part[3] is part[-2] is prompt_map[3]
+    assert list(prompt_map[-3:]) == list(prompt_map)[5:]
+    assert list(prompt_map[:]) == list(prompt_map[::-1]) == list(prompt_map)
+    assert [answer.position for answer in prompt_map.without([0])[0:3]] == [1, 2]
+    assert [answer.position for answer in prompt_map[np.int64(1) : 7 : 2]] == [1, 3, 5]
+    for drawn in (part, part.without([0, 3])):
+        assert "SemanticScope()" in drawn._repr_html_()
+        assert drawn.plot().axes
+        assert drawn.show()._repr_html_()
+
+
+def test_a_map_keeps_few_copies_of_the_logits() -> None:
+    """What one position needs is let go at the next: [token vocab] is the largest thing there is."""
+
+    def held() -> int:
+        gc.collect()
+        tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+        storages = [thing.untyped_storage() for thing in tensors if thing.shape[-1:] == (zoo.VOCAB,)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    model, places = zoo.specimen("bridge llama").model, [(0, position) for position in range(len(PROMPT))]
+    before = held()
+    lins = linearize_places(
+        model, torch.tensor([PROMPT]), [tuple(map(str, PROMPT))], "hook_embed", "ln_final", places=places
+    )
+    forward = held() - before
+    tls.SemanticScope(quantity="log_prob").ask(lins)
+    slope = 8 * len(PROMPT) * zoo.VOCAB  # bytes, of the logits' scale or soft-cap
+    assert held() - before < forward + 1.5 * slope
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def block_norms(
     trace, log_p = lins[0].trace, lins[0].log_probs
     assert trace.logits is not None
     leaf = trace.perturbations[lins[0].wrt]
-    size = batch_size(lins[0].model, leaf)
+    size = 1 if trace.hooked else batch_size(lins[0].model, leaf)
     found: dict[int, Tensor] = {}
     rounds = _rounds(lins)
     jobs = [_jobs(len(directions[0]), max(len(lins[i].tokens) for i in some)) for some in rounds]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import SupportsIndex, cast
 
 import torch
@@ -66,7 +65,7 @@ class Linearization:
         self.require_readout()
         return cast(Tensor, self.trace.logits)[self.row].detach()
 
-    @cached_property
+    @property
     def log_probs(self) -> Float[Tensor, " vocab"]:
         """Log-probabilities of the next token, in nats, in float64: in float32 a sure prediction leaves nothing.
 
@@ -146,21 +145,14 @@ class Linearization:
 
         The transpose of `vjp`, by differentiating it with respect to its cotangent.
 
-        Cost: one backward pass, and about one more per probe.
+        Cost: one backward pass, and about one more per probe, in batches.
 
         Raises:
             ValueError: tangents of another shape.
             RuntimeError: under an attention kernel that has no double backward.
         """
         self._check("tangents", tangents, (None, *self.embeddings.shape), "[probe token d_model]")
-        leaf, output = self.trace.perturbations[self.wrt], self.trace.output
-        directions = leaf.new_zeros(len(tangents), *leaf.shape)
-        directions[:, self.trace.places[self.row][0], : len(self.tokens)] = tangents.to(leaf)
-        cotangent = torch.zeros_like(output, requires_grad=True)
-        with pullback.differentiated_twice(", or multiply by as_matrix()"):
-            (pulled,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
-            (pushed,) = torch.autograd.grad(pulled, cotangent, directions, is_grads_batched=True)
-        return pushed[:, self.row]
+        return pullback.jvps(self.model, self.trace, self.wrt, self.row, tangents)
 
     def as_matrix(self) -> Float[Tensor, "d_of token d_model"]:
         """J itself: `as_matrix()[:, t]` is J_t.
@@ -234,10 +226,7 @@ class Linearization:
         """
         readout, logits = self._readout_and_logits
         self._check("cotangents", cotangents, (None, logits.shape[-1]), "[probe vocab]")
-        (pulled,) = torch.autograd.grad(
-            logits, readout, cotangents.to(logits)[:, None], is_grads_batched=True, retain_graph=True
-        )
-        return pulled[:, 0]
+        return pullback.products(logits, readout, cotangents.to(logits)[:, None], batched=self._unembeds_together)[:, 0]
 
     def logits_jvp(self, tangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe vocab"]:
         """∂logits/∂y · δ for every probe δ.
@@ -249,15 +238,20 @@ class Linearization:
         self._check("tangents", tangents, (None, readout.shape[-1]), "[probe d_of]")
         cotangent = torch.zeros_like(logits, requires_grad=True)
         (pulled,) = torch.autograd.grad(logits, readout, cotangent, create_graph=True)
-        (pushed,) = torch.autograd.grad(pulled, cotangent, tangents.to(readout)[:, None], is_grads_batched=True)
-        return pushed[:, 0]
+        directions = tangents.to(readout)[:, None]
+        return pullback.products(pulled, cotangent, directions, batched=self._unembeds_together)[:, 0]
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _readout_and_logits(self) -> tuple[Float[Tensor, "1 d_of"], Float[Tensor, "1 vocab"]]:
         self.require_readout()
         return models.readout_graph(self.model, self.trace, self.row)
+
+    @property
+    def _unembeds_together(self) -> bool:
+        """Backward hooks of the user's would be handed tensors of torch.vmap's."""
+        return not (self.trace.hooked or models.has_backward_hooks(self.model))
 
     def _check(self, what: str, value: Tensor, shape: tuple[int | None, ...], axes: str) -> None:
         expected = [str(n) if n is not None else "any number" for n in shape]

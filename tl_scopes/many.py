@@ -35,7 +35,7 @@ def attribution_map(
         checkpoint: as in `linearize`.
 
     Cost: one forward pass, and per position what the scope says; several positions go back together. Memory for
-        some copies of token x vocab logits.
+        four copies of token x vocab logits while it is computed.
 
     Raises: as `attribute` does.
     """

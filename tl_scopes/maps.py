@@ -1,9 +1,9 @@
 """The answer for a whole prompt: one `Attribution` for every prediction in it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttributionMap:
-    """How much each token of a prompt moves each prediction in it. `map[position]` is an `Attribution`.
+    """How much each token of a prompt moves each prediction in it. `map[position]` is an `Attribution`, `map[2:5]` the
+    map of these three predictions.
 
     Example:
         >>> prompt_map = tls.attribution_map(model, "The keys to the old cabinet near the door", tls.SemanticScope())
@@ -45,21 +46,33 @@ class AttributionMap:
     def __iter__(self) -> Iterator[Attribution]:
         return iter(self.answers)
 
-    def __getitem__(self, position: int) -> Attribution:
-        """The answer at a position of the prompt; negative ones count from the end.
+    @overload
+    def __getitem__(self, position: SupportsIndex) -> Attribution: ...
+    @overload
+    def __getitem__(self, position: slice) -> "AttributionMap": ...
+    def __getitem__(self, position: SupportsIndex | slice) -> "Attribution | AttributionMap":
+        """The answer at a position of the prompt, or for a slice the map of those that are there, in their order.
+
+        Negative positions count from the last prediction.
 
         Raises:
-            IndexError: for a position without an answer.
+            IndexError: for a position without an answer, a slice without any.
+            TypeError: for a position that is no integer.
         """
-        last = self.answers[-1].position
-        wanted = position + last + 1 if position < 0 else position
-        for answer in self.answers:
-            if answer.position == wanted:
-                return answer
-        raise IndexError(
-            f"there is no prediction at position {position}: the map has those from "
-            f"{self.answers[0].position} to {last}."
-        )
+        first, last = self.answers[0].position, self.answers[-1].position
+        wanted: Container[int]
+        if isinstance(position, slice):
+            wanted = range(last + 1)[position]
+        else:
+            index = as_int(position, "position must be an integer")
+            wanted = (index + last + 1 if index < 0 else index,)
+        found = tuple(answer for answer in self.answers if answer.position in wanted)
+        if not found:
+            raise IndexError(
+                f"there is no prediction at position {position}: the map has those from {first} to {last}. Positions "
+                "are those of the prompt: map.answers[0] is the first prediction there is."
+            )
+        return AttributionMap(found) if isinstance(position, slice) else found[0]
 
     @property
     def str_tokens(self) -> tuple[str, ...]:

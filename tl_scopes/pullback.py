@@ -51,7 +51,7 @@ def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterato
         ValueError: when the output does not depend on the input after all.
     """
     leaf, output = trace.perturbations[wrt], trace.output
-    size = batch_size(model, leaf) if models.batches_cotangents(model) else 1
+    size = batch_size(model, leaf) if batches(model, trace) else 1
     by_slot = sorted(range(len(dealt)), key=lambda i: dealt[i].slot)
     while by_slot:
         first = dealt[by_slot[0]].slot
@@ -114,6 +114,42 @@ def squared_norms(
                 slots[i].copy_(gradient.to(dtype).square().sum(-1))
             bar.update(len(batch))
     return norms
+
+
+def jvps(
+    model: Model, trace: Trace, wrt: str, row: int, tangents: Float[Tensor, "probe token d_model"]
+) -> Float[Tensor, "probe d_of"]:
+    """Σ_t J_t δ_t for the tangents δ of one row: the derivative of cᵀJ δ with respect to c, in batches.
+
+    Raises:
+        NoSecondDerivativeError: under an attention kernel that has no double backward.
+    """
+    leaf, output, (entry, position) = trace.perturbations[wrt], trace.output, trace.places[row]
+    size = batch_size(model, leaf) if batches(model, trace) else 1
+    cotangent = torch.zeros_like(output, requires_grad=True)
+    pushed = output.new_empty(len(tangents), output.shape[1])
+    with differentiated_twice(", or multiply by as_matrix()"), models.undisturbed(trace):
+        (pulled,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
+        for some in torch.arange(len(tangents)).split(size):
+            directions = leaf.new_zeros(len(some), *leaf.shape)
+            directions[:, entry, : position + 1] = tangents[some].to(leaf)
+            pushed[some] = products(pulled, cotangent, directions, batched=size > 1)[:, row]
+    return pushed
+
+
+def products(output: Tensor, leaf: Tensor, cotangents: Tensor, *, batched: bool) -> Tensor:
+    """∂(cᵀ output)/∂leaf for every c, together or one after another."""
+    if batched and len(cotangents):
+        return torch.autograd.grad(output, leaf, cotangents, is_grads_batched=True, retain_graph=True)[0]
+    found = leaf.new_zeros(len(cotangents), *leaf.shape)
+    for of_one, cotangent in zip(found, cotangents, strict=True):
+        of_one.copy_(torch.autograd.grad(output, leaf, cotangent, retain_graph=True)[0])
+    return found
+
+
+def batches(model: Model, trace: Trace) -> bool:
+    """Whether several cotangents may go back through the graph of this forward pass at once."""
+    return models.batches_cotangents(model) and not trace.hooked
 
 
 def batch_size(model: Model, leaf: Float[Tensor, "batch token d_model"]) -> int:

@@ -23,7 +23,14 @@ from tl_scopes.models.forward import (
     undisturbed,
     user_hooks,
 )
-from tl_scopes.models.kinds import Model, batches_cotangents, check_model, has_constant_readout_norm, model_name
+from tl_scopes.models.kinds import (
+    Model,
+    batches_cotangents,
+    check_model,
+    has_backward_hooks,
+    has_constant_readout_norm,
+    model_name,
+)
 from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
 from tl_scopes.models.tokens import Prompt, Token, as_count, as_int, starts_with_bos, token, token_text, tokenize
 from tl_scopes.models.weights import exchanged_weights, fingerprint, shuffled_weights
@@ -47,6 +54,7 @@ __all__ = [
     "evaluate",
     "exchanged_weights",
     "fingerprint",
+    "has_backward_hooks",
     "has_constant_readout_norm",
     "held_attention",
     "hooked_from_llama",

@@ -4,7 +4,7 @@ import difflib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes.models.checkpointing import StopForward, checkpointed, frozen
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.kinds import Model, has_backward_hooks
 from tl_scopes.models.memory import enough_memory
 
 READOUT = "ln_final"
@@ -48,8 +48,12 @@ class Trace:
     perturbations."""
     unembedded: Float[Tensor, "row 1 vocab"] | None
     """What the unembedding gave out, on the way from `readout` to `logits`."""
+    hooked: bool = False
+    """Whether backward hooks of the user's are in the graph."""
     checkpointed: bool = False
     """Whether its blocks are run again in the backward pass."""
+    graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """The `readout_graph` that was asked for last: of all rows they would take as much again as `logits`."""
 
     @cached_property
     def slope(self) -> Float[Tensor, "row vocab"]:
@@ -58,14 +62,20 @@ class Trace:
         assert self.unembedded is not None
         return torch.autograd.grad(self.logits.sum(), self.unembedded, retain_graph=True)[0][:, 0]
 
+    def probe(self, row: int) -> Float[Tensor, " vocab"]:
+        """A cotangent of the logits of a row, to check one row's graph with."""
+        assert self.logits is not None
+        return torch.linspace(-1, 1, self.logits.shape[-1]).to(self.logits).roll(7 * row)
+
     @cached_property
-    def probe(self) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row d_of"]]:
-        """A cotangent of all logits, and what the graph makes of it: to check one row's graph against."""
+    def probed(self) -> Float[Tensor, "row d_of"]:
+        """What the graph of all rows makes of their probes."""
         assert self.logits is not None
         assert self.readout is not None
-        ramp = torch.linspace(-1, 1, self.logits.shape[-1]).to(self.logits)
-        cotangent = torch.stack([ramp.roll(7 * row) for row in range(len(self.logits))])
-        return cotangent, torch.autograd.grad(self.logits, self.readout, cotangent, retain_graph=True)[0]
+        cotangent = torch.empty_like(self.logits)
+        for row, of_row in enumerate(cotangent):
+            of_row.copy_(self.probe(row))
+        return torch.autograd.grad(self.logits, self.readout, cotangent, retain_graph=True)[0]
 
 
 one_at_a_time = threading.RLock()
@@ -199,7 +209,8 @@ def trace(
     # A block that is to be run again keeps the hooks above: what they keep must not lead back to its graph.
     for kept in (outputs, readout, unembedded):
         kept.clear()
-    return Trace(places, inputs, perturbations, output, leaf, logits, last, checkpoint)
+    hooked = has_backward_hooks(model)
+    return Trace(places, inputs, perturbations, output, leaf, logits, last, hooked, checkpoint)
 
 
 def readout_graph(model: Model, trace: Trace, row: int) -> tuple[Float[Tensor, "1 d_of"], Float[Tensor, "1 vocab"]]:
@@ -213,18 +224,21 @@ def readout_graph(model: Model, trace: Trace, row: int) -> tuple[Float[Tensor, "
     assert trace.logits is not None
     if len(trace.places) == 1:
         return trace.readout, trace.logits
+    if known := trace.graphs.get(row):
+        return known
     with torch.enable_grad():
         leaf = trace.readout[row : row + 1].detach().requires_grad_()
         unembedded = model.unembed(leaf[:, None])[:, 0]
         # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
         logits = trace.logits[row : row + 1].detach() + trace.slope[row] * (unembedded - unembedded.detach())
-    probe, expected = trace.probe
-    (found,) = torch.autograd.grad(logits, leaf, probe[row : row + 1], retain_graph=True)
-    if not torch.allclose(found[0], expected[row], rtol=1e-2, atol=1e-2 * float(expected[row].abs().max())):
+    (found,), expected = torch.autograd.grad(logits, leaf, trace.probe(row)[None], retain_graph=True), trace.probed[row]
+    if not torch.allclose(found[0], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise ValueError(
             "a hook of yours changes the unembedding or mixes its logits, so that one prediction cannot be told from "
             "the others of the same forward pass: ask for one prompt and one position at a time."
         )
+    trace.graphs.clear()
+    trace.graphs[row] = leaf, logits
     return leaf, logits
 
 

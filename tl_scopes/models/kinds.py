@@ -79,8 +79,12 @@ def batches_cotangents(model: Model) -> bool:
 
     Backward hooks of the user's would be handed tensors of torch.vmap's, which they can neither read nor keep.
     """
-    hooked = any(point.bwd_hooks for point in model.hook_dict.values())
-    return not hooked and getattr(model.cfg, "architecture", None) not in _SEQUENTIAL
+    return not has_backward_hooks(model) and getattr(model.cfg, "architecture", None) not in _SEQUENTIAL
+
+
+def has_backward_hooks(model: Model) -> bool:
+    """Whether the user has set any: a graph that is made now goes through them as long as it lives."""
+    return any(point.bwd_hooks for point in model.hook_dict.values())
 
 
 def model_name(model: Model) -> str:

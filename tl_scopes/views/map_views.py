@@ -37,7 +37,7 @@ def attention_view(prompt_map: AttributionMap) -> LiveView:
     """circuitsvis' attention pattern, with predictions for destinations and tokens for sources.
 
     Departure: circuitsvis takes a square whose rows and columns are the same tokens, so that those set aside by
-    `without` leave blank rows and columns.
+    `without` leave blank rows and columns, and predictions left out by a slice blank rows.
 
     Raises:
         ValueError: for more than 400 tokens.
