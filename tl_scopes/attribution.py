@@ -242,8 +242,8 @@ class Attribution:
 
         Example:
             >>> answer = tls.attribute(model, "The keys to the old cabinet near the door", tls.SemanticScope())
-            >>> {check.verdict for check in answer.checks()}
-            {'fine', 'not applicable'}
+            >>> [check.name for check in answer.checks() if check.verdict == "look"]
+            []
         """
         from tl_scopes.diagnostics.checks import checks
 

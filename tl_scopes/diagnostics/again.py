@@ -71,7 +71,7 @@ def read_scope(text: str) -> Scope | None:
     Example:
         >>> from tl_scopes.diagnostics.again import read_scope
         >>> read_scope("SemanticScope(target=' are')")
-        SemanticScope(target=' are', versus=None, quantity='logit')
+        SemanticScope(target=' are')
         >>> read_scope("__import__('os').remove('file')")
     """
     try:
