@@ -60,8 +60,8 @@ def test_card() -> None:
     assert "colour: square root of the score, each answer on its own scale" in text
     assert "<s> 90.0%·keys 5.0%" in text
     assert "The 30.0%·keys 20.0%" in text
-    assert "in logit per unit of embedding normexplains ·are" in text
-    assert "in nat" in text
+    assert "SemanticScope(target=' are') in logit per unit of embedding norm · explains ·are" in text
+    assert "FisherScope() in nat" in text
     assert "1 answer about one prompt" in Reader(tls.compare([SENTENCE])._repr_html_()).text
 
 

@@ -1,5 +1,6 @@
 """Path integrals: captum's on a plain copy of the model, completeness, and SemanticScope at every point of the line."""
 
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, VOCAB, Specimen
+from tl_scopes import baselines
 
 POSITION, TARGET, VERSUS = 5, 7, 9
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -310,6 +312,23 @@ def test_needs_the_readout() -> None:
     middle = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, of="blocks.1.hook_resid_pre")
     with pytest.raises(ValueError, match="this question needs the logits"):
         tls.PathIntegratedScope(TARGET)(middle)
+
+
+def test_too_few_steps_are_told_once_per_call(tiny: Any) -> None:
+    """Not once per position of a map, or per prompt or batch of many; with how often it is so."""
+    model = zoo.specimen("bridge llama").model
+    scope = tls.PathIntegratedScope(TARGET, steps=1)
+    for ask in (
+        lambda: tls.attribution_map(model, PROMPT, scope),
+        lambda: list(tls.attribute_many(model, [PROMPT[:n] for n in range(2, 9)], scope, batch_size=2)),
+        lambda: tls.attribution_map(model, PROMPT, baselines.IntegratedGradients(TARGET, steps=1)),
+        lambda: tls.attribution_map(tiny, "The keys to the", tls.FisherScope(rtol=1e-6)),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ask()
+        (told,) = [str(w.message) for w in caught if "is too few" in str(w.message) or "the rtol" in str(w.message)]
+        assert re.search("So it is, this being the worst, in [1-8] of [258] predictions.$", told)
 
 
 def test_too_few_steps(one: tls.Linearization) -> None:

@@ -113,7 +113,8 @@ def test_uniform_attention_of_a_model() -> None:
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.6])
 def test_looking_back_is_no_sink(threshold: float) -> None:
     """A head that attends to the token one before, or two, has none in a prompt of any length; one that attends to the
-    first has its sink there as soon as enough come after it, one that attends to the middle has it there."""
+    first has its sink there as soon as enough come after it, one that attends to the middle has it there. A head that
+    attends to the beginning of each few words has none either."""
     for tokens in range(3, 80):
         can = can_be_sinks(tokens, threshold)
         for back in (1, 2):
@@ -121,6 +122,8 @@ def test_looking_back_is_no_sink(threshold: float) -> None:
             found = (mass_of(pattern)[0] > threshold) & can
             assert not found[back:].any()
         assert bool(can[0]) == (tokens - 1 > 1 / threshold)
+    blocks = torch.eye(80)[[i - i % 6 for i in range(80)]][None]
+    assert not ((mass_of(blocks)[0] > 0.25) & can_be_sinks(80, 0.25)).any()
     middle = torch.eye(40)[[min(i, 20) for i in range(40)]][None]
     assert ((mass_of(middle)[0] > threshold) & can_be_sinks(40, threshold)).nonzero().tolist() == [[20]]
 
@@ -291,17 +294,20 @@ def test_what_cannot_be_masked_is_not_known(specimen: Specimen) -> None:
     assert found.kl[[0, 2]].isfinite().all()
     assert found.likeliest[1] == ("",) * 4
     (note,) = found.notes
-    assert note.startswith("nothing is known of masked tokens: attention cannot be masked in ")
+    assert note.startswith("some tokens could not be masked: attention cannot be masked in ")
     assert "Masked" not in found.summary()
     assert note in found.summary()
     assert "–" in Reader(found._repr_html_()).text
 
 
-def test_what_only_attends_there_is_not_known(model: Any) -> None:
-    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", attending_to(0, head=1))]), unchanged(model):
+def test_what_is_all_that_is_attended_to_cannot_be_masked(model: Any) -> None:
+    """Others can."""
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", attending_to(2, head=1))]), unchanged(model):
         found = tls.sink_report(model, PROMPT, SEMANTIC)
-    assert found.kl[1].isnan().all()
-    assert "attends to nothing else" in found.notes[0]
+    assert found.kl[1].isnan().tolist() == [False, False, True, False]
+    assert [text == "" for text in found.likeliest[1]] == [False, False, True, False]
+    (note,) = found.notes
+    assert "attends to nothing else" in note
 
 
 def test_early_tokens_end_before_the_position(model: Any) -> None:

@@ -214,6 +214,13 @@ def test_tables() -> None:
     assert "389·are62.0%374·is21.4%" in text
 
 
+def test_cells_are_aligned_by_themselves() -> None:
+    """Jupyter aligns those that are not to the right."""
+    cells = [attributes["style"] or "" for name, attributes in Reader(card.fragment(SENTENCE)).elements if name == "td"]
+    assert len(cells) > 30
+    assert all("text-align:" in style for style in cells)
+
+
 def test_model_and_notes_are_told() -> None:
     text = Reader(card.fragment(answer(["a"], [1.0], notes=("the weights were folded.", "second")))).text
     assert "some-model · float32 · hook_embed → ln_final · predicts after position 0" in text

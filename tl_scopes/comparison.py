@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tl_scopes.attribution import Attribution
 from tl_scopes.views import card, markup
 from tl_scopes.views.live_view import LiveView, as_html
-from tl_scopes.views.markup import MUTED, SMALL, chip, rows, tag, visible
+from tl_scopes.views.markup import MUTED, SMALL, chip, tag, visible
 from tl_scopes.views.palette import Scale
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _STATIC = "colour: square root of the score, each answer on its own scale"
 _LIVE = "colour: share, white at 0 and full at Positive Bound"
-_TOP = "vertical-align:top;line-height:1.7"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,7 +77,7 @@ class Comparison:
             *(tag("div", SMALL, escape(place)) for place in places if len(places) == 1),
             tag("div", "margin:14px 0 6px", body),
             tag("div", SMALL, legend),
-            self._table(alone=len(places) > 1),
+            self._most_influential(alone=len(places) > 1),
             notes=notes,
         )
 
@@ -91,20 +90,18 @@ class Comparison:
             html += tag("div", "font-size:16px;line-height:2;margin-bottom:8px", tokens)
         return html
 
-    def _table(self, *, alone: bool) -> str:
-        """A row for each answer: its most influential tokens, its unit, and where it was asked if `alone` there."""
-        lines = [[(f"color:{MUTED}", text) for text in ("", "most influential tokens and their shares", "score")]]
+    def _most_influential(self, *, alone: bool) -> str:
+        """Of each answer, with its unit, and where it was asked if `alone` there."""
+        html = tag("div", f"color:{MUTED}", "Most influential tokens and their shares")
         for name, answer in self.answers.items():
             scale = Scale.of(answer.scores.tolist())
-            top = "".join(
-                tag("span", "white-space:nowrap;margin-right:10px", f"{chip(text, scale.strength(score))} {share:.1%}")
-                for _, text, score, share in answer.top()
-            )
+            top = [f"{chip(text, scale.strength(score))} {share:.1%}" for _, text, score, share in answer.top()]
             told = [f"in {escape(answer.unit)}", card.explains(answer), escape(card.about(answer)) if alone else ""]
-            lines.append(
-                [(f"{_TOP};font-weight:600", escape(name)), (_TOP, top), (_TOP, "<br>".join(filter(None, told)))]
-            )
-        return tag("div", "margin-top:12px;font-size:12px", rows(lines))
+            about = tag("span", f"color:{MUTED}", " · ".join(filter(None, told)))
+            html += tag("div", "margin-top:6px", tag("b", "font-weight:600", escape(name)) + " " + about)
+            apart = "display:inline-block;margin-right:10px"
+            html += tag("div", "line-height:1.8", "".join(tag("span", apart, one) for one in top))
+        return tag("div", "margin-top:14px;font-size:12px", html)
 
 
 def compare(answers: Iterable[Attribution] | Mapping[str, Attribution]) -> Comparison:

@@ -16,7 +16,7 @@ from tl_scopes.attribution import Attribution
 from tl_scopes.linearization import linearize_places
 from tl_scopes.maps import AttributionMap
 from tl_scopes.models import Model, Prompt
-from tl_scopes.question import Scope
+from tl_scopes.question import Scope, warn
 
 _WINDOW = 16
 """Batches' worth of prompts that are read ahead and sorted by length, so that a batch needs little padding."""
@@ -48,7 +48,9 @@ def attribution_map(
     )
     for lin in lins:
         lin.require_finite()
-    return AttributionMap(tuple(scope.ask(lins)))
+    answers = scope.ask(lins)
+    warn(scope, answers)
+    return AttributionMap(tuple(answers))
 
 
 def attribute_many(
@@ -108,19 +110,20 @@ def attribute_many(
     if on_error not in ("warn", "raise"):
         raise ValueError(f'on_error is "warn" or "raise", got {on_error!r}.')
     ask = partial(_ask, model, scope=scope, hooks=models.user_hooks(model), checkpoint=checkpoint)
-    return _answers(model, prompts, ask, batch_size, prepend_bos, on_error == "raise", progress)
+    return _answers(model, prompts, scope, ask, batch_size, prepend_bos, on_error == "raise", progress)
 
 
 def _answers(
     model: Model,
     prompts: Iterable[Prompt],
+    scope: Scope,
     ask: Callable[[Sequence[Tensor]], list[Attribution | Exception]],
     batch_size: int,
     prepend_bos: bool | None,
     strict: bool,
     progress: bool,
 ) -> Iterator[Attribution | None]:
-    numbered, answered = enumerate(prompts), False
+    numbered, answered, warned = enumerate(prompts), False, False
     total = len(prompts) if isinstance(prompts, Sized) else None
     with tqdm(total=total, desc="prompts", unit="prompt", leave=False, disable=not progress) as bar:
         failure: Exception | None = None
@@ -140,7 +143,9 @@ def _answers(
             order = sorted(tokens, key=lambda number: len(tokens[number]), reverse=True)
             while order:
                 batch, order = order[:batch_size], order[batch_size:]
-                found |= dict(zip(batch, ask([tokens[number] for number in batch]), strict=True))
+                answers = ask([tokens[number] for number in batch])
+                warned = warned or warn(scope, [answer for answer in answers if isinstance(answer, Attribution)])
+                found |= dict(zip(batch, answers, strict=True))
                 bar.update(len(batch))
             for number, _ in window:
                 answer = found[number]

@@ -1,5 +1,6 @@
 """The question: a `Scope`, asked of a `Linearization` to get an `Attribution`."""
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -73,6 +74,10 @@ class Scope(ABC):
             return replace(self, target=target)
         return self
 
+    def caveat(self, answers: Sequence[Attribution]) -> str | None:
+        """What to warn of, once for all the answers of a call; None where there is nothing."""
+        return None
+
     def observable(self, lin: Linearization) -> Observable | None:
         """What the scores are about, first-order ones the slope of: a function of readout and logits, with everything
         else (the target that was most likely, a cotangent) as it is at `lin`. None where there is no such thing."""
@@ -101,7 +106,9 @@ class Scope(ABC):
                 f"a scope is asked of a Linearization, got {type(lin).__name__}: write "
                 "attribute(model, prompt, scope), or scope(linearize(model, prompt))."
             )
-        return self.ask([lin])[0]
+        answers = self.ask([lin])
+        warn(self, answers)
+        return answers[0]
 
     def ask(self, lins: Sequence[Linearization]) -> list[Attribution]:
         """Ask it of several linearisations of one forward pass, together where the scope can."""
@@ -158,6 +165,14 @@ class Scope(ABC):
             },
             _origin=Origin.of(lin, own),
         )
+
+
+def warn(scope: Scope, answers: Sequence[Attribution]) -> bool:
+    """Warn of what the scope has to say of these answers, and tell whether there was anything."""
+    caveat = scope.caveat(answers)
+    if caveat is not None:
+        warnings.warn(caveat, stacklevel=3)
+    return caveat is not None
 
 
 class JacobianScope(Scope):

@@ -198,20 +198,19 @@ def _interventions(lin: Linearization, early: int) -> tuple[Tensor, tuple[tuple[
 
     ways: dict[str, Callable[[int], Tensor]] = {"removed": removed, "masked": masked, "replaced": replaced}
     kl = torch.full((len(INTERVENTIONS), early), torch.nan, dtype=torch.float64)
-    likeliest, refusals = [], []
+    likeliest, refusals = [], dict[str, None]()
     for row, name in zip(kl, INTERVENTIONS, strict=True):
         texts = [""] * early
-        try:
-            for i in range(early):
+        for i in range(early):
+            try:
                 logits = ways[name](i)[0]
-                row[i] = divergence(lin.log_probs, logits.to(lin.log_probs).log_softmax(-1)).cpu()
-                texts[i] = lin.token(logits.argmax()).text
-        except AttentionOutOfReachError as error:
-            row[:] = torch.nan
-            texts = [""] * early
-            refusals.append(f"nothing is known of {name} tokens: {str(error).rstrip('.')}")
+            except AttentionOutOfReachError as error:
+                refusals[f"some tokens could not be {name}: {str(error).rstrip('.')}"] = None
+                continue
+            row[i] = divergence(lin.log_probs, logits.to(lin.log_probs).log_softmax(-1)).cpu()
+            texts[i] = lin.token(logits.argmax()).text
         likeliest.append(tuple(texts))
-    return kl, tuple(likeliest), refusals
+    return kl, tuple(likeliest), [*refusals]
 
 
 def _too_short(tokens: int, threshold: float) -> str:

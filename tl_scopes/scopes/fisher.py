@@ -1,6 +1,5 @@
 """Fisher Scope: what moves the whole predictive distribution?"""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
+from tl_scopes.attribution import Attribution
 from tl_scopes.fisher_information import fisher_products, fisher_root, weighted_logits
 from tl_scopes.linearization import Linearization
 from tl_scopes.question import Measurement, Observable, Scope, squared_norms
@@ -89,8 +89,9 @@ class FisherScope(Scope):
     Source: Liu et al. 2026 (arXiv:2601.16407), Fisher Scope. Splitting off the leading part: Hutch++ (Meyer et al.
         2021, arXiv:2010.09649), with the remainder as in Nyström++ (Persson et al. 2022, arXiv:2109.10659).
     Departure: the paper's code keeps the leading direction only. The default is an estimate since the exact
-        answer is out of reach where d_model is thousands, and since 32 probes miss it by less than 1%
-        where 32 leading directions alone miss it by up to 3% (the tasks of the bundled model).
+        answer is out of reach where d_model is thousands. On 54 prompts of the bundled model's tasks 32 probes miss
+        the scores by 0.6% of their sum in the mean, and by less than 3% on every prompt (mean over draws); 32 leading
+        directions alone by 0.8% and up to 6%, always downwards and without a standard error.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -124,6 +125,20 @@ class FisherScope(Scope):
 
     def unit(self, lin: Linearization) -> str:
         return f"nat per squared {lin.unit}"
+
+    def caveat(self, answers: Sequence[Attribution]) -> str | None:
+        if self.rtol is None:
+            return None
+        errors = [float((a.standard_error / a.scores)[a.scores >= a.scores.mean()].max()) for a in answers]
+        missed = [error for error in errors if error > self.rtol * 1.0001]  # less would be rounding
+        if not missed:
+            return None
+        spent = max(a.backward_passes for a in answers)
+        often = f" So it is, this being the worst, in {len(missed)} of {len(answers)} predictions."
+        return (
+            f"the relative standard error is {max(missed):.1%} after {spent} backward passes, not the rtol of "
+            f"{self.rtol:.2g}: FisherScope(exact=True) costs no more than that."
+        ) + (often if len(answers) > 1 else "")
 
     def measure(self, lin: Linearization) -> Measurement:
         return self.measure_many([lin])[0]
@@ -172,15 +187,7 @@ class FisherScope(Scope):
             found = _measurement(leading, random, {})
             error, scores = found.details["standard_error"], found.scores
             matter = scores >= scores.mean()
-            if bool((error <= rtol * scores)[matter].all()):
-                return found
-            if len(L) + len(random) >= bound:
-                worst = float((error / scores)[matter].max())
-                warnings.warn(
-                    f"the relative standard error is {worst:.1%} after {bound} backward passes, not the rtol of "
-                    f"{rtol:.2g}: FisherScope(exact=True) costs no more than that.",
-                    stacklevel=2,
-                )
+            if bool((error <= rtol * scores)[matter].all()) or len(L) + len(random) >= bound:
                 return found
 
     def _random(self, lin: Linearization) -> torch.Generator:

@@ -1,8 +1,7 @@
 """Path-integrated Semantic Scope: what built this token's logit up, on the way from a baseline to the prompt?"""
 
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_scopes import models
+from tl_scopes.attribution import Attribution
 from tl_scopes.linearization import Linearization
 from tl_scopes.question import Measurement, TargetScope, vjps
 
@@ -99,6 +99,18 @@ class PathIntegratedScope(TargetScope):
     def unit(self, lin: Linearization) -> str:
         return self.quantity_unit
 
+    def caveat(self, answers: Sequence[Attribution]) -> str | None:
+        missed = [a for a in answers if abs(a.completeness_gap) > _TOLERABLE * float(a.signed.abs().sum())]
+        if not missed:
+            return None
+        worst = max(missed, key=lambda a: abs(a.completeness_gap))
+        often = f" So it is, this being the worst, in {len(missed)} of {len(answers)} predictions."
+        return (
+            f"the contributions of the tokens sum to {float(worst.signed.sum()):.3g}, not to the change "
+            f"of {worst.value - worst.baseline_value:.3g} along the line: steps={self.steps} is too few. Take more, a "
+            f'start farther from the baseline than {self.start}, or another baseline, such as "mean".'
+        ) + (often if len(answers) > 1 else "")
+
     def measure(self, lin: Linearization) -> Measurement:
         function = self.function(lin)
         x = lin.embeddings.to(torch.promote_types(lin.embeddings.dtype, torch.float32))
@@ -123,13 +135,6 @@ class PathIntegratedScope(TargetScope):
         signed = attributed.sum(-1)
         value, baseline_value = (_number(function, point) for point in (lin, first))
         gap = float(signed.sum()) - (value - baseline_value)
-        if abs(gap) > _TOLERABLE * float(signed.abs().sum()):
-            warnings.warn(
-                f"the contributions of the tokens sum to {float(signed.sum()):.3g}, not to the change "
-                f"of {value - baseline_value:.3g} along the line: steps={self.steps} is too few. Take more, a start "
-                f'farther from the baseline than {self.start}, or another baseline, such as "mean".',
-                stacklevel=2,
-            )
         return Measurement(
             scores,
             {

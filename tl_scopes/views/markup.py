@@ -18,7 +18,7 @@ _CARD = (
 _TITLE = "font:600 15px ui-monospace,SFMono-Regular,Menlo,Consolas,DejaVu Sans Mono,monospace"
 _CHIP = "padding:2px;margin:0 1px;border-radius:3px"
 _TABLE = f"{_PAPER};margin:0;border-collapse:collapse;table-layout:auto;font-size:inherit"
-_CELL = "border:0;padding:1px 14px 1px 0;vertical-align:middle;max-width:none;line-height:1.6"
+_CELL = "border:0;padding:1px 14px 1px 0;vertical-align:middle;text-align:left;max-width:none;line-height:1.6"
 
 
 def visible(text: str) -> str:
