@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from html import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ def ask(run: Callable[..., Any]) -> Callable[..., tls.Attribution]:
         (["--target", "id:42", "--versus", " old"], tls.SemanticScope(42, " old")),
         (["--scope", "temperature"], tls.TemperatureScope()),
         (["--scope", "fisher", "--position", "3"], tls.FisherScope()),
+        (["--scope", "path-integrated", "--target", " the", "--versus", "id:42"], tls.PathIntegratedScope(" the", 42)),
+        (["--scope", "spectral"], tls.SpectralScope(of="distribution", rank=16)),
+        (["--scope", "heta", "--target", " the"], tls.HetaScope(" the")),
     ],
 )
 def test_the_answer_is_the_librarys(
@@ -155,6 +159,9 @@ def test_without_a_model_the_bundled_one_answers() -> None:
         ),
         (["--scope", "temperature"], ["What moves the model's confidence?", "inverse temperature per unit"]),
         (["--scope", "fisher"], ["What moves the whole prediction?", "KL divergence", "nat per squared unit"]),
+        (["--scope", "heta", "--target", " the"], ["What moves the log-probability of ·the?", "attention flow"]),
+        (["--scope", "path-integrated", "--target", " the"], ["moves the logit of ·the?", "contributes to this logit"]),
+        (["--scope", "spectral"], ["What moves the whole prediction?", "√(2 KL)", "nat^½ per unit"]),
     ],
 )
 def test_the_report_says_what_was_asked(run: Callable[..., Any], args: list[str], words: list[str]) -> None:
@@ -181,6 +188,20 @@ def test_scores_of_any_size(run: Callable[..., Any], monkeypatch: pytest.MonkeyP
     cotangents = tls.SemanticScope.cotangents
     monkeypatch.setattr(tls.SemanticScope, "cotangents", lambda self, lin: cotangents(self, lin) * scale)
     assert shown in run(PROMPT, "--top", "1").stdout.split("share")[1].split("%")[0]
+
+
+def test_checks_stand_below_the_report(
+    run: Callable[..., Any], ask: Callable[..., tls.Attribution], folder: Path, tmp_path: Path
+) -> None:
+    record, page = tmp_path / "answer.json", tmp_path / "answer.html"
+    result = run(PROMPT, "--check", "--json", str(record), "--html", str(page))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(run(PROMPT).stdout)
+    printed = " ".join(result.stdout.split("Can it be trusted?")[1].split())
+    for check in ask(PROMPT).checks(models.load(folder)):
+        assert f"{check.name} {check.verdict} {' '.join(check.finding.split())}" in printed
+        assert escape(check.finding) in page.read_text(encoding="utf-8")
+    assert tls.Attribution.from_json(record.read_text(encoding="utf-8")).to_json() == ask(PROMPT).to_json()
 
 
 def test_colours_only_where_they_can_be_seen(run: Callable[..., Any]) -> None:
@@ -253,8 +274,17 @@ def test_what_libraries_print_stays_out_of_stdout(
         ([PROMPT, "--target", "id:99999"], 2, "target 99999 is outside the vocabulary"),
         ([PROMPT, "--versus", "a\udcff"], 2, "must be UTF-8"),
         ([PROMPT, "--target", " the", "--versus", " the"], 2, "are the same token"),
-        ([PROMPT, "--scope", "fisher", "--target", " the"], 2, "--target and --versus go with --scope semantic"),
-        ([PROMPT, "--scope", "temperature", "--versus", ""], 2, "--target and --versus go with --scope semantic"),
+        (
+            [PROMPT, "--scope", "fisher", "--target", " the"],
+            2,
+            "goes with --scope semantic, path-integrated, heta, not",
+        ),
+        (
+            [PROMPT, "--scope", "heta", "--versus", ""],
+            2,
+            "--versus goes with --scope semantic, path-integrated, not with",
+        ),
+        ([PROMPT, "--check", "--json", "-"], 2, "--check prints below the report"),
         ([PROMPT, "--device", "toaster"], 1, "toaster"),
         ([PROMPT, "--device", "cuda:99"], 1, "cuda:99"),
         ([PROMPT, "--model", "no/such-model"], 1, "'no/such-model'"),
@@ -330,7 +360,7 @@ def test_help(run: Callable[..., Any]) -> None:
     result = run("--help")
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
     assert (result.exit_code, result.stderr) == (0, "")
-    options = "scope target versus position model device dtype bos no-bos top html json version help"
+    options = "scope target versus position model device dtype bos no-bos check top html json version help"
     for word in [
         *(f"--{option}" for option in options.split()),
         "Examples",

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tl_scopes.attribution import Attribution
     from tl_scopes.comparison import Comparison, compare
     from tl_scopes.corrections import FrozenAttentionScope, PositionCorrectedScope
+    from tl_scopes.diagnostics.check_report import Check, Checks
     from tl_scopes.diagnostics.linearity import linearity
     from tl_scopes.diagnostics.linearity_report import LinearityReport
     from tl_scopes.diagnostics.sinks import sink_report
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Attribution",
     "AttributionMap",
+    "Check",
+    "Checks",
     "Comparison",
     "DirectionScope",
     "FisherScope",
@@ -61,6 +64,8 @@ __all__ = [
 _HOME = {
     "Attribution": "attribution",
     "AttributionMap": "maps",
+    "Check": "diagnostics.check_report",
+    "Checks": "diagnostics.check_report",
     "Comparison": "comparison",
     "DirectionScope": "scopes.direction",
     "FisherScope": "scopes.fisher",

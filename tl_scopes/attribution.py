@@ -12,10 +12,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Token, as_count, as_int
+from tl_scopes.models import Model, Token, as_count, as_int
+from tl_scopes.origin import Origin
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from tl_scopes.diagnostics.check_report import Checks
 
 
 class Influence(NamedTuple):
@@ -72,6 +75,8 @@ class Attribution:
     """What else the scope found: tensors with the tokens on their last axis, numbers and texts about the whole, by
     names that are not those of fields and methods.
     `answer.standard_error` is short for `answer.details["standard_error"]`, and so for all of them."""
+    _origin: Origin | None = field(default=None)
+    """Stays behind where the answer is written down, as JSON or as a pickle."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.scores), len(self.tokens), len(self.str_tokens), len(self.positions)}
@@ -108,6 +113,9 @@ class Attribution:
             return details[name]
         known = f"; the details of this one are {', '.join(details)}" if details else ""
         raise AttributeError(f"an Attribution of {self.__dict__.get('scope')} has no {name!r}{known}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_origin": None}  # a reference to a model cannot travel, nor need a scope
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self.details})
@@ -185,7 +193,7 @@ class Attribution:
         What is infinite or NaN among the details, an unknown standard error say, is written as the text "Infinity",
         "-Infinity" or "NaN", for JSON has no such numbers.
         """
-        record = {name: value for name, value in vars(self).items() if name != "details"}
+        record = {name: value for name, value in vars(self).items() if name not in ("details", "_origin")}
         record |= {"scores": _as_record(self.scores), "tokens": self.tokens.tolist()}
         record |= {"details": {name: _as_record(value) for name, value in self.details.items()}}
         record = {"format": "tl_scopes.Attribution", "version": 1} | record
@@ -206,7 +214,7 @@ class Attribution:
             raise ValueError('this JSON is no Attribution: its "format" is not "tl_scopes.Attribution".')
         if record.pop("version", None) != 1:
             raise ValueError("this Attribution was written by a later version of tl_scopes: upgrade to read it.")
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - {"_origin"}
         if set(record) != names:
             raise ValueError(f"this Attribution lacks or adds the fields {sorted(names ^ set(record))}.")
         try:
@@ -228,6 +236,18 @@ class Attribution:
             }
             | {name: tuple(record[name]) for name in ("str_tokens", "positions", "notes")}
         )
+
+    def checks(self, model: Model | None = None, *, thorough: bool = False) -> "Checks":
+        """What a careful reviewer would ask of these scores, in a few lines: see `tl_scopes.diagnostics.checks`.
+
+        Example:
+            >>> answer = tls.attribute(model, "The keys to the old cabinet near the door", tls.SemanticScope())
+            >>> [check.name for check in answer.checks() if check.verdict == "look"]
+            []
+        """
+        from tl_scopes.diagnostics.checks import checks
+
+        return checks(self, model, thorough=thorough)
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 

@@ -2,25 +2,21 @@
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from functools import partial
 from importlib.metadata import version
-from io import TextIOWrapper
-from math import floor, log10
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from tl_scopes.terminal import report
+
 # torch and TransformerLens take seconds to import, so functions import what needs them, and --help does not wait.
-if TYPE_CHECKING:
-    import tl_scopes.attribution
 
 HELP = """Show which tokens of a prompt move a language model's prediction, and by how much.
 
@@ -50,6 +46,58 @@ class Scope(StrEnum):
     SEMANTIC = "semantic"
     TEMPERATURE = "temperature"
     FISHER = "fisher"
+    PATH_INTEGRATED = "path-integrated"
+    SPECTRAL = "spectral"
+    HETA = "heta"
+
+
+class Question(NamedTuple):
+    """How a question is asked and told."""
+
+    scope: str
+    """The class, in `tl_scopes`."""
+    score: str
+    """What a score is."""
+    tokens: tuple[str, ...] = ()
+    """Which of target and versus it takes."""
+    subject: str = "the logit of"
+    """What the scores are about; the target follows, where there is one."""
+    options: Mapping[str, Any] = {}
+
+
+QUESTIONS = {
+    Scope.SEMANTIC: Question(
+        "SemanticScope", "how steeply {what} can change as the token's embedding moves", ("target", "versus")
+    ),
+    Scope.TEMPERATURE: Question(
+        "TemperatureScope",
+        "how steeply the inverse temperature can change as the token's embedding moves",
+        subject="the model's confidence",
+    ),
+    Scope.FISHER: Question(
+        "FisherScope",
+        "how fast the prediction moves, in KL divergence, as the token's embedding moves at random",
+        subject="the whole prediction",
+    ),
+    Scope.PATH_INTEGRATED: Question(
+        "PathIntegratedScope",
+        "how much the token's embedding contributes to {what} on the way from zero to the prompt",
+        ("target", "versus"),
+    ),
+    Scope.SPECTRAL: Question(
+        "SpectralScope",
+        "how far one unit step of the token's embedding can move the prediction, √(2 KL)",
+        subject="the whole prediction",
+        # The exact answer, and that of the readout, take a backward pass per dimension.
+        options={"of": "distribution", "rank": 16},
+    ),
+    Scope.HETA: Question(
+        "HetaScope",
+        "attention flow from the token × (curvature + information lost without it)",
+        ("target",),
+        "the log-probability of",
+    ),
+}
 
 
 class Dtype(StrEnum):
@@ -63,10 +111,12 @@ class Dtype(StrEnum):
 
 _PROMPT = "The text, or - to read it from stdin (less one final line break)."
 _SCOPE = """semantic: what moves the logit of one token? temperature: what moves the model's confidence?
-fisher: what moves the whole prediction?"""
+fisher: what moves the whole prediction? path-integrated: what built the logit up, from nothing to the prompt?
+spectral: how far can each token move the prediction at most? heta: attention, curvature and information lost; slow."""
 _TARGET = 'The token to explain, as text (" are", mind the space) or as id (id:42).'
 _POSITION = "The token after which the prediction is read: 0 is the first, -1 the last."
 _NAME = "A model on the Hugging Face Hub, or a folder in its layout; any that TransformerLens can load."
+_CHECK = "Add what a careful reviewer would ask: sinks, linearity, saturation, weights, leaving tokens out."
 _JSON = "Write the whole answer, for Attribution.from_json; to - for stdout, in place of the report."
 _HTML = "Write the answer as a web page; to - for stdout, in place of the report."
 
@@ -96,6 +146,7 @@ def main(
         bool | None,
         _Model("--bos/--no-bos", show_default="as the model expects", help="Put a beginning-of-sequence token first."),
     ] = None,
+    check: Annotated[bool, _Output("--check", help=_CHECK)] = False,
     top: Annotated[int, _Output(metavar="N", min=1, help="How many of the most influential tokens to list.")] = 8,
     html: Annotated[Path | None, _Output(metavar="FILE", help=_HTML)] = None,
     json: Annotated[Path | None, _Output(metavar="FILE", help=_JSON)] = None,
@@ -106,9 +157,14 @@ def main(
     """Answer one question about one prompt."""
     with _exits(2, ValueError):
         text = _read(prompt, target, versus)
-        if scope is not Scope.SEMANTIC and (target is not None or versus is not None):
+        question = QUESTIONS[scope]
+        named = {name: token for name, token in (("target", target), ("versus", versus)) if token is not None}
+        for name in set(named) - set(question.tokens):
+            takers = ", ".join(other for other, asked in QUESTIONS.items() if name in asked.tokens)
+            raise ValueError(f"--{name} goes with --scope {takers}, not with {scope}.")
+        if check and Path("-") in (html, json):
             raise ValueError(
-                f"--target and --versus go with --scope semantic: {scope} asks about the whole prediction."
+                "--check prints below the report, in place of which --json - and --html - write: name a file."
             )
 
     with redirect_stdout(sys.stderr):  # what libraries print is no part of the answer
@@ -117,6 +173,7 @@ def main(
 
         import tl_scopes as tls
         from tl_scopes import models
+        from tl_scopes.views import card
 
         if model is None or Path(model).is_dir() or not sys.stderr.isatty():
             logging.disable_progress_bar()  # there is no download to wait for, or nobody waits
@@ -125,17 +182,17 @@ def main(
             loaded = load(device=device, dtype=getattr(torch, dtype))
             models.check_model(loaded)
         with _exits(2, ValueError), _exits(1, RuntimeError):
-            question = {
-                Scope.SEMANTIC: tls.SemanticScope(_token(target), _token(versus)),
-                Scope.TEMPERATURE: tls.TemperatureScope(),
-                Scope.FISHER: tls.FisherScope(),
-            }[scope]
-            answer = tls.attribute(loaded, text, question, position, prepend_bos=bos)
+            asked = getattr(tls, question.scope)(
+                **question.options, **{name: _token(token) for name, token in named.items()}
+            )
+            answer = tls.attribute(loaded, text, asked, position, prepend_bos=bos)
+            checks = answer.checks() if check else None
 
     if Path("-") not in (html, json):
-        _report(answer, scope, top)
+        report(answer, question.subject, question.score, top, checks)
     with _exits(1, OSError):
-        for path, render in ((html, answer.to_html), (json, answer.to_json)):
+        page = partial(card.page, answer, *([checks._repr_html_()] if checks else []))
+        for path, render in ((html, page), (json, answer.to_json)):
             if path is not None:
                 _write(path, render())
 
@@ -175,88 +232,3 @@ def _write(path: Path, text: str) -> None:
 def _token(text: str | None) -> str | int | None:
     """A token as the command line names it: "id:42" is an id, all else is text."""
     return int(text.removeprefix("id:")) if text and re.fullmatch("id:[0-9]+", text) else text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-
-
-def _report(answer: "tl_scopes.attribution.Attribution", scope: Scope, top: int) -> None:
-    """Print the prediction, the question, the coloured prompt and its most influential tokens."""
-    from tl_scopes.views.card import strengths
-    from tl_scopes.views.markup import visible
-    from tl_scopes.views.palette import color, text_color
-
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
-    console = Console(highlight=False)
-    console.width = min(console.width, 100)
-    bar_width = min(24, max(4, console.width - 44))
-
-    def name(token: str) -> Text:
-        return Text(visible(token), "bold")
-
-    def bar(fraction: float) -> Text:
-        halves = round(2 * bar_width * fraction)
-        return Text("━" * (halves // 2) + "╸" * (halves % 2), color(0.6))
-
-    predictions = _table("left", "right", "left")
-    for token, probability in answer.predictions:
-        predictions.add_row(name(token.text), f"{probability:.1%}", bar(probability))
-
-    if scope is Scope.FISHER:
-        subject = Text("the whole prediction")
-        score = "how fast the prediction moves, in KL divergence, as the token's embedding moves at random"
-    elif scope is Scope.TEMPERATURE:
-        subject = Text("the model's confidence")
-        score = "how steeply the inverse temperature can change as the token's embedding moves"
-    else:
-        assert answer.target is not None
-        subject = Text.assemble("the logit of ", name(answer.target.text))
-        changing = "the difference" if answer.versus else "this logit"
-        score = f"how steeply {changing} can change as the token's embedding moves"
-        if answer.versus:
-            subject.append(" against ").append(name(answer.versus.text))
-
-    prompt = Text()
-    for text, strength in zip(answer.str_tokens, strengths(answer), strict=True):
-        shown = text if text.isprintable() else visible(text)  # spaces stay spaces, where lines may break
-        prompt.append(shown, f"{text_color(strength)} on {color(strength)}")
-        prompt.append("\n" if text.endswith("\n") else "")
-    prompt.append(" → ", "dim").append(name((answer.target or answer.predictions[0].token).text))
-
-    rows = answer.top(top)
-    number = _number_format(rows[0].score)
-    influences = _table("right", "left", "right", "right", "left")
-    influences.add_row("position", "token", "score", "share", style="dim")
-    for row in rows:
-        length = bar(row.share / rows[0].share if rows[0].share else 0.0)
-        influences.add_row(str(row.position), name(row.token), format(row.score, number), f"{row.share:.1%}", length)
-
-    legend = Table.grid(padding=(0, 2))
-    facts = {"score": score, "unit": answer.unit, "note": "; ".join(answer.notes)}
-    for label, fact in (facts | {"model": f"{answer.model}, {answer.dtype}"}).items():
-        if fact:
-            legend.add_row(label, Text(fact), style="dim")
-
-    console.print(Text.assemble("Next token after ", name(answer.str_tokens[-1])))
-    console.print(Padding(predictions, (0, 0, 1, 2), expand=False))
-    console.print(Text.assemble("What moves ", subject, "?"))
-    console.print(Padding(prompt, (0, 0, 1, 2), expand=False))
-    console.print(Padding(influences, (0, 0, 1, 2), expand=False))
-    console.print(legend)
-
-
-def _table(*columns: Literal["left", "right"]) -> Table:
-    """A table without lines; its last column is for bars."""
-    table = Table.grid(padding=(0, 2))
-    for justify in columns:
-        table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
-    return table
-
-
-def _number_format(largest: float) -> str:
-    """How to write numbers up to this one, with three digits and the same decimals for all."""
-    if largest and not 1e-3 <= abs(largest) < 1e6:
-        return ".2e"
-    return f".{max(0, 2 - floor(log10(abs(largest) or 1)))}f"

@@ -16,6 +16,7 @@ from tl_scopes import models, pullback
 from tl_scopes.attribution import Attribution, Prediction
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Token, Trace
+from tl_scopes.origin import Origin, without_graphs
 
 Observable: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From a readout [d_of] and its logits [vocab] (empty where there are none), in float64, to a number or a vector."""
@@ -113,13 +114,14 @@ class Scope(ABC):
         """Ask it of several linearisations of one forward pass, together where the scope can."""
         # First, so that a target that is unknown is refused before the work.
         explained = [self.explained(lin) for lin in lins]
+        own = without_graphs(self)
         return [
-            self._answer(lin, *tokens, measurement)
+            self._answer(lin, *tokens, measurement, own)
             for lin, tokens, measurement in zip(lins, explained, self.measure_many(lins), strict=True)
         ]
 
     def _answer(
-        self, lin: Linearization, target: Token | None, versus: Token | None, measurement: Measurement
+        self, lin: Linearization, target: Token | None, versus: Token | None, measurement: Measurement, own: "Scope"
     ) -> Attribution:
         predictions: tuple[Prediction, ...] = ()
         if lin.trace.logits is not None:
@@ -161,6 +163,7 @@ class Scope(ABC):
                 else value
                 for name, value in measurement.details.items()
             },
+            _origin=Origin.of(lin, own),
         )
 
 

@@ -104,7 +104,7 @@ def linearity(
         raise ValueError(f"the observable of {as_written(scope)} is not finite at this prompt: {q.value.tolist()[:5]}.")
     draw = generator or torch.Generator(lin.readout.device).manual_seed(0)
 
-    x, (others, own) = lin.embeddings, _others(lin)
+    x, (others, own) = lin.embeddings, others_at(lin)
     distances, nearest = nearest_rows(x, others, own, directions)
     rays, kind = _rays(q, chosen, others[nearest], directions, draw)
     groups, of_kinds = (len(chosen) + 1, len(kind)), [kind == k for k in range(len(KINDS))]
@@ -148,7 +148,7 @@ def linearity(
     )
 
 
-def _others(lin: Linearization) -> tuple[Tensor, Tensor]:
+def others_at(lin: Linearization) -> tuple[Tensor, Tensor]:
     """The values that other tokens have at the `wrt` hook, and which of them are the prompt's own."""
     if lin.wrt == "hook_embed":
         return models.embedding_matrix(lin.model), lin.tokens

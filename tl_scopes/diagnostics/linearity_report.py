@@ -15,7 +15,7 @@ KINDS = ("steepest", "random", "swap")
 """The directions tried: the gradient's, random ones, those towards other tokens."""
 _NAMES = {"steepest": "steepest", "random": "random", "swap": "towards other tokens"}
 
-_UNDERSTATED, _CONFIDENT = 10.0, 0.9
+_UNDERSTATED, CONFIDENT = 10.0, 0.9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,11 +91,7 @@ class LinearityReport:
         bundled model's tasks the log-probabilities of all 10 answers tried with p > 0.9 were understated 48 to 20,000
         times, their logits and temperatures 0.3 to 5 times.
         """
-        return (
-            self.probability is not None
-            and self.probability > _CONFIDENT
-            and bool(self.understated[self.removal_change.argmax()] > _UNDERSTATED)
-        )
+        return is_saturated(self.probability, self.removal_change, self.understated)
 
     @property
     def reaches_a_token(self) -> Bool[Tensor, " token"]:
@@ -181,6 +177,17 @@ class LinearityReport:
         figure.suptitle(f"How far is it linear? {self.scope}", fontsize=10)
         plt.close(figure)  # else a notebook would show it twice
         return figure
+
+
+def is_saturated(
+    probability: float | None, removal_change: Float[Tensor, " token"], understated: Float[Tensor, " token"]
+) -> bool:
+    """The criterion of `LinearityReport.saturated`, whose docstring gives the reason."""
+    return (
+        probability is not None
+        and probability > CONFIDENT
+        and bool(understated[removal_change.argmax()] > _UNDERSTATED)
+    )
 
 
 def _median(values: Tensor) -> float:

@@ -15,9 +15,9 @@ def strengths(attribution: Attribution) -> list[float]:
     return list(map(Scale.of(scores).strength, scores))
 
 
-def page(attribution: Attribution) -> str:
-    """A complete page: no script, no network."""
-    return markup.page(attribution.scope, fragment(attribution))
+def page(attribution: Attribution, *below: str) -> str:
+    """A complete page: no script, no network. Other cards may stand below."""
+    return markup.page(attribution.scope, "\n".join([fragment(attribution), *below]))
 
 
 def fragment(attribution: Attribution) -> str:

@@ -1,0 +1,111 @@
+"""An answer as it is printed by the `tl-scopes` command."""
+
+import sys
+from io import TextIOWrapper
+from math import floor, log10
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+# Functions import what needs torch, so that --help does not wait for it.
+if TYPE_CHECKING:
+    from tl_scopes.attribution import Attribution
+    from tl_scopes.diagnostics.check_report import Checks
+
+
+def report(answer: "Attribution", subject: str, score: str, top: int, checks: "Checks | None") -> None:
+    """Print the prediction, the question, the coloured prompt and its most influential tokens; and the checks.
+
+    Args:
+        answer: with a prediction.
+        subject: what the scores are about; the target follows, where there is one.
+        score: what a score is, with {what} for the number explained.
+        top: how many tokens to list.
+        checks: of the answer, or None.
+    """
+    from tl_scopes.views.card import strengths
+    from tl_scopes.views.markup import visible
+    from tl_scopes.views.palette import color, text_color
+
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+    console = Console(highlight=False)
+    console.width = min(console.width, 100)
+    bar_width = min(24, max(4, console.width - 44))
+
+    def name(token: str) -> Text:
+        return Text(visible(token), "bold")
+
+    def bar(fraction: float) -> Text:
+        halves = round(2 * bar_width * fraction)
+        return Text("━" * (halves // 2) + "╸" * (halves % 2), color(0.6))
+
+    predictions = _table("left", "right", "left")
+    for token, probability in answer.predictions:
+        predictions.add_row(name(token.text), f"{probability:.1%}", bar(probability))
+
+    asked, what = Text(subject), "the difference" if answer.versus else "this logit"
+    if answer.target is not None:
+        asked.append(" ").append(name(answer.target.text))
+    if answer.versus is not None:
+        asked.append(" against ").append(name(answer.versus.text))
+
+    prompt = Text()
+    for text, strength in zip(answer.str_tokens, strengths(answer), strict=True):
+        shown = text if text.isprintable() else visible(text)  # spaces stay spaces, where lines may break
+        prompt.append(shown, f"{text_color(strength)} on {color(strength)}")
+        prompt.append("\n" if text.endswith("\n") else "")
+    prompt.append(" → ", "dim").append(name((answer.target or answer.predictions[0].token).text))
+
+    rows = answer.top(top)
+    number = _number_format(rows[0].score)
+    influences = _table("right", "left", "right", "right", "left")
+    influences.add_row("position", "token", "score", "share", style="dim")
+    for row in rows:
+        length = bar(row.share / rows[0].share if rows[0].share else 0.0)
+        influences.add_row(str(row.position), name(row.token), format(row.score, number), f"{row.share:.1%}", length)
+
+    legend = Table.grid(padding=(0, 2))
+    facts = {"score": score.format(what=what), "unit": answer.unit, "note": "; ".join(answer.notes)}
+    for label, fact in (facts | {"model": f"{answer.model}, {answer.dtype}"}).items():
+        if fact:
+            legend.add_row(label, Text(fact), style="dim")
+
+    console.print(Text.assemble("Next token after ", name(answer.str_tokens[-1])))
+    console.print(Padding(predictions, (0, 0, 1, 2), expand=False))
+    console.print(Text.assemble("What moves ", asked, "?"))
+    console.print(Padding(prompt, (0, 0, 1, 2), expand=False))
+    console.print(Padding(influences, (0, 0, 1, 2), expand=False))
+    console.print(legend)
+    if checks is not None:
+        console.print("\nCan it be trusted?")
+        console.print(Padding(_verdicts(checks), (0, 0, 0, 2), expand=False))
+
+
+def _verdicts(checks: "Checks") -> Table:
+    table = Table.grid(padding=(0, 2))
+    for column in ("check", "verdict"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("finding")
+    for check in checks:
+        style = {"look": "bold", "not applicable": "dim"}.get(check.verdict, "")
+        table.add_row(check.name, Text(check.verdict, style), Text(check.finding, "dim"))
+    return table
+
+
+def _table(*columns: Literal["left", "right"]) -> Table:
+    """A table without lines; its last column is for bars."""
+    table = Table.grid(padding=(0, 2))
+    for justify in columns:
+        table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def _number_format(largest: float) -> str:
+    """How to write numbers up to this one, with three digits and the same decimals for all."""
+    if largest and not 1e-3 <= abs(largest) < 1e6:
+        return ".2e"
+    return f".{max(0, 2 - floor(log10(abs(largest) or 1)))}f"
