@@ -12,8 +12,9 @@ import tl_scopes
 ROOT = Path(tl_scopes.__file__).parent
 
 ORDER = """
-    models pullback linearization randomness curvature origin attribution maps question api many fisher_information
-    spectrum scopes corrections replacement diagnostics baselines tiny faithfulness views comparison terminal cli
+    models pullback linearization randomness centering curvature origin attribution maps question api many
+    fisher_information spectrum scopes corrections replacement diagnostics baselines tiny faithfulness views comparison
+    terminal cli
 """.split()
 """A module imports from those before it. `attribution` also reaches forward, inside functions: it draws itself."""
 

@@ -14,8 +14,8 @@ from tests import zoo
 from tests.zoo import PROMPT
 from tl_scopes.attribution import Prediction
 from tl_scopes.baselines import LeaveOneOut
+from tl_scopes.centering import is_centered
 from tl_scopes.models import Token
-from tl_scopes.question import is_centered
 
 WORDS = ("<|bos|>", "The", " keys", " <b>&\n", " é")
 

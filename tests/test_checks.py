@@ -479,6 +479,7 @@ def test_a_scope_is_read_as_it_is_written(scope: tls.Scope, llama: Any) -> None:
     "text",
     [
         "load_tiny()",
+        "AttributionMap(answers=(1,))",
         "SemanticScope(__import__('os'))",
         "SemanticScope(target=open('file'))",
         "SemanticScope(target=1, targets=2)",

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, SupportsIndex, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from tl_scopes import models, pullback
 from tl_scopes.attribution import Attribution, Prediction
+from tl_scopes.centering import is_centered
 from tl_scopes.linearization import Linearization
-from tl_scopes.models import Token, Trace
+from tl_scopes.models import Token
 from tl_scopes.origin import Origin, without_graphs
 
 Observable: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -266,27 +266,6 @@ class TargetScope(Scope):
         if self.quantity == "logit" and self.versus is None and is_centered(lin):
             return ("the unembedding is centred: the logit explained is the logit minus the vocabulary mean",)
         return ()
-
-
-def is_centered(lin: Linearization) -> bool:
-    """Whether the unembedding is centred: ∂(mean logit)/∂y = 0, so that every logit is "logit minus vocabulary mean".
-
-    Raises:
-        ValueError: when the linearisation does not end at the readout.
-    """
-    if lin.trace in _centered:
-        return _centered[lin.trace]
-    vocab = len(lin.logits)
-    ids = torch.arange(0, vocab, max(1, vocab // 8), device=lin.logits.device)
-    some = lin.logits.new_zeros(len(ids), vocab).scatter_(1, ids[:, None], 1)
-    *rows, mean = lin.logits_vjp(torch.cat([some, torch.full_like(some[:1], 1 / vocab)])).norm(dim=-1)
-    # The mean of `vocab` unrelated rows is shorter than one of them by √vocab; that of a centred matrix is rounding.
-    _centered[lin.trace] = bool(mean < 0.05 * sum(rows) / len(rows) / vocab**0.5)
-    return _centered[lin.trace]
-
-
-_centered: WeakKeyDictionary[Trace, bool] = WeakKeyDictionary()
-"""The same for all predictions of a forward pass."""
 
 
 def as_written(scope: Scope) -> str:
