@@ -36,7 +36,6 @@ def plot(report: SinkReport, position: int | None = None) -> "Figure":
         [str(layer) for layer in range(layers)],
         [str(head) for head in range(heads)],
         names=("layer", "head", "attention"),
-        percent=True,
         title=f"{heat_map.shortened(report.str_tokens[position])} (position {position % tokens})",
     )
 
