@@ -126,7 +126,8 @@ class Attribution:
 
         So shares keep the sign of their score, and their sizes sum to 1.
         """
-        total = self.scores.abs().sum()
+        # No copy where none is needed: its sum may be rounded otherwise.
+        total = (self.scores.abs() if (self.scores < 0).any() else self.scores).sum()
         return self.scores / total if total != 0 else torch.zeros_like(self.scores)
 
     def top(self, count: SupportsIndex = 5) -> tuple[Influence, ...]:
