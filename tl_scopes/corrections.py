@@ -61,7 +61,10 @@ class PositionCorrectedScope(_Around):
     Cost: `shuffles` + 1 times the scope's, and a forward pass per shuffle; memory as for one.
     Raises: ValueError for less than two shuffles, and for a scope with negative scores; TypeError for none; else as the
         scope does.
-    Source: ours. `demos/03_attention_sinks.ipynb` judges it.
+    Source: ours. It finds what decides between two answers: over 300 held-out prompts the average precision of known
+        causes rises by 0.07 (0.04 to 0.09), with a sink made by hand on BOS by 0.16 (0.12 to 0.20). It does not find
+        what the prediction needs: the first tokens it names are not those that deletion wants, by nats
+        (`demos/03_attention_sinks.ipynb`, `tests/benchmarks/corrections.py`).
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -132,7 +135,9 @@ class FrozenAttentionScope(_Around):
     Raises: TypeError for no scope; as `models.held_attention` does, for models in which attention cannot be held; else
         as the scope does.
     Source: freezing attention patterns to make a transformer linear in its values, Elhage et al. 2021, A Mathematical
-        Framework for Transformer Circuits. `demos/03_attention_sinks.ipynb` judges it.
+        Framework for Transformer Circuits. Measured as `PositionCorrectedScope` was, the average precision of known
+        causes changes by 0.04 (0.02 to 0.06): by 0.21 where a name is to be found, by −0.09 where what is asked for has
+        to be looked up. Deletion and insertion are as before. Freezing the sinks alone helped nowhere.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
