@@ -76,8 +76,8 @@ def test_expected_share_by_hand(lin: tls.Linearization) -> None:
     orders = [torch.randperm(len(PROMPT), generator=generator) for _ in range(shuffles)]
     prompts = [torch.tensor(PROMPT), *(torch.tensor(PROMPT)[order] for order in orders)]
     shares = torch.stack([tls.attribute(lin.model, ids, tls.SemanticScope(target)).share for ids in prompts])
-    assert_close(found.expected, shares.mean(0), **EXACT)
-    assert_close(found.scores, shares[0] / shares.mean(0), **EXACT)
+    assert_close(found.expected, shares[1:].mean(0), **EXACT)
+    assert_close(found.scores, shares[0] / shares[1:].mean(0), **EXACT)
     assert_close(found.uncorrected, tls.SemanticScope()(lin).scores, **EXACT)
     assert found.target == lin.token()
 
@@ -170,7 +170,43 @@ def test_aimed(toy: tls.Linearization) -> None:
     assert tls.PositionCorrectedScope(tls.TemperatureScope()).aimed(toy, 3).explained(toy) == (None, None)
 
 
+def test_errors_of_an_estimate_add_up(tiny: Any) -> None:
+    """Fisher Scope's own error and that of the shuffles."""
+    lin = tls.linearize(tiny, PROMPT_OF_TINY)
+    exact, estimate = (
+        tls.PositionCorrectedScope(scope)(lin) for scope in (tls.FisherScope(exact=True), tls.FisherScope(probes=8))
+    )
+    inner = tls.FisherScope(probes=8)(lin)
+    relative = (inner.standard_error / inner.scores).square()
+    assert ((estimate.standard_error / estimate.scores).square() > relative).all()
+    assert (exact.standard_error > 0).any()
+
+
+def test_a_position_that_gets_nothing_elsewhere() -> None:
+    """One token has all the influence: its position gets nothing from shuffles that put it elsewhere."""
+
+    @dataclass(frozen=True)
+    class OfOneToken(OfPosition):
+        def measure(self, lin: Linearization) -> Measurement:
+            return Measurement((lin.tokens == PROMPT[2]).double())
+
+    def elsewhere(seed: int) -> bool:
+        generator = torch.Generator().manual_seed(seed)
+        return all(PROMPT[torch.randperm(len(PROMPT), generator=generator)[2]] != PROMPT[2] for _ in range(2))
+
+    lin = tls.linearize(zoo.linear_toy(TARGET).model, PROMPT)
+    generator = torch.Generator().manual_seed(next(filter(elsewhere, range(100))))
+    answer = tls.PositionCorrectedScope(OfOneToken(), 2, generator)(lin)
+    assert answer.scores[2] == 3
+    assert answer.scores.sum() == 3
+
+
 class TestBadInput:
+    @pytest.mark.usefixtures("no_type_checks")
+    def test_keys(self) -> None:
+        with pytest.raises(TypeError, match=r"keys are several positions, or None for all, got 0: write \(0,\)"):
+            tls.FrozenAttentionScope(tls.SemanticScope(), 0)  # type: ignore[arg-type]
+
     @pytest.mark.usefixtures("no_type_checks")
     def test_shuffles(self) -> None:
         for shuffles in (1, 2.5, True):

@@ -345,7 +345,8 @@ def test_left_as_found(model: Any, bytes: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_in_words(report: tls.SinkReport) -> None:
     assert repr(report) == (
-        "SinkReport(tiny: 5 of 24 heads have a sink above 30%, at '<|bos|>', 'The', ' keys'; 10 tokens, 3 scopes)"
+        "SinkReport(tiny: 5 of 24 heads have a sink above 30%, at '<|bos|>', 'The', ' keys'; "
+        "uniform attention puts 21% on the first of 10 tokens, 3 scopes)"
     )
     said = report.summary()
     share, kl = report.share["SemanticScope()"][0], report.kl[0, 0]
@@ -356,7 +357,7 @@ def test_in_words(report: tls.SinkReport) -> None:
     ):  # fmt: skip
         assert part in said
     none = dataclasses.replace(report, threshold=0.9)
-    assert "0 of 24 heads have a sink above 90%; 10 tokens" in repr(none)
+    assert "0 of 24 heads have a sink above 90%; uniform attention puts 21% on the first of 10 tokens" in repr(none)
     assert none.summary().startswith("No head has a sink, a token with more than 90% of the attention. On average")
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.threshold = 0.1  # type: ignore[misc]

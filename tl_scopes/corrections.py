@@ -1,7 +1,7 @@
 """Scopes corrected for where a token stands and for what attention does with it: scopes around another scope."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import SupportsIndex
 
@@ -19,34 +19,39 @@ from tl_scopes.randomness import source
 
 
 @dataclass(frozen=True)
-class _Around(Scope):
+class Around(Scope):
     """Another way to ask a scope's question."""
 
     scope: Scope
+    """Whose question it is."""
 
     def __post_init__(self) -> None:
         require_scope(self.scope)
 
     def explained(self, lin: Linearization) -> tuple[Token | None, Token | None]:
+        """The scope's."""
         return self.scope.explained(lin)
 
     def aimed(self, lin: Linearization, target: int) -> Scope:
+        """Around the scope, aimed."""
         return replace(self, scope=self.scope.aimed(lin, target))
 
     def notes(self, lin: Linearization) -> tuple[str, ...]:
+        """The scope's."""
         return self.scope.notes(lin)
 
     def caveat(self, answers: Sequence[Attribution]) -> str | None:
+        """The scope's."""
         return self.scope.caveat(answers)
 
 
 @dataclass(frozen=True)
-class PositionCorrectedScope(_Around):
+class PositionCorrectedScope(Around):
     """How many times more of the influence a token has than its position gets anyway:
 
         score_t = share_t / mean_π share_t(π x)
 
-    over the prompt itself and some shuffles π of its tokens, which keep a BOS token in front. What remains of a
+    over some shuffles π of the prompt's tokens, which keep a BOS token in front. What remains of a
     position without its token (attention sinks, recency) is divided out: 1 is what any token of the prompt would get
     there. A prompt with a single token to shuffle scores 1 throughout.
 
@@ -57,7 +62,7 @@ class PositionCorrectedScope(_Around):
             seeded by its tokens.
 
     Unit: 1, times the expected share. `answer.expected` is the expected share itself, `answer.uncorrected` the scope's
-        own score, `answer.standard_error` what the number of shuffles leaves open.
+        own score, `answer.standard_error` what the number of shuffles, and an estimate within the scope, leave open.
     Cost: `shuffles` + 1 times the scope's, and a forward pass per shuffle; memory as for one.
     Raises: ValueError for less than two shuffles, and for a scope with negative scores; TypeError for none; else as the
         scope does.
@@ -96,14 +101,14 @@ class PositionCorrectedScope(_Around):
                 lin.model, tokens, wrt=lin.wrt, of=lin.of, checkpoint=lin.trace.checkpointed, prepend_bos=False
             )
             shares.append(self._share(scope.measure(other), other))
-        among = torch.stack(shares)
-        # The prompt is one of its own arrangements: nothing is then divided by zero, and the order of the tokens is
-        # the same as without.
-        expected = among.mean(0)
+        others = torch.stack(shares[1:])
+        # Where no shuffle gives a position anything, the prompt is counted as one of its own arrangements.
+        expected = torch.where(others.mean(0) > 0, others.mean(0), shares[0] / len(shares))
         scores = torch.where(expected > 0, shares[0] / expected, 0)
-        spread = among[1:].std(0) * self.shuffles**0.5 / len(among)
-        error = torch.where(expected > 0, scores * spread / expected, 0)
-        found = {"expected": expected, "uncorrected": own.scores, "standard_error": error}
+        spread = torch.where(expected > 0, others.std(0) / self.shuffles**0.5 / expected, 0)
+        if "standard_error" in own.details:  # of a score that is estimated itself
+            spread = (spread.square() + (own.details["standard_error"] / own.scores).square().nan_to_num(0.0)).sqrt()
+        found = {"expected": expected, "uncorrected": own.scores, "standard_error": scores * spread}
         return Measurement(scores, {**own.details, **found})
 
     def _share(self, found: Measurement, lin: Linearization) -> Tensor:
@@ -120,7 +125,7 @@ class PositionCorrectedScope(_Around):
 
 
 @dataclass(frozen=True)
-class FrozenAttentionScope(_Around):
+class FrozenAttentionScope(Around):
     """The scope's score with attention patterns frozen: what the tokens move through the values attended to, not by
     drawing attention to themselves or away.
 
@@ -150,6 +155,10 @@ class FrozenAttentionScope(_Around):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keys is not None:
+            if not isinstance(self.keys, Iterable):
+                raise TypeError(
+                    f"keys are several positions, or None for all, got {self.keys!r}: write ({self.keys!r},)."
+                )
             object.__setattr__(self, "keys", tuple(self.keys))
 
     def measure(self, lin: Linearization) -> Measurement:

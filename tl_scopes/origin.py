@@ -36,6 +36,10 @@ def without_graphs(question: Any) -> Any:
     """A question with tensors of its own, also within: a direction taken from the weights would keep them alive."""
     if isinstance(question, Tensor):
         return question.detach().clone()
+    if type(question) in (tuple, list):
+        return type(question)(map(without_graphs, question))
+    if type(question) is dict:
+        return {key: without_graphs(value) for key, value in question.items()}
     if not is_dataclass(question) or isinstance(question, type):
         return question
     own = copy(question)

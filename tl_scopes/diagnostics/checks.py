@@ -9,6 +9,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.attribution import Attribution
 from tl_scopes.centering import is_centered
+from tl_scopes.corrections import Around
 from tl_scopes.diagnostics.again import linearize_again
 from tl_scopes.diagnostics.check_report import Check, Checks
 from tl_scopes.diagnostics.checked import TOLERANCE, Checked
@@ -50,16 +51,20 @@ CAPPED = 0.5
 def checks(answer: Attribution, model: Model | None = None, *, thorough: bool = False) -> Checks:
     """Ask of an answer what a careful reviewer would, as cheaply as can be: `answer.checks()`.
 
+    "fine" says that nothing is out of the ordinary, "look" that the finding should be read before the scores.
+
         sinks          Do the scores rest on attention sinks? Their share, beside an even one and the attention they
-                       draw from later tokens.
+                       draw from later tokens. Look: above 30%, and twice an even share.
         linearity      How far does the first order reach? The radius of 10% error that curvature predicts along the
                        steepest direction of the top 3 tokens, against the distance to the nearest other token. Of a
-                       quantity that is a vector it is measured instead, on the way to that token.
+                       quantity that is a vector it is measured instead, on the way to that token. A few percent
+                       are usual: scores are about small moves. Look: below 2%.
         saturation     Has a confident prediction flattened the gradients? `LinearityReport.saturated`.
         weights        Do folding, centring, a soft-cap or half precision change what the scores mean?
         leave-one-out  Do the top 5 tokens do more than 5 others, drawn at random, when the mean embedding takes their
-                       place? To the quantity that the scope asks about, and in KL divergence.
-        estimation     How far off is a score that was estimated? By its own standard error.
+                       place? To the quantity that the scope asks about, and in KL divergence. Look: half of the top
+                       ones or fewer, or a first one among the last half. Of random scores a quarter passes.
+        estimation     How far off is a score that was estimated? By its own standard error. Look: above 5%.
 
     Args:
         answer: of `attribute`, of a map, of `attribute_many`; `without` some tokens, shares are of the rest.
@@ -104,11 +109,11 @@ def _sinks(one: Checked) -> Check:
     cost = "1 forward pass"
     if not here:
         return Check(name, "fine", f"{one.named(sinks)} {'are' if len(sinks) > 1 else 'is'} set aside", cost)
-    held, drawn = sum(abs(one.shares[k]) for k in here), float(mass[here].sum())
+    held, drawn = sum(abs(one.shares[k]) for k in here), " and ".join(f"{float(mass[k]):.0%}" for k in here)
     looked = held > max(SINK_SHARE, 2 * len(here) / len(one.shares))
     finding = (
         f"{one.named(here)} {'hold' if len(here) > 1 else 'holds'} {held:.0%} of the scores, where an even share is "
-        f"{len(here) / len(one.shares):.0%}, and {drawn:.0%} of the attention from later tokens"
+        f"{len(here) / len(one.shares):.0%}, and {drawn} of the attention from later tokens"
         + (f": answer.without({here}) sets aside" if looked else "")
     )
     return Check(name, "look" if looked else "fine", finding, cost)
@@ -135,7 +140,7 @@ def _linearity(one: Checked) -> Check:
     if isnan(size):
         return Check(name, "not applicable", f"in {one.answer.dtype} rounding hides the changes", reach.cost)
     looked = not part >= REACH
-    up_to = f"up to {size:.2g}, {part:.0%} of the way" if isfinite(size) else "all the way"
+    up_to = f"up to a norm of {size:.2g}, {part:.0%} of the way" if isfinite(size) else "all the way"
     tokens = f"median of the top {len(parts)}" if len(parts) > 1 else "the first token"
     finding = f"the first order is within {TOLERANCE:.0%} {up_to} to the nearest other token ({reach.how}; {tokens})"
     return Check(name, "look" if looked else "fine", finding, reach.cost)
@@ -171,6 +176,8 @@ def _weights(one: Checked) -> Check:
     lin, scope, answer = one.lin, one.scope, one.answer
     if lin.trace.logits is not None:
         # Questions in which the readout's own coordinates count, which a folded gain changes.
+        while isinstance(scope, Around):
+            scope = scope.scope
         of_coordinates = isinstance(scope, DirectionScope) or (
             (isinstance(scope, SpectralScope) and scope.of == "readout")
             or (isinstance(scope, FisherScope) and scope.rank is not None)
@@ -265,4 +272,6 @@ def _estimation(one: Checked) -> Check:
 def _no_quantity(one: Checked) -> str:
     if one.scope is None:
         return "the scope is not known: this answer was read, and its question is no public scope without tensors"
+    if isinstance(one.scope, Around):
+        return f"scores of {type(one.scope).__name__} are no slopes of the model as it is"
     return f"{type(one.scope).__name__} asks about no quantity of which the scores would be slopes"

@@ -178,6 +178,11 @@ class LinearityReport:
         plt.close(figure)  # else a notebook would show it twice
         return figure
 
+    def _repr_html_(self) -> str:
+        from tl_scopes.views import linearity_card
+
+        return linearity_card.fragment(self)
+
 
 def is_saturated(
     probability: float | None, removal_change: Float[Tensor, " token"], understated: Float[Tensor, " token"]

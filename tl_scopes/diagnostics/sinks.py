@@ -109,7 +109,8 @@ def sink_report(
     Example:
         >>> report = tls.sink_report(model, "The keys to the old cabinet near the door", tls.SemanticScope())
         >>> report
-        SinkReport(tiny: 5 of 24 heads have a sink above 30%, at '<|bos|>', 'The', ' keys'; 10 tokens, 1 scope)
+        SinkReport(tiny: 5 of 24 heads have a sink above 30%, at '<|bos|>', 'The', ' keys'; uniform attention puts
+        21% on the first of 10 tokens, 1 scope)
         >>> report.to_dataframe()["share SemanticScope()"].round(2).tolist()
         [0.1, 0.19, 0.22, 0.07]
     """

@@ -108,7 +108,8 @@ def _table(report: SinkReport) -> str:
     groups = ((6, ""), (len(shares), "share of the influence"), (len(changes), "change of the prediction, nats"))
     head = "".join(f'<td colspan="{n}" style="{group if name else "border:0"}">{name}</td>' for n, name in groups)
     table = rows(lines).replace("<tr", f"<tr>{head}</tr><tr", 1)
-    return tag("div", "margin:12px 0 0;font-size:12px;overflow-x:auto", table)
+    whole = "overflow-wrap:normal;white-space:nowrap"  # no number is broken: a narrow cell scrolls instead
+    return tag("div", f"margin:12px 0 0;font-size:12px;overflow-x:auto;{whole}", table)
 
 
 def _instead(report: SinkReport, text: str) -> str:
