@@ -1,6 +1,7 @@
 """The shape of the package: which module may import which, and what importing it may do."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ ROOT = Path(tl_scopes.__file__).parent
 ORDER = """
     models pullback linearization randomness centering curvature origin attribution maps question api many
     fisher_information spectrum scopes corrections replacement diagnostics baselines tiny faithfulness views comparison
-    terminal cli
+    terminal cli __main__
 """.split()
 """A module imports from those before it. `attribution` also reaches forward, inside functions: it draws itself."""
 
@@ -30,6 +31,13 @@ def imports(path: Path, *, top_level_only: bool) -> set[str]:
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
     return {name.split(".")[1] for name in names if name.startswith("tl_scopes.")}
+
+
+def test_the_readme_lists_the_modules() -> None:
+    """In this order."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    listing = readme[readme.index("imports only from those before it") :].split("\n\n")[0]
+    assert re.findall(r"`(\w+)/?`", listing) == ORDER[:-1]
 
 
 def layer(path: Path) -> str:
