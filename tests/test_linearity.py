@@ -490,6 +490,7 @@ class Infinite(Directions):
         ({"positions": [1, -7]}, ValueError, r"at least one, and each only once, got \[1, -7\]"),
         ({"positions": []}, ValueError, r"at least one, and each only once, got \[\]"),
         ({"positions": ["keys"]}, TypeError, "positions must be integers, got 'keys'"),
+        ({"positions": 2}, TypeError, r"positions are several, got 2: write \[2\]"),
         ({"scope": tls.SemanticScope}, TypeError, r"write SemanticScope\(\)"),
         ({"scope": Opaque()}, ValueError, r"Opaque\(\) has no quantity .*the method `observable`"),
         (

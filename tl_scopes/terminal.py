@@ -65,7 +65,7 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
     influences = _table("right", "left", "right", "right", "left")
     influences.add_row("position", "token", "score", "share", style="dim")
     for row in rows:
-        length = bar(row.share / rows[0].share if rows[0].share else 0.0)
+        length = bar(abs(row.share / rows[0].share) if rows[0].share else 0.0)
         influences.add_row(str(row.position), name(row.token), format(row.score, number), f"{row.share:.1%}", length)
 
     legend = Table.grid(padding=(0, 2))

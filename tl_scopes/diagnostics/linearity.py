@@ -1,7 +1,7 @@
 """How far the linear picture holds: the size of perturbation up to which the first-order prediction does."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import SupportsIndex
 
 import torch
@@ -180,6 +180,8 @@ def _rays(
 
 
 def _positions(positions: Sequence[int] | None, count: int) -> list[int]:
+    if positions is not None and not isinstance(positions, Iterable):
+        raise TypeError(f"positions are several, got {positions!r}: write [{positions!r}].")
     chosen = [
         models.as_int(i, "positions must be integers") for i in (range(count) if positions is None else positions)
     ]
