@@ -43,3 +43,11 @@ def no_type_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+_LONG = ("test_training", "test_demos_run", "test_series_beat", "test_held_out", "honest")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process waits for another in the end."""
+    items.sort(key=lambda item: not any(part in item.name for part in _LONG))
