@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -25,6 +26,7 @@ from tl_scopes.faithfulness.evaluation import candidates, evaluate
 from tl_scopes.faithfulness.measures import Removal, hard_measures, ranking, soft_measures, spearman
 from tl_scopes.faithfulness.protocol import Substitutes
 from tl_scopes.faithfulness.statistics import bootstrap
+from tl_scopes.models.weights import learned
 
 TARGET = 7
 PROMPTS = [PROMPT, PROMPT[::-1], [4, 4, 30, 2, 1]]
@@ -198,11 +200,71 @@ def test_exchanged_weights(model: Any) -> None:
     with unchanged(model), pytest.raises(ZeroDivisionError), models.exchanged_weights(model, weights):
         raise ZeroDivisionError
     before = models.fingerprint(model)
-    for parameter, other in zip(model.parameters(), weights, strict=True):
-        assert torch.equal(parameter.flatten().sort().values, other.flatten().sort().values)
-        parameter.data.copy_(other)
+    for own, other in zip(learned(model), weights, strict=True):
+        assert torch.equal(own.flatten().sort().values, other.flatten().sort().values)
+        own.data.copy_(other)
     assert_close(tls.attribute(model, PROMPT, tls.SemanticScope(TARGET)).scores, inside.scores, rtol=0, atol=0)
     assert models.fingerprint(model) != before
+
+
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize("species", zoo.SPECIES)
+def test_no_weight_is_left_out(species: str, processed: bool) -> None:
+    """With all weights zero, nothing that was learned is left: every token is as likely, whatever was folded where."""
+    with zoo.Float64():
+        model = zoo.SPECIES[species]().model
+        if processed and hasattr(model, "enable_compatibility_mode"):
+            model.enable_compatibility_mode(disable_warnings=True)
+        before = model(torch.tensor([PROMPT]))
+        with models.exchanged_weights(model, [torch.zeros_like(weight) for weight in learned(model)]):
+            inside = model(torch.tensor([PROMPT]))
+        assert_close(inside, torch.zeros_like(inside), rtol=0, atol=0)
+        assert torch.equal(model(torch.tensor([PROMPT])), before)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_graphs_do_not_mind_exchanged_weights(model: Any, elsewhere: bool) -> None:
+    """Made outside and asked inside, or the other way round, in this thread or another: the weights they were made
+    with."""
+    scope = tls.SemanticScope(TARGET, quantity="log_prob")
+    weights = models.shuffled_weights(model, torch.Generator().manual_seed(0))
+
+    def ask(lin: tls.Linearization) -> Tensor:
+        if not elsewhere:
+            return scope(lin).scores
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: scope(lin).scores).result(timeout=60)
+
+    outside = tls.linearize(model, PROMPT)
+    expected = ask(outside)
+    with models.exchanged_weights(model, weights):
+        assert_close(ask(outside), expected, rtol=0, atol=0)
+        inside = tls.linearize(model, PROMPT)
+        shuffled = scope(inside).scores
+    assert_close(ask(inside), shuffled, rtol=0, atol=0)
+    assert not torch.allclose(shuffled, expected)
+
+
+def test_a_checkpointed_graph_notices_exchanged_weights(model: Any) -> None:
+    """It would run its blocks again with the others."""
+    lin, weights = tls.linearize(model, PROMPT, checkpoint=True), models.shuffled_weights(model, torch.Generator())
+    with models.exchanged_weights(model, weights), pytest.raises(RuntimeError, match="the weights have changed since"):
+        tls.SemanticScope(TARGET)(lin)
+    assert_close(tls.SemanticScope(TARGET)(lin).scores, tls.attribute(model, PROMPT, tls.SemanticScope(TARGET)).scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_bit_of_the_weights_is_in_the_fingerprint(dtype: torch.dtype) -> None:
+    """The last number of each tensor, changed by as little as can be; put back, it is as before."""
+    model = zoo.SPECIES["bridge qwen2"]().model.to(dtype)
+    before = models.fingerprint(model)
+    for weight in learned(model):
+        last = weight.data.view(-1)[-1:]
+        own = last.clone()
+        last.copy_(torch.nextafter(own, own + 1))
+        assert models.fingerprint(model) != before
+        last.copy_(own)
+    assert models.fingerprint(model) == before
 
 
 # -- evaluate ---------------------------------------------------------------------------------------------------------

@@ -226,7 +226,7 @@ def readout_graph(model: Model, trace: Trace, row: int) -> tuple[Float[Tensor, "
         return trace.readout, trace.logits
     if known := trace.graphs.get(row):
         return known
-    with torch.enable_grad():
+    with one_at_a_time, torch.enable_grad():
         leaf = trace.readout[row : row + 1].detach().requires_grad_()
         unembedded = model.unembed(leaf[:, None])[:, 0]
         # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
