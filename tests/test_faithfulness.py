@@ -210,16 +210,27 @@ def test_exchanged_weights(model: Any) -> None:
 @pytest.mark.parametrize("processed", [False, True])
 @pytest.mark.parametrize("species", zoo.SPECIES)
 def test_no_weight_is_left_out(species: str, processed: bool) -> None:
-    """With all weights zero, nothing that was learned is left: every token is as likely, whatever was folded where."""
-    with zoo.Float64():
+    """With the weights of another model it computes what that one does, whatever was folded where; with all weights
+    zero every token is as likely."""
+
+    def made(factor: float) -> Any:
         model = zoo.SPECIES[species]().model
+        for parameter in model.parameters():
+            parameter.data *= factor * torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
         if processed and hasattr(model, "enable_compatibility_mode"):
             model.enable_compatibility_mode(disable_warnings=True)
-        before = model(torch.tensor([PROMPT]))
+        return model
+
+    tokens, generator = torch.tensor([PROMPT]), torch.Generator().manual_seed(0)
+    with zoo.Float64():
+        model, other = made(1), made(1.5)
+        before = model(tokens)
+        with models.exchanged_weights(model, learned(other)):
+            assert_close(model(tokens), other(tokens), rtol=0, atol=0)
         with models.exchanged_weights(model, [torch.zeros_like(weight) for weight in learned(model)]):
-            inside = model(torch.tensor([PROMPT]))
-        assert_close(inside, torch.zeros_like(inside), rtol=0, atol=0)
-        assert torch.equal(model(torch.tensor([PROMPT])), before)
+            assert_close(model(tokens), torch.zeros_like(before), rtol=0, atol=0)
+        assert torch.equal(model(tokens), before)
+        assert not torch.allclose(other(tokens), before)
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

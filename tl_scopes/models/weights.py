@@ -7,20 +7,29 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_scopes.models.forward import one_at_a_time
 from tl_scopes.models.kinds import Model
 
 
 def learned(model: Model) -> list[Tensor]:
-    """The parameters, and those biases that are buffers: no tables, no masks.
+    """The parameters, and what was learned but is none: no tables, no masks.
 
     TransformerLens 4 keeps the bias that is folded into the unembedding in a buffer, routers of experts (DeepSeek) one
-    that was learned without a gradient.
+    that was learned without a gradient; in compatibility mode TransformerLens 3.9 computes gated MLPs with tensors that
+    are plain attributes.
     """
     biases = [b for name, b in model.named_buffers() if name.endswith("bias") and b.is_floating_point() and b.ndim]
-    return [*model.parameters(), *biases]
+    held = [item for part in _parts(model) for item in vars(part).items()]
+    processed = [value for name, value in held if name.startswith("_processed_") and isinstance(value, Tensor)]
+    return list({id(tensor): tensor for tensor in [*model.parameters(), *biases, *processed]}.values())
+
+
+def _parts(model: Model) -> list[nn.Module]:
+    """All modules, those of a bridge and those of the model it goes around."""
+    inner: Any = getattr(model, "original_model", model)
+    return list({part: None for whole in (model, inner) for part in whole.modules()})
 
 
 def shuffled_weights(model: Model, generator: torch.Generator) -> list[Tensor]:
@@ -45,10 +54,8 @@ def exchanged_weights(model: Model, weights: Sequence[Tensor]) -> Iterator[None]
     this thread and in others; only what runs the model again (`Linearization.at`) runs it with the weights of the
     moment, and a graph made with checkpoint=True says so instead.
     """
-    inner: Any = getattr(model, "original_model", model)
     # A bridge's modules hold some of its parameters a second time, as plain attributes.
-    modules = {part: None for whole in (model, inner) for part in whole.modules()}
-    holders = [held for part in modules for held in (part._parameters, part._buffers, vars(part))]
+    holders = [held for part in _parts(model) for held in (part._parameters, part._buffers, vars(part))]
     with one_at_a_time:
         others = {
             id(own): (own, _with_data(own, other)) for own, other in zip(learned(model), weights, strict=True)
