@@ -401,7 +401,8 @@ def table(values: dict[str, list[float]]) -> pd.DataFrame:
 def test_bootstrap_intervals_are_honest() -> None:
     """A 90% interval of the mean holds the true mean in about 90% of experiments."""
     experiments = torch.rand(40, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 2
-    mean, low, high = bootstrap(experiments, 0.9, 1000, 0)
+    mean, low, high, prompts = bootstrap(experiments, 0.9, 1000, 0)
+    assert set(prompts.tolist()) == {40}
     assert_close(mean, experiments.mean(0))
     assert 0.85 < ((low < 1 / 3) & (high > 1 / 3)).double().mean() < 0.95
 
@@ -419,11 +420,20 @@ def test_differences_are_paired() -> None:
     assert wide["low"].item() < 10 < 25 < wide["high"].item()
 
 
-def test_missing_numbers_do_not_count() -> None:
-    found = summary(table({"a": [1.0, math.nan, 3.0], "b": [math.nan] * 3}))
-    assert found[["mean", "prompts"]].values.tolist()[0] == [2, 2]
-    assert found["prompts"].tolist() == [2, 0]
-    assert found["low"].isna().tolist() == [False, True]
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_missing_numbers_do_not_count(missing: float) -> None:
+    """NaN and infinities are as if they had not been there: in means, intervals, counts, and in differences."""
+    holes = table({"a": [1.0, missing, 3.0], "b": [missing] * 3, "c": [2.0, 5.0, 9.0]})
+    found, without = summary(holes), summary(holes[(holes.prompt != 1) & (holes.scope != "b")])
+    assert found["prompts"].tolist() == [2, 0, 3]
+    assert found[["mean", "low", "high"]].isna().values.tolist() == [[False] * 3, [True] * 3, [False] * 3]
+    assert found["mean"][0] == without["mean"][0] == 2
+    assert 1 <= found["low"][0] <= found["high"][0] <= 3
+    lead = differences(holes, "c")
+    assert lead[["difference", "prompts"]].values.tolist()[0] == [-3.5, 2]
+    assert math.isnan(lead["difference"][1])
+    assert lead["prompts"][1] == 0
+    assert -6 <= lead["low"][0] <= lead["high"][0] <= -1
 
 
 def test_summary_of_an_evaluation(model: Any) -> None:
@@ -527,3 +537,12 @@ def test_statistics_refuse(no_type_checks: None) -> None:
     drawn = results.assign(replacement="zero", quantity="kl", fraction=0.0, measure="deletion")
     with pytest.raises(ValueError, match="no curves of 'kl' with the replacement 'pad': the replacements are 'zero'"):
         plot(drawn, "pad", "kl")
+    with pytest.raises(ValueError, match="steep has no 'deletion area' among these"):
+        plot(drawn.assign(scope="steep"), quantity="kl")
+    with pytest.raises(ValueError, match="there are no curves among these results: take what evaluate returned"):
+        plot(results)
+    with pytest.raises(ValueError, match="nothing to compare 'a' with: results of another scope, .* scopes are 'a'"):
+        differences(results, "a")
+    apart = pd.concat([results, results.assign(scope="b", measure="other")])
+    with pytest.raises(ValueError, match="a measure that both have, are missing; the scopes are 'a', 'b'"):
+        differences(apart, "a")
