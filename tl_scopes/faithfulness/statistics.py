@@ -15,9 +15,7 @@ _NO_KEY = ("prompt", "tokens", "target", "value", "examples")
 
 def bootstrap(
     values: Float[Tensor, "prompt column"], confidence: float, resamples: int, seed: int
-) -> tuple[
-    Float[Tensor, " column"], Float[Tensor, " column"], Float[Tensor, " column"], Int[Tensor, " column"]
-]:
+) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"], Float[Tensor, " column"], Int[Tensor, " column"]]:
     """The mean of each column, the ends of its percentile bootstrap interval over prompts, and of how many they are.
 
     All columns share the resampled prompts. NaN and infinity count as missing.
@@ -51,7 +49,8 @@ def summary(
 
     Returns:
         One row per scope, measure and so on, in the order of `results`: mean, low, high, and of how many prompts:
-        numbers that are NaN or infinite count as missing. Where all prompts agree the interval has no width, though another hundred prompts may hold an exception.
+        numbers that are NaN or infinite count as missing. Where all prompts agree the interval has no width, though
+        another hundred prompts may hold an exception.
 
     Raises:
         ValueError: for results without rows, or a confidence that is none.
@@ -59,9 +58,7 @@ def summary(
     wide = _wide(results, confidence)
     mean, low, high, prompts = bootstrap(torch.tensor(wide.to_numpy(dtype=float)), confidence, resamples, seed)
     table = wide.columns.to_frame(index=False)
-    return _named(table, results).assign(
-        mean=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=prompts.numpy()
-    )
+    return _named(table, results).assign(mean=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=prompts.numpy())
 
 
 def differences(

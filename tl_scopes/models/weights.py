@@ -20,10 +20,11 @@ def learned(model: Model) -> list[Tensor]:
     that was learned without a gradient; in compatibility mode TransformerLens 3.9 computes gated MLPs with tensors that
     are plain attributes.
     """
-    biases = [b for name, b in model.named_buffers() if name.endswith("bias") and b.is_floating_point() and b.ndim]
-    held = [item for part in _parts(model) for item in vars(part).items()]
-    processed = [value for name, value in held if name.startswith("_processed_") and isinstance(value, Tensor)]
-    return list({id(tensor): tensor for tensor in [*model.parameters(), *biases, *processed]}.values())
+    with one_at_a_time:
+        biases = [b for name, b in model.named_buffers() if name.endswith("bias") and b.is_floating_point() and b.ndim]
+        held = [item for part in _parts(model) for item in vars(part).items()]
+        processed = [value for name, value in held if name.startswith("_processed_") and isinstance(value, Tensor)]
+        return list({id(tensor): tensor for tensor in [*model.parameters(), *biases, *processed]}.values())
 
 
 def _parts(model: Model) -> list[nn.Module]:
@@ -55,11 +56,11 @@ def exchanged_weights(model: Model, weights: Sequence[Tensor]) -> Iterator[None]
     moment, and a graph made with checkpoint=True says so instead.
     """
     # A bridge's modules hold some of its parameters a second time, as plain attributes.
-    holders = [held for part in _parts(model) for held in (part._parameters, part._buffers, vars(part))]
+    holders: list[dict[str, Any]] = [
+        held for part in _parts(model) for held in (part._parameters, part._buffers, vars(part))
+    ]
     with one_at_a_time:
-        others = {
-            id(own): (own, _with_data(own, other)) for own, other in zip(learned(model), weights, strict=True)
-        }
+        others = {id(own): (own, _with_data(own, other)) for own, other in zip(learned(model), weights, strict=True)}
         places = [(held, name, *others[id(v)]) for held in holders for name, v in held.items() if id(v) in others]
         try:
             for held, name, _, other in places:
@@ -85,5 +86,6 @@ def fingerprint(model: Model) -> int:
     checksum = 0
     for tensor in learned(model):
         numbers = tensor.detach().flatten().cpu()
-        checksum = zlib.crc32(numbers.view(torch.uint8).numpy(), zlib.crc32(repr(tensor.shape).encode(), checksum))
+        checksum = zlib.crc32(repr(tensor.shape).encode(), checksum)
+        checksum = zlib.crc32(numbers.view(torch.uint8).numpy().data, checksum)
     return checksum
