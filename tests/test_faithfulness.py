@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
@@ -260,6 +260,20 @@ def test_graphs_do_not_mind_exchanged_weights(model: Any, elsewhere: bool) -> No
         shuffled = scope(inside).scores
     assert_close(ask(inside), shuffled, rtol=0, atol=0)
     assert not torch.allclose(shuffled, expected)
+
+
+def test_hooks_of_another_threads_pass_are_nobodys(model: Any) -> None:
+    """While a pass runs in one thread, another that asks for the user's hooks waits, and is told of those alone."""
+    asked: list[Future[Any]] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def ask(value: Tensor, hook: Any) -> None:
+            asked.append(pool.submit(models.user_hooks, model))
+            wait(asked, timeout=0.2)
+
+        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", ask)]):
+            tls.linearize(model, PROMPT)
+            assert asked[0].result(timeout=60) == models.user_hooks(model)
 
 
 def test_a_checkpointed_graph_notices_exchanged_weights(model: Any) -> None:

@@ -253,9 +253,9 @@ def undisturbed(trace: Trace) -> AbstractContextManager[Any]:
 
 
 def user_hooks(model: Model) -> dict[str, tuple[int, ...]]:
-    """Which hooks are set: the same before and after, as long as nobody adds or takes away any."""
-    hooks = {name: tuple(id(hook.hook) for hook in point.fwd_hooks) for name, point in model.hook_dict.items()}
-    return {name: ids for name, ids in hooks.items() if ids}
+    """Which hooks are set, but for those of another thread's pass: the same as long as nobody adds or takes any."""
+    with one_at_a_time:
+        return {name: tuple(id(h.hook) for h in at.fwd_hooks) for name, at in model.hook_dict.items() if at.fwd_hooks}
 
 
 def independence(wrt: Sequence[str], of: str) -> ValueError:
