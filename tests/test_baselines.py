@@ -143,15 +143,36 @@ def test_attention_rollout(lin: tls.Linearization, specimen: Specimen) -> None:
 
 
 def test_random_baseline() -> None:
-    """The same numbers for the same prompt, others for another; with a generator, what it gives next."""
+    """The same numbers for the same prompt and seed, others for another prompt or seed; the seed shows."""
     model = zoo.specimen("bridge llama").model
     one, other = tls.linearize(model, PROMPT), tls.linearize(model, PROMPT[::-1])
-    scope = RandomBaseline()
-    assert torch.equal(scope(one).scores, scope(one).scores)
-    assert not torch.equal(scope(one).scores, scope(other).scores)
-    given = RandomBaseline(torch.Generator().manual_seed(3))
-    expected = torch.rand(2, len(PROMPT), generator=torch.Generator().manual_seed(3))
-    assert torch.equal(torch.stack([given(one).scores, given(one).scores]).float(), expected)
+    scopes = [RandomBaseline(), RandomBaseline(1), RandomBaseline(-1)]
+    assert list(map(repr, scopes)) == ["RandomBaseline()", "RandomBaseline(seed=1)", "RandomBaseline(seed=-1)"]
+    drawn = [scope(lin).scores for scope in scopes for lin in (one, other)]
+    again = [scope(lin).scores for scope in scopes for lin in (one, other)]
+    assert all(map(torch.equal, drawn, again))
+    assert len({tuple(scores.tolist()) for scores in drawn}) == len(drawn)
+
+
+def test_the_mean_is_handed_in(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the mean embedding given, it is not asked for, and the scores are the same."""
+    expected, mean = LeaveOneOut("mean")(lin).scores, models.mean_embedding(lin.model, 5)
+    monkeypatch.delattr(models, "mean_embedding")
+    assert_close(LeaveOneOut("mean", mean=mean)(lin).scores, expected, **EXACT)
+
+
+def test_batches_leave_room_for_wide_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities are float64 whatever the model is: of eight such rows of the vocabulary no batch takes more."""
+    model = zoo.llama(zoo.GOLDEN, "bridge")
+    lin, predict, sizes = tls.linearize(model, [3, 4]), models.predict, []
+    budget = 20 * 64 * model.cfg.d_vocab
+    monkeypatch.setattr("tl_scopes.replacement._WORKING_BYTES", budget)
+    monkeypatch.setattr(
+        models, "predict", lambda m, tokens, **kw: sizes.append(len(tokens)) or predict(m, tokens, **kw)
+    )
+    effects(lin, lin.embeddings, torch.ones(30, 2, 1, dtype=torch.bool), torch.tensor([TARGET]))
+    assert sum(sizes) == 30
+    assert max(sizes) * 64 * model.cfg.d_vocab < budget
 
 
 @pytest.mark.parametrize("scope", ALL, ids=repr)
@@ -165,6 +186,8 @@ def test_the_model_is_left_as_found(scope: tls.Scope) -> None:
 def test_bad_input(no_type_checks: None) -> None:
     lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT)
     late = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, wrt="blocks.1.hook_resid_pre")
+    with pytest.raises(TypeError, match="seed must be an integer, got <torch._C.Generator"):
+        RandomBaseline(torch.Generator())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match='of is "kl" or "log_prob", got \'logit\''):
         LeaveOneOut(of="logit")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no target, got ' are': take of="):

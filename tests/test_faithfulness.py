@@ -2,12 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -22,9 +24,11 @@ from tl_scopes import models
 from tl_scopes.baselines import LeaveOneOut, RandomBaseline
 from tl_scopes.faithfulness import Protocol, differences, measures, plot, summary
 from tl_scopes.faithfulness.evaluation import candidates, evaluate
-from tl_scopes.faithfulness.measures import Removal, hard_measures, ranking, soft_measures, spearman
+from tl_scopes.faithfulness.measures import Removal, drop_of_all, hard_measures, ranking, soft_measures, spearman
 from tl_scopes.faithfulness.protocol import Substitutes
+from tl_scopes.faithfulness.settings import contents
 from tl_scopes.faithfulness.statistics import bootstrap
+from tl_scopes.models.weights import learned
 
 TARGET = 7
 PROMPTS = [PROMPT, PROMPT[::-1], [4, 4, 30, 2, 1]]
@@ -36,13 +40,13 @@ class Fixed(tls.Scope):
     """Whatever the test wants: scores by position, and what else happens when it is asked."""
 
     scores: Any = None
-    asked: list[tuple[int, ...]] = field(default_factory=list, repr=False, compare=False)
-    fails_at: int | None = field(default=None, repr=False, compare=False)
+    asked: list[tuple[int, ...]] = field(default_factory=list, init=False, repr=False, compare=False)
+    failures: dict[int, BaseException] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def measure(self, lin: tls.Linearization) -> tls.Measurement:
         self.asked.append(tuple(lin.tokens.tolist()))
-        if len(self.asked) == self.fails_at:
-            raise KeyboardInterrupt
+        if failure := self.failures.get(len(self.asked)):
+            raise failure
         scores = torch.arange(len(lin.tokens)) if self.scores is None else torch.tensor(self.scores)
         return tls.Measurement(scores.double())
 
@@ -142,7 +146,11 @@ def test_soft_measures_at_their_ends(
 ) -> None:
     """Equal scores keep, or take, everything; no score nothing."""
     removal = Removal(toy, torch.zeros_like(toy.embeddings), range(5))
-    found = soft_measures(removal, torch.full((5,), score), TARGET, 3, torch.Generator().manual_seed(0))
+    orders, protocol = {"": torch.arange(5)}, Protocol(fractions=(0.2,))
+    drop = drop_of_all(hard_measures(removal, orders, {"": TARGET}, protocol)[""])
+    nothing = toy.at(torch.zeros_like(toy.embeddings))
+    assert drop == pytest.approx(float((toy.log_probs - nothing.log_probs)[TARGET]))
+    found = soft_measures(removal, torch.full((5,), score), TARGET, drop, 3, torch.Generator().manual_seed(0))
     assert [value.value for value in found] == pytest.approx([comprehensiveness, sufficiency])
 
 
@@ -156,14 +164,14 @@ def test_soft_masks_are_as_likely_as_the_scores(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Removal, "effects", remember)
     removal = Removal(lin, lin.embeddings, range(1, 4))
-    soft_measures(removal, torch.tensor([9.0, 0.5, 2.0, -1.0]), TARGET, 400, torch.Generator().manual_seed(0))
-    share = seen[1].double().mean(-1).view(2, 400, 4).mean(1)
+    soft_measures(removal, torch.tensor([9.0, 0.5, 2.0, -1.0]), TARGET, 1.0, 400, torch.Generator().manual_seed(0))
+    share = seen[0].double().mean(-1).view(2, 400, 4).mean(1)
     assert_close(share, torch.tensor([[1, 0.75, 0, 1], [1, 0.25, 1, 0]], dtype=torch.float64), atol=0.02, rtol=0)
 
 
 def test_soft_measures_have_no_scale_where_nothing_is_lost(toy: tls.Linearization) -> None:
     removal = Removal(toy, toy.embeddings, range(5))  # replaced by themselves
-    found = soft_measures(removal, torch.ones(5), TARGET, 1, torch.Generator().manual_seed(0))
+    found = soft_measures(removal, torch.ones(5), TARGET, 0.0, 1, torch.Generator().manual_seed(0))
     assert all(math.isnan(value.value) for value in found)
 
 
@@ -198,11 +206,96 @@ def test_exchanged_weights(model: Any) -> None:
     with unchanged(model), pytest.raises(ZeroDivisionError), models.exchanged_weights(model, weights):
         raise ZeroDivisionError
     before = models.fingerprint(model)
-    for parameter, other in zip(model.parameters(), weights, strict=True):
-        assert torch.equal(parameter.flatten().sort().values, other.flatten().sort().values)
-        parameter.data.copy_(other)
+    for own, other in zip(learned(model), weights, strict=True):
+        assert torch.equal(own.flatten().sort().values, other.flatten().sort().values)
+        own.data.copy_(other)
     assert_close(tls.attribute(model, PROMPT, tls.SemanticScope(TARGET)).scores, inside.scores, rtol=0, atol=0)
     assert models.fingerprint(model) != before
+
+
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize("species", zoo.SPECIES)
+def test_no_weight_is_left_out(species: str, processed: bool) -> None:
+    """With the weights of another model it computes what that one does, whatever was folded where; with all weights
+    zero every token is as likely."""
+
+    def made(factor: float) -> Any:
+        model = zoo.SPECIES[species]().model
+        for parameter in model.parameters():
+            parameter.data *= factor * torch.rand(parameter.shape, generator=generator, dtype=torch.float64)
+        if processed and hasattr(model, "enable_compatibility_mode"):
+            model.enable_compatibility_mode(disable_warnings=True)
+        return model
+
+    tokens, generator = torch.tensor([PROMPT]), torch.Generator().manual_seed(0)
+    with zoo.Float64():
+        model, other = made(1), made(1.5)
+        before = model(tokens)
+        with models.exchanged_weights(model, learned(other)):
+            assert_close(model(tokens), other(tokens), rtol=0, atol=0)
+        with models.exchanged_weights(model, [torch.zeros_like(weight) for weight in learned(model)]):
+            assert_close(model(tokens), torch.zeros_like(before), rtol=0, atol=0)
+        assert torch.equal(model(tokens), before)
+        assert not torch.allclose(other(tokens), before)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_graphs_do_not_mind_exchanged_weights(model: Any, elsewhere: bool) -> None:
+    """Made outside and asked inside, or the other way round, in this thread or another: the weights they were made
+    with."""
+    scope = tls.SemanticScope(TARGET, quantity="log_prob")
+    weights = models.shuffled_weights(model, torch.Generator().manual_seed(0))
+
+    def ask(lin: tls.Linearization) -> Tensor:
+        if not elsewhere:
+            return scope(lin).scores
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(lambda: scope(lin).scores).result(timeout=60)
+
+    outside = tls.linearize(model, PROMPT)
+    expected = ask(outside)
+    with models.exchanged_weights(model, weights):
+        assert_close(ask(outside), expected, rtol=0, atol=0)
+        inside = tls.linearize(model, PROMPT)
+        shuffled = scope(inside).scores
+    assert_close(ask(inside), shuffled, rtol=0, atol=0)
+    assert not torch.allclose(shuffled, expected)
+
+
+def test_hooks_of_another_threads_pass_are_nobodys(model: Any) -> None:
+    """While a pass runs in one thread, another that asks for the user's hooks waits, and is told of those alone."""
+    asked: list[Future[Any]] = []
+    with ThreadPoolExecutor(1) as pool:
+
+        def ask(value: Tensor, hook: Any) -> None:
+            asked.append(pool.submit(models.user_hooks, model))
+            wait(asked, timeout=0.2)
+
+        with model.hooks(fwd_hooks=[("blocks.0.hook_resid_pre", ask)]):
+            tls.linearize(model, PROMPT)
+            assert asked[0].result(timeout=60) == models.user_hooks(model)
+
+
+def test_a_checkpointed_graph_notices_exchanged_weights(model: Any) -> None:
+    """It would run its blocks again with the others."""
+    lin, weights = tls.linearize(model, PROMPT, checkpoint=True), models.shuffled_weights(model, torch.Generator())
+    with models.exchanged_weights(model, weights), pytest.raises(RuntimeError, match="the weights have changed since"):
+        tls.SemanticScope(TARGET)(lin)
+    assert_close(tls.SemanticScope(TARGET)(lin).scores, tls.attribute(model, PROMPT, tls.SemanticScope(TARGET)).scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_bit_of_the_weights_is_in_the_fingerprint(dtype: torch.dtype) -> None:
+    """The last number of each tensor, changed by as little as can be; put back, it is as before."""
+    model = zoo.SPECIES["bridge qwen2"]().model.to(dtype)
+    before = models.fingerprint(model)
+    for weight in learned(model):
+        last = weight.data.view(-1)[-1:]
+        own = last.clone()
+        last.copy_(torch.nextafter(own, own + 1))
+        assert models.fingerprint(model) != before
+        last.copy_(own)
+    assert models.fingerprint(model) == before
 
 
 # -- evaluate ---------------------------------------------------------------------------------------------------------
@@ -253,7 +346,8 @@ def test_an_interrupted_evaluation_goes_on(model: Any, tmp_path: Path, torn: boo
     """Stopped in the third of three prompts, even in the middle of a line, and taken up again: the same table."""
     path = tmp_path / "results.jsonl"
     whole = evaluate(model, PROMPTS, [Fixed(), tls.SemanticScope()], SHORT)
-    first = Fixed(fails_at=5)
+    first = Fixed()
+    first.failures[5] = KeyboardInterrupt()
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         evaluate(model, PROMPTS, [first, tls.SemanticScope()], SHORT, path=path)
     if torn:
@@ -275,6 +369,173 @@ def test_more_prompts_later(model: Any, tmp_path: Path) -> None:
     results = evaluate(model, PROMPTS, [Fixed()], protocol, path=path)
     pd.testing.assert_frame_equal(results, evaluate(model, PROMPTS, [Fixed()], protocol), check_exact=True)
     assert evaluate(model, PROMPTS[:1], [Fixed()], protocol, path=path).prompt.unique().tolist() == [0]
+
+
+@dataclass(frozen=True)
+class Along(tls.Scope):
+    """A scope whose tensor does not show."""
+
+    direction: Tensor = field(repr=False, compare=False)
+    generator: torch.Generator | None = field(default=None, repr=False, compare=False)
+
+    def measure(self, lin: tls.Linearization) -> tls.Measurement:
+        return tls.Measurement((lin.embeddings @ self.direction).double())
+
+    def unit(self, lin: tls.Linearization) -> str:
+        return "test"
+
+
+def test_tensors_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    """Of the same shape and norm, shown or not, also within another scope: results of the one are none of the other."""
+    model, protocol = zoo.specimen("bridge llama").model, Protocol(("zero",), (0.5,), samples=0, randomise=False)
+    one = torch.arange(zoo.WIDTH, dtype=torch.float64)
+    scopes: list[Callable[[Tensor], tls.Scope]] = [
+        tls.DirectionScope,
+        Along,
+        lambda direction: tls.PositionCorrectedScope(tls.DirectionScope(direction)),
+        lambda direction: tls.PathIntegratedScope(TARGET, baseline=direction),
+    ]
+    for i, made in enumerate(scopes):
+        path = tmp_path / str(i)
+        results = evaluate(model, [PROMPT], [made(one)], protocol, path=path)
+        with pytest.raises(ValueError, match="holds results of other settings .scopes was"):
+            evaluate(model, [PROMPT], [made(one.flip(0))], protocol, path=path)
+        again = evaluate(model, [PROMPT], [made(one.clone())], protocol, path=path)
+        pd.testing.assert_frame_equal(again, results, check_exact=True)
+    evaluate(model, [PROMPT], [Along(one, torch.Generator())], protocol, path=tmp_path / "drawn")
+    evaluate(model, [PROMPT], [Along(one, torch.Generator().manual_seed(1))], protocol, path=tmp_path / "drawn")
+
+
+def named_function() -> None: ...
+
+
+class Plain:
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+def test_contents() -> None:
+    """Alike for what is alike, made anew; different for what is different."""
+    ones: list[Callable[[], Any]] = [
+        lambda: torch.ones(2), lambda: torch.ones(2, dtype=torch.bfloat16), lambda: torch.ones(1, 2),
+        lambda: torch.tensor(1.0), lambda: torch.tensor([True]), lambda: np.arange(5000), lambda: -np.arange(5000),
+        lambda: {"a": [1, (2, "x")]}, lambda: {"a": [1, (2, "y")]}, lambda: {"b", "c"}, lambda: named_function,
+        lambda: Plain, lambda: Plain(1), lambda: Plain(2), lambda: tls.SemanticScope(3), lambda: tls.FisherScope(),
+        lambda: None, lambda: 1, lambda: "1", lambda: torch.float32,
+    ]  # fmt: skip
+    found = [json.dumps(contents(one())) for one in ones]
+    assert found == [json.dumps(contents(one())) for one in ones]
+    assert len(set(found)) == len(found)
+    assert contents(torch.Generator()) == contents(torch.Generator().manual_seed(3))
+
+
+def test_results_under_hooks_have_no_file(model: Any, tmp_path: Path) -> None:
+    """Neither hooks nor their absence can be read from it."""
+    protocol, path = Protocol(("zero",), (0.5,), samples=0), tmp_path / "results.jsonl"
+    for hooks in ({"fwd_hooks": [("hook_embed", lambda v, hook: 2 * v)]}, {"bwd_hooks": [("hook_embed", print)]}):
+        with model.hooks(**hooks):
+            with pytest.raises(ValueError, match="results under hooks cannot be told from those without: leave `path`"):
+                evaluate(model, [PROMPT], [Fixed()], protocol, path=path)
+    with model.hooks(fwd_hooks=[("hook_embed", lambda v, hook: 2 * v)]):
+        hooked = evaluate(model, [PROMPT], [Fixed()], protocol)
+    assert not path.exists()
+    plain = evaluate(model, [PROMPT], [Fixed()], protocol, path=path)
+    assert not np.allclose(hooked.value, plain.value)
+
+
+def test_nothing_is_written_before_there_is_something(tmp_path: Path) -> None:
+    """Arguments that are refused, and a first prompt that fails, leave no file; half of a first line is begun anew."""
+    model, path = zoo.specimen("bridge llama").model, tmp_path / "results.jsonl"
+    failing, zero = Fixed(), Protocol(("zero",), (0.5,))
+    failing.failures[1] = KeyboardInterrupt()
+    with pytest.raises(ValueError, match='to "resample" takes tokens of other prompts'):
+        evaluate(model, [PROMPT], [Fixed()], Protocol(("resample",), (0.5,)), path=path)
+    with pytest.raises(ValueError, match="the model has no padding token"):
+        evaluate(model, PROMPTS, [Fixed()], Protocol(("pad",), (0.5,)), path=path)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, PROMPTS, [failing], zero, path=path)
+    assert not path.exists()
+    results = evaluate(model, PROMPTS, [Fixed()], zero, path=path)
+    written = path.read_text()
+    path.write_text(written[:99])
+    pd.testing.assert_frame_equal(evaluate(model, PROMPTS, [Fixed()], zero, path=path), results, check_exact=True)
+    assert path.read_text() == written
+
+
+def test_a_target_has_several_spellings(model: Any, tmp_path: Path) -> None:
+    """An id is an id, of Python's or NumPy's, as in results of before."""
+    path, protocol = tmp_path / "results.jsonl", Protocol(("zero",), (0.5,))
+    results = evaluate(model, [PROMPT], [tls.FisherScope()], protocol, targets=[5], path=path)
+    again = evaluate(model, [PROMPT], [tls.FisherScope()], protocol, targets=[np.int64(5)], path=path)
+    pd.testing.assert_frame_equal(again, results, check_exact=True)
+
+
+def test_one_bad_prompt_does_not_end_it(model: Any, tmp_path: Path) -> None:
+    """It is reported and left out, also in the file, so that the next run asks it again."""
+    path, protocol, scope = tmp_path / "results.jsonl", Protocol(("zero",), (0.5,), randomise=False), Fixed()
+    scope.failures[2] = ValueError("no such token")
+    with pytest.warns(UserWarning, match="prompt 1 has no answer: no such token"):
+        results = evaluate(model, PROMPTS, [scope], protocol, path=path)
+    assert results.prompt.unique().tolist() == [0, 2]
+    whole = evaluate(model, PROMPTS, [again := Fixed()], protocol, path=path)
+    assert again.asked == [tuple(PROMPTS[1])]
+    pd.testing.assert_frame_equal(whole, evaluate(model, PROMPTS, [Fixed()], protocol), check_exact=True)
+
+
+@pytest.mark.parametrize(("at", "on_error"), [(1, "warn"), (2, "raise"), (1, "raise")])
+def test_errors_that_end_it(model: Any, at: int, on_error: Any) -> None:
+    """The first prompt's, which may be the fault of all, and any when so asked; the note says which prompt it was."""
+    scope = Fixed()
+    scope.failures[at] = ValueError("no such token")
+    with unchanged(model), pytest.raises(ValueError, match="no such token") as caught:
+        evaluate(model, PROMPTS, [scope], Protocol(("zero",), (0.5,), randomise=False), on_error=on_error)
+    assert caught.value.__notes__ == [f"prompt {at - 1} of evaluate"]
+
+
+def test_a_shuffled_model_that_overflows_is_no_end(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is then no correlation; all else is measured, with the weights put back."""
+    scopes, protocol = [tls.SemanticScope(), Fixed()], Protocol(("zero",), (0.5,))
+    expected = evaluate(model, PROMPTS, scopes, protocol)
+    broken = [torch.full_like(weight, math.inf) for weight in learned(model)]
+    monkeypatch.setattr(models, "shuffled_weights", lambda *_: broken)
+    with unchanged(model):
+        results = evaluate(model, PROMPTS, scopes, protocol)
+    sanity = expected.measure == "shuffled weights"
+    assert results[sanity].value.isna().all()
+    assert expected[sanity].value.notna().all()
+    pd.testing.assert_frame_equal(results[~sanity], expected[~sanity], check_exact=True)
+
+
+def test_one_scope_fails_with_shuffled_weights(model: Any) -> None:
+    """The other one keeps its correlation."""
+    failing = Fixed()
+    failing.failures[2] = ValueError("NaN or infinite scores")
+    results = evaluate(model, [PROMPT], {"a": failing, "b": Fixed()}, Protocol(("zero",), (0.5,)))
+    correlation = results[results.measure == "shuffled weights"].set_index("scope").value
+    assert math.isnan(correlation["a"])
+    assert correlation["b"] == pytest.approx(1)
+
+
+def test_the_vocabulary_is_gone_through_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a mean embedding, of the model and of the shuffled one; and the numbers are those of each by itself."""
+    protocol = Protocol(("mean",), (0.5,), samples=0)
+    mean, calls = models.mean_embedding, []
+    monkeypatch.setattr(models, "mean_embedding", lambda *arguments: calls.append(0) or mean(*arguments))
+    results = evaluate(model, PROMPTS, [LeaveOneOut("mean")], protocol)
+    assert len(calls) == 2
+    monkeypatch.setattr("tl_scopes.faithfulness.evaluation._with_mean", lambda scope, mean: scope)
+    alone = evaluate(model, PROMPTS, [LeaveOneOut("mean")], protocol)
+    assert len(calls) > 6
+    assert results.value.tolist() == pytest.approx(alone.value.tolist(), abs=1e-9)
+
+
+def test_everything_is_replaced_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The soft measures take it from the hard ones."""
+    seen: list[Tensor] = []
+    effects = Removal.effects
+    monkeypatch.setattr(Removal, "effects", lambda self, kept, ids: seen.append(kept) or effects(self, kept, ids))
+    evaluate(model, [PROMPT], [Fixed(), tls.FisherScope()], Protocol(("zero",), (0.5,), samples=3, randomise=False))
+    assert sum(int((~kept).flatten(1).all(1).sum()) for kept in seen) == 1
 
 
 def test_the_model_is_left_as_found(model: Any) -> None:
@@ -328,7 +589,8 @@ def table(values: dict[str, list[float]]) -> pd.DataFrame:
 def test_bootstrap_intervals_are_honest() -> None:
     """A 90% interval of the mean holds the true mean in about 90% of experiments."""
     experiments = torch.rand(40, 500, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 2
-    mean, low, high = bootstrap(experiments, 0.9, 1000, 0)
+    mean, low, high, prompts = bootstrap(experiments, 0.9, 1000, 0)
+    assert set(prompts.tolist()) == {40}
     assert_close(mean, experiments.mean(0))
     assert 0.85 < ((low < 1 / 3) & (high > 1 / 3)).double().mean() < 0.95
 
@@ -346,11 +608,20 @@ def test_differences_are_paired() -> None:
     assert wide["low"].item() < 10 < 25 < wide["high"].item()
 
 
-def test_missing_numbers_do_not_count() -> None:
-    found = summary(table({"a": [1.0, math.nan, 3.0], "b": [math.nan] * 3}))
-    assert found[["mean", "prompts"]].values.tolist()[0] == [2, 2]
-    assert found["prompts"].tolist() == [2, 0]
-    assert found["low"].isna().tolist() == [False, True]
+@pytest.mark.parametrize("missing", [math.nan, math.inf, -math.inf])
+def test_missing_numbers_do_not_count(missing: float) -> None:
+    """NaN and infinities are as if they had not been there: in means, intervals, counts, and in differences."""
+    holes = table({"a": [1.0, missing, 3.0], "b": [missing] * 3, "c": [2.0, 5.0, 9.0]})
+    found, without = summary(holes), summary(holes[(holes.prompt != 1) & (holes.scope != "b")])
+    assert found["prompts"].tolist() == [2, 0, 3]
+    assert found[["mean", "low", "high"]].isna().values.tolist() == [[False] * 3, [True] * 3, [False] * 3]
+    assert found["mean"][0] == without["mean"][0] == 2
+    assert 1 <= found["low"][0] <= found["high"][0] <= 3
+    lead = differences(holes, "c")
+    assert lead[["difference", "prompts"]].values.tolist()[0] == [-3.5, 2]
+    assert math.isnan(lead["difference"][1])
+    assert lead["prompts"][1] == 0
+    assert -6 <= lead["low"][0] <= lead["high"][0] <= -1
 
 
 def test_summary_of_an_evaluation(model: Any) -> None:
@@ -400,11 +671,21 @@ def test_bad_input(no_type_checks: None, tmp_path: Path) -> None:
             evaluate(model, *arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one target per prompt: got 2 for 3 prompts"):
         evaluate(model, PROMPTS, scopes, zero, targets=[1, 2])
+    with pytest.raises(ValueError, match="target 99 is outside"):
+        evaluate(model, PROMPTS, scopes, zero, targets=[1, 2, 99])
+    with pytest.raises(ValueError, match='on_error is "warn" or "raise", got \'skip\''):
+        evaluate(model, PROMPTS, scopes, zero, on_error="skip")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="there is no folder '.*nowhere' to put 'results.jsonl' into: make it first"):
+        evaluate(model, PROMPTS, scopes, zero, path=tmp_path / "nowhere" / "results.jsonl")
+    with pytest.raises(TypeError, match="seed must be an integer, got 0.5"):
+        Protocol(seed=0.5)  # type: ignore[arg-type]
+    assert Protocol(seed=np.int64(3)) == Protocol(seed=3)  # type: ignore[arg-type]
     for options, message in [
         ({"replacements": ("noise",)}, "no replacement 'noise': choose from 'zero', 'mean', 'pad', 'resample'"),
         ({"replacements": ()}, "replacements are given as a tuple, of one at least"),
         ({"replacements": "zero"}, "replacements are given as a tuple, of one at least, got 'zero'"),
         ({"fractions": (0.0, 0.5)}, "a fraction of the tokens lies between 0 and 1, got 0.0"),
+        ({"replacements": ("zero", "mean", "zero")}, "each replacement is given once, got .'zero', 'mean', 'zero'."),
         ({"steps": 0}, "steps is a number, 1 at least, got 0"),
         ({"samples": -1}, "samples is a number, 0 at least, got -1"),
     ]:
@@ -454,3 +735,12 @@ def test_statistics_refuse(no_type_checks: None) -> None:
     drawn = results.assign(replacement="zero", quantity="kl", fraction=0.0, measure="deletion")
     with pytest.raises(ValueError, match="no curves of 'kl' with the replacement 'pad': the replacements are 'zero'"):
         plot(drawn, "pad", "kl")
+    with pytest.raises(ValueError, match="steep has no 'deletion area' among these"):
+        plot(drawn.assign(scope="steep"), quantity="kl")
+    with pytest.raises(ValueError, match="there are no curves among these results: take what evaluate returned"):
+        plot(results)
+    with pytest.raises(ValueError, match="nothing to compare 'a' with: results of another scope, .* scopes are 'a'"):
+        differences(results, "a")
+    apart = pd.concat([results, results.assign(scope="b", measure="other")])
+    with pytest.raises(ValueError, match="a measure that both have, are missing; the scopes are 'a', 'b'"):
+        differences(apart, "a")

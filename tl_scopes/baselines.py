@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Literal, SupportsIndex
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.linearization import Linearization
@@ -23,11 +25,11 @@ class RandomBaseline(Scope):
     """Uniform random numbers from 0 to 1: what chance scores.
 
     Args:
-        generator: source of the random numbers, on the CPU. None is one of its own for every prompt, seeded by its
-            tokens: the same prompt gets the same numbers, another one others.
+        seed: of the numbers, together with the tokens: the same prompt gets the same ones, another prompt others.
 
     Unit: none.
     Cost: none.
+    Raises: TypeError for a seed that is no integer.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -35,11 +37,15 @@ class RandomBaseline(Scope):
         True
     """
 
-    generator: torch.Generator | None = field(default=None, repr=False, compare=False)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", models.as_int(self.seed, "seed must be an integer"))
 
     def measure(self, lin: Linearization) -> Measurement:
         """Random numbers."""
-        return Measurement(torch.rand(len(lin.tokens), generator=self.generator or prompt_generator(lin)))
+        purpose = (self.seed,) if self.seed else ()  # published tables were drawn without
+        return Measurement(torch.rand(len(lin.tokens), generator=prompt_generator(lin, *purpose)))
 
     def unit(self, lin: Linearization) -> str:
         """None."""
@@ -119,9 +125,11 @@ class LeaveOneOut(Scope):
         of: "kl", the change of the whole prediction, or "log_prob", the drop of the target: negative where the token
             spoke against it.
         target: a token as text or id, for "log_prob"; None is the most likely next token.
+        mean: what `models.mean_embedding` gives, where it is known, so that "mean" need not ask for it at each prompt.
 
     Unit: nat.
-    Cost: a forward pass per token, in batches.
+    Cost: a forward pass per token, in batches; with "mean" also the embedding of every token of the vocabulary, at each
+        prompt (in `evaluate` once).
     Raises: ValueError for another `replacement` or `of`, for a target with "kl"; else as `SemanticScope` does.
     Source: Li et al. 2016 (arXiv:1612.08220), erasure.
 
@@ -134,6 +142,7 @@ class LeaveOneOut(Scope):
     replacement: Literal["zero", "mean", "pad"] = "zero"
     of: Literal["kl", "log_prob"] = "kl"
     target: str | SupportsIndex | None = None
+    mean: Float[Tensor, " d_model"] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.of not in ("kl", "log_prob"):
@@ -146,7 +155,7 @@ class LeaveOneOut(Scope):
     def measure(self, lin: Linearization) -> Measurement:
         """One perturbed prompt per token."""
         lin.require_readout()
-        instead = substitute(lin, self.replacement)
+        instead = substitute(lin, self.replacement, self.mean)
         each = ~torch.eye(len(lin.tokens), dtype=torch.bool, device=lin.tokens.device)
         target = torch.tensor([lin.token(self.target).id], device=lin.tokens.device)
         log_probs, divergences = effects(lin, instead, each[..., None], target)

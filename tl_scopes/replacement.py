@@ -12,11 +12,16 @@ _WORKING_BYTES = 256 * 2**20
 """Memory that a batch of perturbed prompts may take."""
 
 
-def substitute(lin: Linearization, replacement: str) -> Float[Tensor, "#token d_model"]:
+def substitute(
+    lin: Linearization, replacement: str, mean: Float[Tensor, " d_model"] | None = None
+) -> Float[Tensor, "#token d_model"]:
     """What to put in place of a token's embedding.
 
     Args:
         replacement: "zero"; "mean", of the embeddings of the vocabulary; "pad", the embedding of the padding token.
+        mean: the mean embedding, where it is known already.
+
+    Cost: for a "mean" that is not known, the embedding of every token of the vocabulary.
 
     Raises:
         ValueError: another name; "mean" and "pad" elsewhere than at the embedding; a tokenizer without padding token.
@@ -31,7 +36,7 @@ def substitute(lin: Linearization, replacement: str) -> Float[Tensor, "#token d_
             'wrt="hook_embed", the default.'
         )
     if replacement == "mean":
-        return models.mean_embedding(lin.model, len(lin.tokens))[None]
+        return (models.mean_embedding(lin.model, len(lin.tokens)) if mean is None else mean)[None]
     return models.embed(lin.model, torch.tensor([[padding_token(lin.model)]], device=lin.tokens.device))[0]
 
 
@@ -64,8 +69,9 @@ def effects(
     """
     tokens, d_model = lin.embeddings.shape
     width = max(8 * d_model, 3 * lin.model.cfg.n_heads * tokens)
-    size = max(1, _WORKING_BYTES // (lin.embeddings.element_size() * (tokens * width + 8 * len(lin.logits))))
-    before = lin.log_probs
+    before = lin.log_probs  # whose numbers may be wider than the model's
+    row_bytes = lin.embeddings.element_size() * tokens * width + 8 * before.element_size() * len(before)
+    size = max(1, _WORKING_BYTES // row_bytes)
     found, divergences = [], []
     for rows in kept.split(size):
         values = torch.where(rows, lin.embeddings, instead.to(lin.embeddings))

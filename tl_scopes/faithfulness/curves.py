@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_DRAWN = ("deletion", "deletion area", "insertion", "insertion area")
+
+
 def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str = "log_prob") -> "Figure":
     """Draw what `evaluate` measured: how much replacing the first tokens takes, and putting them back gives.
 
@@ -23,17 +26,24 @@ def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str 
         A matplotlib figure.
 
     Raises:
-        ValueError: for a replacement or quantity that was not evaluated.
+        ValueError: for a replacement or quantity that was not evaluated; for results without curves, or without their
+            areas.
     """
-    known = [name for name in dict.fromkeys(results["replacement"]) if name]
+    known = [name for name in dict.fromkeys(results.get("replacement", ())) if name]
+    if not known:
+        raise ValueError("there are no curves among these results: take what evaluate returned, with all its rows.")
     replacement = known[0] if replacement is None else replacement
     chosen = results[(results["replacement"] == replacement) & (results["quantity"] == quantity)]
-    chosen = chosen[chosen["measure"].str.contains("deletion|insertion")]
+    chosen = chosen[chosen["measure"].isin(_DRAWN)]
     if not len(chosen):
         raise ValueError(
             f"there are no curves of {quantity!r} with the replacement {replacement!r}: the replacements are "
             f'{", ".join(map(repr, known))}, the quantities "log_prob" and "kl".'
         )
+    for scope, rows in chosen.groupby("scope", sort=False):
+        missing = [name for name in _DRAWN if name not in set(rows["measure"])]
+        if missing:
+            raise ValueError(f"{scope} has no {missing[0]!r} among these results: to draw takes {', '.join(_DRAWN)}.")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5.5), layout="constrained")

@@ -1,10 +1,13 @@
 """Does replacing the tokens that a scope names change the prediction? Scopes against baselines, over many prompts."""
 
+import math
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,12 +16,23 @@ from tqdm.auto import tqdm
 from tl_scopes import models
 from tl_scopes.api import linearize, names
 from tl_scopes.attribution import Attribution
+from tl_scopes.baselines import LeaveOneOut
 from tl_scopes.faithfulness.log import Log, Record
-from tl_scopes.faithfulness.measures import Removal, Value, count, hard_measures, ranking, soft_measures, spearman
+from tl_scopes.faithfulness.measures import (
+    Removal,
+    Value,
+    count,
+    drop_of_all,
+    hard_measures,
+    ranking,
+    soft_measures,
+    spearman,
+)
 from tl_scopes.faithfulness.protocol import Protocol, Substitutes
+from tl_scopes.faithfulness.settings import settings
 from tl_scopes.linearization import Linearization
 from tl_scopes.models import Model, Prompt
-from tl_scopes.question import Scope, as_written
+from tl_scopes.question import Scope
 from tl_scopes.randomness import prompt_generator
 
 if TYPE_CHECKING:
@@ -34,6 +48,7 @@ def evaluate(
     targets: Sequence[str | SupportsIndex | None] | None = None,
     prepend_bos: bool | None = None,
     path: str | Path | None = None,
+    on_error: Literal["warn", "raise"] = "warn",
 ) -> "pd.DataFrame":
     """Measure the faithfulness of scopes at many prompts, each at its last position.
 
@@ -43,10 +58,13 @@ def evaluate(
     those of the same model with shuffled weights: 1 for scores that owe nothing to what was learned. What is left over
     0 comes from the architecture and the position of the tokens.
 
-    What is explained is what is measured: the log-probability of the scope's own target, or of the prompt's target,
-    which is fixed before anything is replaced. Scopes that explain no target (Fisher, Temperature) are measured by it
-    all the same; for them look at the quantity "kl", KL(p ‖ p') from the undisturbed prediction, which is measured for
-    all.
+    Measured are the log-probability of a token, the scope's own target or else the prompt's, which is fixed before
+    anything is replaced, and KL(p ‖ p') from the undisturbed prediction. So a scope about a logit is measured by the
+    log-probability too, and of what it compares the target with (`versus`) nothing is measured; for scopes that explain
+    no target (Fisher, Temperature) look at the quantity "kl".
+
+    Tokens rank by the score itself, the most positive first, which is what speaks for the target where scores have
+    signs (`LeaveOneOut(of="log_prob")`); `Attribution.top` goes by the size.
 
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. It is left as found.
@@ -57,20 +75,25 @@ def evaluate(
         prepend_bos: whether texts get a BOS token; None is TransformerLens' own default for the model.
         path: a file of JSON lines. Results are appended after each prompt, and those found there are not computed
             again: an interrupted evaluation goes on where it stopped, to the same numbers, unless a scope draws from a
-            generator that it was given.
+            generator that it was given. Not for a model with hooks of yours: the file could not tell.
+        on_error: "warn": a prompt that cannot be answered is reported with its number and left out, in the file too, so
+            that a later run tries again, and the others go on; but when nothing could be answered so far, the error is
+            raised, for it will be the fault of all. "raise": the first error ends it.
 
     Returns:
         One row per number: prompt, tokens (how many), target, scope, replacement, measure, quantity, fraction, value.
-        `summary`, `differences` and `plot` of `tl_scopes.faithfulness` take it from there.
+        `summary`, `differences` and `plot` of `tl_scopes.faithfulness` take it from there. NaN stands where there is no
+        number: the correlation with a shuffled model that overflows, say.
 
     Cost: per prompt one linearisation and the scopes, twice with `protocol.randomise`; per replacement two forward
-        passes for each point of each scope's curves, one per token, and 2 · `samples` per scope, in batches. The
-        shuffled weights take the memory of the model once more.
+        passes for each point of each scope's curves, one per token, and 2 · `samples` per scope, in batches. Once the
+        embedding of the whole vocabulary for a "mean", and for `LeaveOneOut("mean")`. The shuffled weights take the
+        memory of the model once more.
 
     Raises:
         ValueError: no prompts or no scopes, two scopes of one name; a prompt with fewer than two tokens to rank, or so
-            few that the smallest fraction rounds to none; a file with results of other settings. Else as `linearize`
-            and the scopes do.
+            few that the smallest fraction rounds to none; a file with results of other settings; hooks of yours with
+            `path`; another `on_error`. Else as `linearize` and the scopes do, for the first prompt or with "raise".
         TypeError: for scopes that are none.
 
     Source: Petsiuk et al. 2018 (arXiv:1806.07421), DeYoung et al. 2020 (arXiv:1911.03429), Zhao & Aletras 2023
@@ -92,20 +115,28 @@ def evaluate(
     models.check_model(model)
     named = names(scopes)
     tokens = _tokens(model, prompts, prepend_bos)
-    if targets is not None and len(targets) != len(tokens):
-        raise ValueError(f"there must be one target per prompt: got {len(targets)} for {len(tokens)} prompts.")
+    if on_error not in ("warn", "raise"):
+        raise ValueError(f'on_error is "warn" or "raise", got {on_error!r}.')
+    asked = _targets(model, targets, len(tokens))
     inner = [ids[len(ids) - len(candidates(model, ids, bos=False)) :] for ids in tokens]
     for i, ids in enumerate(tokens):
         _check_length(i, len(candidates(model, ids, protocol.bos)), protocol)
-    log = Log.open(path, _settings(model, named, protocol, tokens))
-    asked = [None if targets is None else targets[i] for i in range(len(tokens))]
+    Substitutes.check(model, protocol, inner)
+    log = Log.open(path, {} if path is None else settings(model, named, protocol, tokens))
     keys = [zlib.crc32(repr((ids.tolist(), target)).encode()) for ids, target in zip(tokens, asked, strict=True)]
-    evaluation: _Evaluation | None = None
-    for i, ids in enumerate(tqdm(tokens, desc="prompts", delay=3, leave=False)):
-        if not log.has(i, keys[i]):
-            if evaluation is None:
-                evaluation = _Evaluation.of(model, named, protocol, inner)
-            log.append(evaluation.record(i, keys[i], ids, asked[i]))
+    left = [i for i, key in enumerate(keys) if not log.has(i, key)]
+    evaluation = _Evaluation.of(model, named, protocol, inner) if left else None
+    for i in tqdm(left, desc="prompts", delay=3, leave=False):
+        assert evaluation is not None
+        try:
+            record = evaluation.record(i, keys[i], tokens[i], asked[i])
+        except (ValueError, TypeError, MemoryError) as error:
+            error.add_note(f"prompt {i} of evaluate")
+            if on_error == "raise" or not log.records:
+                raise
+            warnings.warn(f"prompt {i} has no answer: {error}", stacklevel=2)
+        else:
+            log.append(record)
     return log.to_dataframe(len(tokens))
 
 
@@ -118,19 +149,29 @@ class _Evaluation:
     protocol: Protocol
     substitutes: Substitutes
     shuffled: Sequence[Tensor] | None
+    means: tuple[Tensor | None, Tensor | None]
+    """The mean embedding of the model, and of the shuffled one, where a scope asks for it at every prompt."""
 
     @classmethod
     def of(cls, model: Model, scopes: Mapping[str, Scope], protocol: Protocol, inner: list[Tensor]) -> "_Evaluation":
         random = torch.Generator().manual_seed(protocol.seed)
         shuffled = models.shuffled_weights(model, random) if protocol.randomise else None
-        return cls(model, scopes, protocol, Substitutes.of(model, protocol, inner), shuffled)
+        substitutes = Substitutes.of(model, protocol, inner)
+        own: Tensor | None = None
+        other: Tensor | None = None
+        if any(map(_asks_for_mean, scopes.values())):
+            length = max(map(len, inner))
+            with models.exchanged_weights(model, shuffled) if shuffled else nullcontext():
+                other = models.mean_embedding(model, length) if shuffled else None
+            own = models.mean_embedding(model, length) if substitutes.mean is None else substitutes.mean
+        return cls(model, scopes, protocol, substitutes, shuffled, (own, other))
 
-    def record(self, index: int, key: int, tokens: Tensor, asked: str | SupportsIndex | None) -> Record:
+    def record(self, index: int, key: int, tokens: Tensor, asked: int | None) -> Record:
         """All that is measured at one prompt."""
         lin = linearize(self.model, tokens)
         target = lin.token(asked)
         aimed = {name: scope.aimed(lin, target.id) for name, scope in self.scopes.items()}
-        answers = {name: scope(lin) for name, scope in aimed.items()}
+        answers = {name: _with_mean(scope, self.means[0])(lin) for name, scope in aimed.items()}
         shown = {name: answer.target or target for name, answer in answers.items()}
         ids = {name: token.id for name, token in shown.items()}
         free = candidates(self.model, tokens, self.protocol.bos)
@@ -146,8 +187,10 @@ class _Evaluation:
             for name, answer in answers.items():
                 masks = prompt_generator(lin, "masks", self.protocol.seed)
                 samples = self.protocol.samples
-                soft = soft_measures(removal, answer.scores, ids[name], samples, masks) if samples else []
-                found.append((name, replacement, [*hard[name], *soft]))
+                found.append((name, replacement, hard[name]))
+                if samples:
+                    drop = drop_of_all(hard[name])
+                    hard[name] += soft_measures(removal, answer.scores, ids[name], drop, samples, masks)
         for name, correlation in self._sanity(lin, aimed, answers, free).items():
             found.append((name, "", [Value("shuffled weights", "rank correlation", None, correlation)]))
         return {
@@ -166,10 +209,24 @@ class _Evaluation:
         """Rank correlation with the scores of the shuffled model."""
         if self.shuffled is None:
             return {}
-        with models.exchanged_weights(self.model, self.shuffled):
+        found = dict.fromkeys(answers, math.nan)
+        # What was answered with the learned weights fails with others where numbers overflow.
+        with models.exchanged_weights(self.model, self.shuffled), suppress(ValueError):
             other = linearize(self.model, lin.tokens)
-            scores = {name: scope(other).scores for name, scope in scopes.items()}
-        return {name: spearman(answers[name].scores[free], scores[name][free]) for name in answers}
+            for name, scope in scopes.items():
+                with suppress(ValueError):
+                    scores = _with_mean(scope, self.means[1])(other).scores
+                    found[name] = spearman(answers[name].scores[free], scores[free])
+        return found
+
+
+def _asks_for_mean(scope: Scope) -> bool:
+    return isinstance(scope, LeaveOneOut) and scope.replacement == "mean" and scope.mean is None
+
+
+def _with_mean(scope: Scope, mean: Tensor | None) -> Scope:
+    """The mean embedding handed in, so that it is not computed for each prompt."""
+    return replace(scope, mean=mean) if isinstance(scope, LeaveOneOut) and _asks_for_mean(scope) else scope
 
 
 def candidates(model: Model, tokens: Tensor, bos: bool) -> list[int]:
@@ -185,6 +242,15 @@ def _tokens(model: Model, prompts: Sequence[Prompt], prepend_bos: bool | None) -
     return [models.tokenize(model, prompt, prepend_bos) for prompt in prompts]
 
 
+def _targets(model: Model, targets: Sequence[Any] | None, prompts: int) -> list[int | None]:
+    """Their ids: the same target has several spellings."""
+    if targets is None:
+        return [None] * prompts
+    if len(targets) != prompts:
+        raise ValueError(f"there must be one target per prompt: got {len(targets)} for {prompts} prompts.")
+    return [None if target is None else models.token(model, target, model.cfg.d_vocab).id for target in targets]
+
+
 def _check_length(index: int, tokens: int, protocol: Protocol) -> None:
     if tokens < 2:
         raise ValueError(f"prompt {index} has {tokens} token{'s' * (tokens != 1)} to rank: it takes two at least.")
@@ -194,17 +260,3 @@ def _check_length(index: int, tokens: int, protocol: Protocol) -> None:
             f"prompt {index} has {tokens} tokens to rank, and {least:.0%} of them is less than half a token: leave it "
             f"out, or give larger fractions, Protocol(fractions=({max(0.2, 0.5 / tokens):.2g}, 0.5)) say."
         )
-
-
-def _settings(
-    model: Model, scopes: Mapping[str, Scope], protocol: Protocol, tokens: Sequence[Tensor]
-) -> dict[str, Any]:
-    settings = {
-        "model": models.model_name(model),
-        "weights": models.fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "scopes": {name: as_written(scope) for name, scope in scopes.items()},
-    } | asdict(protocol)
-    if "resample" in protocol.replacements:
-        settings["prompts to resample from"] = zlib.crc32(repr([ids.tolist() for ids in tokens]).encode())
-    return settings

@@ -93,8 +93,8 @@ def known_causes(
 
     Only confirmed examples count: the model gives the right answer; it gives the other answer that is then right when
     any of the causes is replaced; and it stays with its answer when any other word is, that has an alternative of its
-    kind (`faithfulness.counterfactuals`). With the tokens ranked by score, BOS set aside unless `bos`, and
-    r_1 < … < r_n the ranks of the n causes,
+    kind (`faithfulness.counterfactuals`). With the tokens ranked by score (the most positive first, unlike
+    `Attribution.top`, which goes by the size), BOS set aside unless `bos`, and r_1 < … < r_n the ranks of the n causes,
 
         precision at k      share of causes among the k first, for k = 1 and k = n
         average precision   (1/n) Σ_i i/r_i

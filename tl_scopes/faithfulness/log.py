@@ -13,7 +13,7 @@ Record: TypeAlias = dict[str, Any]
 """One prompt: its index, key, number of tokens, and for each scope and replacement what was measured."""
 
 COLUMNS = ("prompt", "tokens", "target", "scope", "replacement", "measure", "quantity", "fraction", "value")
-_FORMAT, _VERSION = "tl_scopes.evaluate", 1
+_FORMAT, _VERSION = "tl_scopes.evaluate", 2
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,28 @@ class Log:
 
     path: Path | None
     records: dict[int, Record]
+    header: str = ""
+    """What the file begins with: written with the first record."""
 
     @classmethod
     def open(cls, path: str | Path | None, settings: Mapping[str, Any]) -> "Log":
-        """Read what is there, or begin the file.
+        """Read what is there; write nothing but an interrupted run's half of a line away.
 
         Raises:
-            ValueError: for a file that holds something else, or results of other settings.
+            ValueError: for a file that holds something else, or results of other settings; a folder that is not there.
         """
         if path is None:
             return cls(None, {})
         path = Path(path)
+        if not path.parent.is_dir():
+            raise ValueError(f"there is no folder {str(path.parent)!r} to put {path.name!r} into: make it first.")
         header = {"format": _FORMAT, "version": _VERSION, "settings": json.loads(json.dumps(settings))}
-        if not path.exists() or path.stat().st_size == 0:
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-            return cls(path, {})
-        text = path.read_text(encoding="utf-8")
+        line = json.dumps(header) + "\n"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        if line.startswith(text) and text != line:  # nothing, or the beginning of a first line
+            if text:
+                path.write_text("", encoding="utf-8")
+            return cls(path, {}, line)
         whole = text[: text.rfind("\n") + 1]  # an interrupted run may have left half a line
         try:
             first, *lines = (json.loads(line) for line in whole.splitlines())
@@ -52,7 +58,7 @@ class Log:
             raise ValueError(f"{str(path)!r} holds results of other settings ({listed}): give another path.")
         if len(whole) < len(text):
             path.write_text(whole, encoding="utf-8")
-        return cls(path, {record["prompt"]: record for record in lines})
+        return cls(path, {record["prompt"]: record for record in lines}, line)
 
     def has(self, index: int, key: int) -> bool:
         """Whether this prompt was evaluated.
@@ -74,15 +80,15 @@ class Log:
         self.records[record["prompt"]] = record
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(("" if file.tell() else self.header) + json.dumps(record) + "\n")
 
     def to_dataframe(self, prompts: int) -> "pd.DataFrame":
-        """One row per number, of the first so many prompts."""
+        """One row per number, of those of the first so many prompts that have results."""
         import pandas as pd
 
         rows = [
             (i, record["tokens"], result["target"], result["scope"], result["replacement"], *value)
-            for i, record in ((i, self.records[i]) for i in range(prompts))
+            for i, record in ((i, self.records[i]) for i in range(prompts) if i in self.records)
             for result in record["results"]
             for value in result["values"]
         ]

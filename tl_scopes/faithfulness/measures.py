@@ -121,6 +121,11 @@ def hard_measures(
     return values
 
 
+def drop_of_all(values: Sequence[Value]) -> float:
+    """What replacing everything takes from log p(target): the end of the deletion curve among the hard measures."""
+    return next(v.value for v in values if (v.measure, v.quantity, v.fraction) == ("deletion", "log_prob", 1.0))
+
+
 def _curve(
     measure: str, quantity: str, points: Float[Tensor, " point"], counts: Sequence[int], protocol: Protocol
 ) -> list[Value]:
@@ -135,7 +140,12 @@ LEAST = 0.01
 
 
 def soft_measures(
-    removal: Removal, scores: Float[Tensor, "token"], target: int, samples: int, generator: torch.Generator
+    removal: Removal,
+    scores: Float[Tensor, "token"],
+    target: int,
+    drop: float,
+    samples: int,
+    generator: torch.Generator,
 ) -> list[Value]:
     """Every entry of an embedding is kept, or replaced, with a probability as large as the token's score.
 
@@ -146,6 +156,9 @@ def soft_measures(
     p is the target's probability, p' with some entries replaced, p₀ with all tokens replaced. More is better in both.
     NaN where p − p₀ is below 0.01. Unlike all other measures, these depend on the scores themselves, not their order:
     a square (Fisher) and its root come out differently.
+
+    Args:
+        drop: log p − log p₀, the end of any deletion curve.
 
     Source: Zhao & Aletras 2023 (arXiv:2305.10496), Soft-NC and Soft-NS.
     Departure: their entries are set to zero, ours to any replacement; negative scores count as zero; the mean over
@@ -159,10 +172,9 @@ def soft_measures(
     drawn = torch.rand(samples, len(scores), d_model, generator=generator, dtype=scores.dtype)
     entries = torch.cat([drawn >= chance, drawn < chance])
     entries[:, [i for i in range(len(scores)) if i not in removal.candidates]] = True
-    nothing = removal.kept([candidates])[..., None]
-    base = float(removal.effects(nothing, [target])[0].exp())
     after = removal.effects(entries, [target])[0].exp()
-    before = math.exp(float(removal.lin.log_probs[target]))
+    q = float(removal.lin.log_probs[target])
+    before, base = math.exp(q), math.exp(q - drop)
     scale = before - base if before - base >= LEAST else math.nan
     drops = (before - after).clamp(min=0).view(2, samples).mean(1) / scale
     return [

@@ -20,7 +20,8 @@ class Protocol:
     """What is replaced, by what, and how much of it.
 
     Raises:
-        ValueError: for an unknown replacement, or numbers out of range.
+        ValueError: for an unknown replacement, or one given twice; for numbers out of range.
+        TypeError: for a seed that is no integer.
     """
 
     replacements: tuple[str, ...] = ("resample",)
@@ -37,7 +38,8 @@ class Protocol:
     randomise: bool = True
     """Whether scores are compared with those of the model with shuffled weights: one more linearisation."""
     seed: int = 0
-    """Of everything drawn at random. Every prompt draws for itself, so that its order does not matter."""
+    """Of what the evaluation itself draws: tokens to put in place, masks, the order of equal scores, shuffled weights.
+    Every prompt draws for itself, so that its order does not matter. Scopes have seeds or generators of their own."""
 
     def __post_init__(self) -> None:
         for name, values in (("replacements", self.replacements), ("fractions", self.fractions)):
@@ -48,6 +50,9 @@ class Protocol:
             if replacement not in REPLACEMENTS:
                 known = ", ".join(map(repr, REPLACEMENTS))
                 raise ValueError(f"there is no replacement {replacement!r}: choose from {known}.")
+        if len(set(self.replacements)) < len(self.replacements):
+            raise ValueError(f"each replacement is given once, got {self.replacements!r}.")
+        object.__setattr__(self, "seed", models.as_int(self.seed, "seed must be an integer"))
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"a fraction of the tokens lies between 0 and 1, got {fraction!r}.")
@@ -75,6 +80,16 @@ class Substitutes:
     def of(cls, model: Model, protocol: Protocol, prompts: Sequence[Tensor]) -> "Substitutes":
         """Prepared for a model and its prompts.
 
+        Raises: as `check` does.
+        """
+        cls.check(model, protocol, prompts)
+        length = max(map(len, prompts))
+        return cls(model, models.mean_embedding(model, length) if "mean" in protocol.replacements else None, prompts)
+
+    @staticmethod
+    def check(model: Model, protocol: Protocol, prompts: Sequence[Tensor]) -> None:
+        """Whether there is what is to be put in place.
+
         Raises:
             ValueError: "pad" without a padding token, "resample" with no other prompt to draw from.
         """
@@ -85,8 +100,6 @@ class Substitutes:
                 'to "resample" takes tokens of other prompts, and there is only one prompt: give more of them, or '
                 'Protocol(replacements=("zero",)).'
             )
-        length = max(map(len, prompts))
-        return cls(model, models.mean_embedding(model, length) if "mean" in protocol.replacements else None, prompts)
 
     def __call__(
         self, lin: Linearization, replacement: str, index: int, generator: torch.Generator

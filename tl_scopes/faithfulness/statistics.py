@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,10 +15,10 @@ _NO_KEY = ("prompt", "tokens", "target", "value", "examples")
 
 def bootstrap(
     values: Float[Tensor, "prompt column"], confidence: float, resamples: int, seed: int
-) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"], Float[Tensor, " column"]]:
-    """The mean of each column, and the ends of its percentile bootstrap interval over prompts.
+) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"], Float[Tensor, " column"], Int[Tensor, " column"]]:
+    """The mean of each column, the ends of its percentile bootstrap interval over prompts, and of how many they are.
 
-    All columns share the resampled prompts. NaN counts as missing.
+    All columns share the resampled prompts. NaN and infinity count as missing.
 
     Source: Efron & Tibshirani 1993, chapter 13.
     """
@@ -27,12 +27,13 @@ def bootstrap(
     weights = torch.zeros(resamples, len(values), dtype=values.dtype).scatter_add_(
         1, drawn, torch.ones(drawn.shape, dtype=values.dtype)
     )
-    there = values.isfinite().to(values.dtype)
-    means = (weights @ values.nan_to_num(0.0)) / (weights @ there)
+    there = values.isfinite()
+    counted, present = values.where(there, 0), there.to(values.dtype)
+    means = (weights @ counted) / (weights @ present)
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=values.dtype)
     parts = [torch.nanquantile(part, ends, dim=0) for part in means.split(1000, dim=1)]  # it takes no large tensors
     low, high = torch.cat(parts, dim=1)
-    return values.nanmean(0), low, high
+    return counted.sum(0) / present.sum(0), low, high, there.sum(0)
 
 
 def summary(
@@ -47,18 +48,17 @@ def summary(
         seed: of its random numbers.
 
     Returns:
-        One row per scope, measure and so on, in the order of `results`: mean, low, high, prompts. Where all prompts
-        agree the interval has no width, though another hundred prompts may hold an exception.
+        One row per scope, measure and so on, in the order of `results`: mean, low, high, and of how many prompts:
+        numbers that are NaN or infinite count as missing. Where all prompts agree the interval has no width, though
+        another hundred prompts may hold an exception.
 
     Raises:
         ValueError: for results without rows, or a confidence that is none.
     """
     wide = _wide(results, confidence)
-    mean, low, high = bootstrap(torch.tensor(wide.to_numpy(dtype=float)), confidence, resamples, seed)
+    mean, low, high, prompts = bootstrap(torch.tensor(wide.to_numpy(dtype=float)), confidence, resamples, seed)
     table = wide.columns.to_frame(index=False)
-    return _named(table, results).assign(
-        mean=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=wide.notna().sum().to_numpy()
-    )
+    return _named(table, results).assign(mean=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=prompts.numpy())
 
 
 def differences(
@@ -77,7 +77,7 @@ def differences(
         seed: of its random numbers.
 
     Raises:
-        ValueError: as `summary` does; for a reference that was not evaluated.
+        ValueError: as `summary` does; for a reference that was not evaluated, or alone was.
     """
     known = list(dict.fromkeys(results["scope"]))
     if reference not in known:
@@ -89,12 +89,17 @@ def differences(
         (column, (*column[:at], reference, *column[at + 1 :])) for column in wide.columns if column[at] != reference
     ]
     pairs = [(one, other) for one, other in pairs if other in wide.columns]
+    if not pairs:
+        raise ValueError(
+            f"there is nothing to compare {reference!r} with: results of another scope, with a measure that both have, "
+            f"are missing; the scopes are {', '.join(map(repr, known))}."
+        )
     values = torch.tensor(wide[[one for one, _ in pairs]].to_numpy(dtype=float))
     values = values - torch.tensor(wide[[other for _, other in pairs]].to_numpy(dtype=float))
-    mean, low, high = bootstrap(values, confidence, resamples, seed)
+    mean, low, high, prompts = bootstrap(values, confidence, resamples, seed)
     table = wide[[one for one, _ in pairs]].columns.to_frame(index=False)
     return _named(table, results).assign(
-        difference=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=values.isfinite().sum(0).numpy()
+        difference=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=prompts.numpy()
     )
 
 

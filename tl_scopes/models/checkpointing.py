@@ -59,7 +59,7 @@ class _Recomputed:
 class _Again(AbstractContextManager[None]):
     """A block as it was in the forward pass: its hooks, and parameters without gradients."""
 
-    def __init__(self, model: Model, block: nn.Module, hooks: "_Hooks", versions: list[int]) -> None:
+    def __init__(self, model: Model, block: nn.Module, hooks: "_Hooks", versions: list[tuple[int, int]]) -> None:
         self.model, self.block, self.hooks, self.versions = model, block, hooks, versions
         self.entered = 0
 
@@ -80,9 +80,9 @@ class _Again(AbstractContextManager[None]):
         self.entered -= 1
 
 
-def _versions(block: nn.Module) -> list[int]:
-    """How often each parameter was changed in place."""
-    return [parameter._version for parameter in block.parameters()]
+def _versions(block: nn.Module) -> list[tuple[int, int]]:
+    """Which parameters there are, and how often each was changed in place."""
+    return [(id(parameter), parameter._version) for parameter in block.parameters()]
 
 
 _Hooks: TypeAlias = dict[nn.Module, tuple[dict[int, Any], dict[int, Any]]]

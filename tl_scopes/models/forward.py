@@ -226,7 +226,7 @@ def readout_graph(model: Model, trace: Trace, row: int) -> tuple[Float[Tensor, "
         return trace.readout, trace.logits
     if known := trace.graphs.get(row):
         return known
-    with torch.enable_grad():
+    with one_at_a_time, torch.enable_grad():
         leaf = trace.readout[row : row + 1].detach().requires_grad_()
         unembedded = model.unembed(leaf[:, None])[:, 0]
         # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
@@ -253,9 +253,9 @@ def undisturbed(trace: Trace) -> AbstractContextManager[Any]:
 
 
 def user_hooks(model: Model) -> dict[str, tuple[int, ...]]:
-    """Which hooks are set: the same before and after, as long as nobody adds or takes away any."""
-    hooks = {name: tuple(id(hook.hook) for hook in point.fwd_hooks) for name, point in model.hook_dict.items()}
-    return {name: ids for name, ids in hooks.items() if ids}
+    """Which hooks are set, but for those of another thread's pass: the same as long as nobody adds or takes any."""
+    with one_at_a_time:
+        return {name: tuple(id(h.hook) for h in at.fwd_hooks) for name, at in model.hook_dict.items() if at.fwd_hooks}
 
 
 def independence(wrt: Sequence[str], of: str) -> ValueError:
