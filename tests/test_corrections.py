@@ -86,7 +86,7 @@ def test_standard_error_is_honest(toy: tls.Linearization) -> None:
     """Over many draws, the spread of the score is what each draw says of itself."""
     draws = [
         tls.PositionCorrectedScope(OfPosition(own=True), 8, torch.Generator().manual_seed(seed))(toy)
-        for seed in range(120)
+        for seed in range(80)
     ]
     spread = torch.stack([draw.scores for draw in draws]).std(0)
     said = torch.stack([draw.standard_error for draw in draws]).square().mean(0).sqrt()

@@ -653,17 +653,27 @@ def test_plot(model: Any) -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_summary_is_not_drawn(no_type_checks: None) -> None:
+    results = evaluate(zoo.specimen("bridge llama").model, PROMPTS, [Fixed()], Protocol(("zero",), (0.5,)))
+    with pytest.raises(ValueError, match="no curves among these results: take what evaluate returned"):
+        plot(summary(results))
+
+
 def test_bad_input(no_type_checks: None, tmp_path: Path) -> None:
     model, scopes = zoo.specimen("bridge llama").model, [Fixed()]
     zero = Protocol(("zero",), (0.5,))
     for arguments, error, message in [
         (([], scopes), ValueError, "there are no prompts to evaluate on"),
-        (("one text", scopes), TypeError, "prompts are a list, of texts or of lists of token ids, got str"),
+        (("one text", scopes), TypeError, "prompts are several, texts or lists of token ids, got str: give a list"),
+        (([PROMPT, ""], scopes), ValueError, "prompt 1: the prompt is empty"),
+        (([PROMPT, [None]], scopes), TypeError, "prompt 1: "),
+        ((PROMPTS, scopes, {"steps": 3}), TypeError, r"protocol is a Protocol, such as .*, got \{'steps': 3\}"),
         ((PROMPTS, []), ValueError, "there are no scopes to evaluate"),
         ((PROMPTS, [tls.SemanticScope]), TypeError, r"got <class .*SemanticScope'>: write SemanticScope\(\)"),
         ((PROMPTS, [Fixed(), Fixed()]), ValueError, "there are 2 scopes and 1 names: name them, in a dict"),
         (([PROMPT, [3]], scopes, zero), ValueError, "prompt 1 has 1 token to rank: it takes two at least"),
         (([[1, 2, 3]], scopes), ValueError, r"prompt 0 has 3 tokens to rank, and 5% of them is less than half a token"),
+        (([[1, 2], PROMPT, [3]], scopes), ValueError, r"prompt 0 has 2 tokens to rank \(2 more are as short\), and 5%"),
         (([PROMPT], scopes, Protocol(fractions=(0.5,))), ValueError, '"resample" takes tokens of other prompts, and'),
         ((PROMPTS, scopes, Protocol(("pad",), (0.5,))), ValueError, "the model has no padding token"),
     ]:
@@ -671,7 +681,11 @@ def test_bad_input(no_type_checks: None, tmp_path: Path) -> None:
             evaluate(model, *arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one target per prompt: got 2 for 3 prompts"):
         evaluate(model, PROMPTS, scopes, zero, targets=[1, 2])
-    with pytest.raises(ValueError, match="target 99 is outside"):
+    with pytest.raises(TypeError, match="targets are one per prompt, got the text 'abc': give a list"):
+        evaluate(model, PROMPTS, scopes, zero, targets="abc")
+    with pytest.raises(ValueError, match="is a folder: give the path of a file in it"):
+        evaluate(model, PROMPTS, scopes, zero, path=tmp_path)
+    with pytest.raises(ValueError, match="prompt 2: target 99 is outside"):
         evaluate(model, PROMPTS, scopes, zero, targets=[1, 2, 99])
     with pytest.raises(ValueError, match='on_error is "warn" or "raise", got \'skip\''):
         evaluate(model, PROMPTS, scopes, zero, on_error="skip")  # type: ignore[arg-type]

@@ -305,6 +305,7 @@ def test_a_page_without_marks(tmp_path: Path) -> None:
 def test_bad_input(tiny: Any, no_type_checks: None) -> None:
     for arguments, error, message in [
         ((["logistic"],), ValueError, "causes of the task 'logistic' cannot be confirmed: choose from agreement"),
+        (("agreement",), TypeError, r"tasks are several, got the text 'agreement': write \['agreement'\]"),
         ((["agreement"], 0), ValueError, "count must be at least 1, got 0"),
         ((["agreement"], 1, []), ValueError, "there are no scopes to evaluate"),
         ((["agreement"], 1, {}), ValueError, "there are no scopes to evaluate"),

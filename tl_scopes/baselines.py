@@ -19,6 +19,8 @@ from tl_scopes.randomness import prompt_generator
 from tl_scopes.replacement import effects, substitute
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
 
+__all__ = ["AttentionRollout", "GradientTimesInput", "IntegratedGradients", "LeaveOneOut", "RandomBaseline"]
+
 
 @dataclass(frozen=True)
 class RandomBaseline(Scope):

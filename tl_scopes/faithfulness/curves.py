@@ -29,7 +29,8 @@ def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str 
         ValueError: for a replacement or quantity that was not evaluated; for results without curves, or without their
             areas.
     """
-    known = [name for name in dict.fromkeys(results.get("replacement", ())) if name]
+    whole = "prompt" in results and "replacement" in results
+    known = [name for name in dict.fromkeys(results["replacement"] if whole else ()) if name]
     if not known:
         raise ValueError("there are no curves among these results: take what evaluate returned, with all its rows.")
     replacement = known[0] if replacement is None else replacement

@@ -3,7 +3,7 @@
 import math
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Model,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     scopes: Sequence[Scope] | Mapping[str, Scope],
     protocol: Protocol | None = None,
     *,
@@ -82,7 +82,10 @@ def evaluate(
 
     Returns:
         One row per number: prompt, tokens (how many), target, scope, replacement, measure, quantity, fraction, value.
-        `summary`, `differences` and `plot` of `tl_scopes.faithfulness` take it from there. NaN stands where there is no
+        `summary`, `differences` and `plot` of `tl_scopes.faithfulness` take it from there. The quantity is the unit:
+        nats of "log_prob" or "kl", a "probability", a "rank". More is better of deletion and insertion, of
+        comprehensiveness, both soft measures and leave-one-out of the first; less of sufficiency, of that rank, and of
+        the correlation with shuffled weights. NaN stands where there is no
         number: the correlation with a shuffled model that overflows, say.
 
     Cost: per prompt one linearisation and the scopes, twice with `protocol.randomise`; per replacement two forward
@@ -94,7 +97,7 @@ def evaluate(
         ValueError: no prompts or no scopes, two scopes of one name; a prompt with fewer than two tokens to rank, or so
             few that the smallest fraction rounds to none; a file with results of other settings; hooks of yours with
             `path`; another `on_error`. Else as `linearize` and the scopes do, for the first prompt or with "raise".
-        TypeError: for scopes that are none.
+        TypeError: for scopes that are none, and for prompts, targets or a protocol that are not what they should be.
 
     Source: Petsiuk et al. 2018 (arXiv:1806.07421), DeYoung et al. 2020 (arXiv:1911.03429), Zhao & Aletras 2023
         (arXiv:2305.10496); for shuffled weights, Adebayo et al. 2018 (arXiv:1810.03292).
@@ -111,7 +114,9 @@ def evaluate(
         [[0, 'SemanticScope()', ' are'], [0, 'RandomBaseline()', ' are'],
          [1, 'SemanticScope()', ' is'], [1, 'RandomBaseline()', ' is']]
     """
-    protocol = protocol or Protocol()
+    protocol = Protocol() if protocol is None else protocol
+    if not isinstance(protocol, Protocol):
+        raise TypeError(f"protocol is a Protocol, such as Protocol(fractions=(0.2, 0.5)), got {protocol!r}.")
     models.check_model(model)
     named = names(scopes)
     tokens = _tokens(model, prompts, prepend_bos)
@@ -119,8 +124,7 @@ def evaluate(
         raise ValueError(f'on_error is "warn" or "raise", got {on_error!r}.')
     asked = _targets(model, targets, len(tokens))
     inner = [ids[len(ids) - len(candidates(model, ids, bos=False)) :] for ids in tokens]
-    for i, ids in enumerate(tokens):
-        _check_length(i, len(candidates(model, ids, protocol.bos)), protocol)
+    _check_lengths([len(candidates(model, ids, protocol.bos)) for ids in tokens], protocol)
     Substitutes.check(model, protocol, inner)
     log = Log.open(path, {} if path is None else settings(model, named, protocol, tokens))
     keys = [zlib.crc32(repr((ids.tolist(), target)).encode()) for ids, target in zip(tokens, asked, strict=True)]
@@ -234,29 +238,50 @@ def candidates(model: Model, tokens: Tensor, bos: bool) -> list[int]:
     return list(range(int(not bos and models.starts_with_bos(model, tokens)), len(tokens)))
 
 
-def _tokens(model: Model, prompts: Sequence[Prompt], prepend_bos: bool | None) -> list[Tensor]:
-    if isinstance(prompts, str | Tensor) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts are a list, of texts or of lists of token ids, got {type(prompts).__name__}.")
-    if not prompts:
+def _tokens(model: Model, prompts: Iterable[Prompt], prepend_bos: bool | None) -> list[Tensor]:
+    if isinstance(prompts, str | Tensor) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts are several, texts or lists of token ids, got {type(prompts).__name__}: give a list.")
+    found = [_numbered(i, lambda prompt: models.tokenize(model, prompt, prepend_bos), p) for i, p in enumerate(prompts)]
+    if not found:
         raise ValueError("there are no prompts to evaluate on: give one at least.")
-    return [models.tokenize(model, prompt, prepend_bos) for prompt in prompts]
+    return found
 
 
 def _targets(model: Model, targets: Sequence[Any] | None, prompts: int) -> list[int | None]:
     """Their ids: the same target has several spellings."""
     if targets is None:
         return [None] * prompts
+    if isinstance(targets, str):
+        raise TypeError(
+            f"targets are one per prompt, got the text {targets!r}: give a list, or a scope with this target."
+        )
     if len(targets) != prompts:
         raise ValueError(f"there must be one target per prompt: got {len(targets)} for {prompts} prompts.")
-    return [None if target is None else models.token(model, target, model.cfg.d_vocab).id for target in targets]
+
+    def id_of(target: Any) -> int | None:
+        return None if target is None else models.token(model, target, model.cfg.d_vocab).id
+
+    return [_numbered(i, id_of, target) for i, target in enumerate(targets)]
 
 
-def _check_length(index: int, tokens: int, protocol: Protocol) -> None:
-    if tokens < 2:
-        raise ValueError(f"prompt {index} has {tokens} token{'s' * (tokens != 1)} to rank: it takes two at least.")
+def _numbered(index: int, function: Callable[[Any], Any], value: Any) -> Any:
+    """Say which prompt an error is about."""
+    try:
+        return function(value)
+    except (ValueError, TypeError) as error:
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"prompt {index}: {error}") from error
+
+
+def _check_lengths(tokens: Sequence[int], protocol: Protocol) -> None:
     least = min(protocol.fractions)
-    if count(least, tokens) < 1:
-        raise ValueError(
-            f"prompt {index} has {tokens} tokens to rank, and {least:.0%} of them is less than half a token: leave it "
-            f"out, or give larger fractions, Protocol(fractions=({max(0.2, 0.5 / tokens):.2g}, 0.5)) say."
-        )
+    short = [i for i, n in enumerate(tokens) if n < 2 or count(least, n) < 1]
+    if not short:
+        return
+    index, n = short[0], tokens[short[0]]
+    others = f" ({len(short) - 1} more are as short)" if len(short) > 1 else ""
+    if n < 2:
+        raise ValueError(f"prompt {index} has {n} token{'s' * (n != 1)} to rank{others}: it takes two at least.")
+    raise ValueError(
+        f"prompt {index} has {n} tokens to rank{others}, and {least:.0%} of them is less than half a token: leave it "
+        f"out, or give larger fractions, Protocol(fractions=({max(0.2, 0.5 / n):.2g}, 0.5)) say."
+    )

@@ -30,13 +30,16 @@ class Log:
         """Read what is there; write nothing but an interrupted run's half of a line away.
 
         Raises:
-            ValueError: for a file that holds something else, or results of other settings; a folder that is not there.
+            ValueError: for a file that holds something else, or results of other settings; for a folder, and one that
+                is not there.
         """
         if path is None:
             return cls(None, {})
         path = Path(path)
         if not path.parent.is_dir():
             raise ValueError(f"there is no folder {str(path.parent)!r} to put {path.name!r} into: make it first.")
+        if path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder: give the path of a file in it.")
         header = {"format": _FORMAT, "version": _VERSION, "settings": json.loads(json.dumps(settings))}
         line = json.dumps(header) + "\n"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
