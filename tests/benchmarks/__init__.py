@@ -4,6 +4,8 @@
     OMP_NUM_THREADS=1 pytest -o addopts= tests/benchmarks/bench_*.py --benchmark-json=costs.json
     python -m tests.benchmarks.report costs.json  # the README's table, and demos/cost.png
 
+    python -m tests.benchmarks.corrections  # which corrections for sinks help; with --sink 0.15 under one made by hand
+
 `bench_cost.py` alone gives the table, `bench_growth.py` the picture; `-k "Semantic or captum"` picks rows.
 
 inseq goes in without its dependencies: it pins typeguard<=2.13.3, which it never imports, and TransformerLens needs
