@@ -505,6 +505,8 @@ def test_the_report(tiny: Any) -> None:
     assert title == "Checks of SemanticScope() on tiny, after position 9:"
     assert [line.split()[0] for line in lines] == NAMES
     assert len({line.index(check.finding) for line, check in zip(lines, checks, strict=True)}) == 1
+    for line, check in zip(lines, checks, strict=True):  # what it cost, unless it was free
+        assert line.endswith(check.finding if check.cost == "none" else f"[{check.cost}]")
     frame = checks.to_dataframe()
     assert list(frame.columns) == ["check", "verdict", "finding", "cost"]
     assert frame.cost.tolist()[0] == "1 forward pass"

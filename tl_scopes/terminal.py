@@ -92,7 +92,7 @@ def _verdicts(checks: "Checks") -> Table:
     table.add_column("finding")
     for check in checks:
         style = {"look": "bold", "not applicable": "dim"}.get(check.verdict, "")
-        table.add_row(check.name, Text(check.verdict, style), Text(check.finding, "dim"))
+        table.add_row(check.name, Text(check.verdict, style), Text(check.in_full, "dim"))
     return table
 
 

@@ -23,6 +23,11 @@ class Check:
     cost: str
     """What it took to find out."""
 
+    @property
+    def in_full(self) -> str:
+        """The finding, and behind it what it cost."""
+        return self.finding if self.cost == "none" else f"{self.finding} [{self.cost}]"
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Checks:
@@ -39,7 +44,7 @@ class Checks:
     def __repr__(self) -> str:
         lines = [f"Checks of {self.scope} on {self.model}, after position {self.position}:"]
         names, verdicts = (max(len(getattr(check, part)) for check in self.found) for part in ("name", "verdict"))
-        lines += [f"  {check.name:{names}}  {check.verdict:{verdicts}}  {check.finding}" for check in self.found]
+        lines += [f"  {check.name:{names}}  {check.verdict:{verdicts}}  {check.in_full}" for check in self.found]
         return "\n".join(lines)
 
     def __iter__(self) -> Iterator[Check]:
