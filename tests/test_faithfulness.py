@@ -32,6 +32,7 @@ from tl_scopes.models.weights import learned
 
 TARGET = 7
 PROMPTS = [PROMPT, PROMPT[::-1], [4, 4, 30, 2, 1]]
+FOIL = 5
 SHORT = Protocol(replacements=("zero", "resample"), fractions=(0.2, 0.5), steps=4, samples=2)
 
 
@@ -84,21 +85,27 @@ def test_hard_measures_are_their_equations(specimen: Specimen) -> None:
     instead = torch.randn(len(PROMPT), zoo.WIDTH, generator=random, dtype=torch.float64)
     order, protocol = torch.tensor([6, 2, 3, 1, 7, 4, 5]), Protocol(fractions=(0.15, 0.5), steps=7)
     removal = Removal(lin, instead, range(1, 8))
-    found = hard_measures(removal, {"a": order, "b": order.flip(0)}, {"a": TARGET, "b": 3}, protocol)["a"]
+    orders = {"a": order, "b": order.flip(0)}
+    both = hard_measures(removal, orders, {"a": TARGET, "b": 3}, protocol, {"a": FOIL, "b": None})
+    found = both["a"]
+    assert not curve(both["b"], "deletion area", "log_odds")
 
-    def after(replaced: Tensor) -> tuple[float, float]:
+    def after(replaced: Tensor) -> tuple[float, float, float]:
         embeddings = lin.embeddings.clone()
         embeddings[replaced] = instead[replaced]
-        log_probs = lin.at(embeddings).log_probs
-        return float(log_probs[TARGET]), float((lin.log_probs.exp() * (lin.log_probs - log_probs)).sum())
+        other = lin.at(embeddings)
+        divergence = float((lin.log_probs.exp() * (lin.log_probs - other.log_probs)).sum())
+        return float(other.log_probs[TARGET]), divergence, float(other.logits[TARGET] - other.logits[FOIL])
 
-    q = float(lin.log_probs[TARGET])
+    q, odds = float(lin.log_probs[TARGET]), float(lin.logits[TARGET] - lin.logits[FOIL])
     without, alone = zip(*((after(order[:k]), after(order[k:])) for k in range(8)), strict=True)
     expected = {
         ("deletion", "log_prob"): [q - one[0] for one in without],
         ("deletion", "kl"): [one[1] for one in without],
         ("insertion", "log_prob"): [one[0] - alone[0][0] for one in alone],
         ("insertion", "kl"): [alone[0][1] - one[1] for one in alone],
+        ("deletion", "log_odds"): [odds - one[2] for one in without],
+        ("insertion", "log_odds"): [one[2] - alone[0][2] for one in alone],
     }
     steps = [i for i, f in enumerate(protocol.grid) if f not in protocol.fractions]
     for (measure, quantity), values in expected.items():
@@ -653,6 +660,33 @@ def test_plot(model: Any) -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_compared_is_measured(tmp_path: Path) -> None:
+    """The log-odds against a scope's own `versus`, else against the prompt's foil; of others none."""
+    model, protocol = zoo.specimen("bridge llama").model, Protocol(("zero",), (0.5,), samples=0, randomise=False)
+    scopes = {"own": tls.SemanticScope(TARGET, versus=FOIL), "plain": tls.SemanticScope(TARGET), "random": Fixed()}
+    file = tmp_path / "results.jsonl"
+
+    def whole(**options: Any) -> dict[str, list[float]]:
+        results = evaluate(model, PROMPTS, scopes, protocol, targets=[TARGET] * 3, path=file, **options)
+        rows = results[(results.measure == "deletion") & (results.quantity == "log_odds") & (results.fraction == 1)]
+        return {name: rows[rows.scope == name].value.tolist() for name in scopes}
+
+    alone = whole()
+    assert len(alone["own"]) == 3
+    assert alone["plain"] == alone["random"] == []
+    with pytest.raises(ValueError, match="prompt 0, or its target, is not the one"):
+        whole(foils=[FOIL] * 3)
+    file.unlink()
+    same = whole(foils=[FOIL] * 3)
+    assert same["own"] == same["plain"] == same["random"] == alone["own"]
+    file.unlink()
+    other = whole(foils=[None, 3, np.int64(3)])
+    assert other["own"] == alone["own"]
+    assert len(other["plain"]) == 2
+    assert other["plain"] != alone["own"][1:]
+    plot(evaluate(model, PROMPTS, scopes, protocol, foils=[3] * 3), quantity="log_odds")
+
+
 def test_a_summary_is_not_drawn(no_type_checks: None) -> None:
     results = evaluate(zoo.specimen("bridge llama").model, PROMPTS, [Fixed()], Protocol(("zero",), (0.5,)))
     with pytest.raises(ValueError, match="no curves among these results: take what evaluate returned"):
@@ -679,6 +713,8 @@ def test_bad_input(no_type_checks: None, tmp_path: Path) -> None:
     ]:
         with pytest.raises(error, match=message):
             evaluate(model, *arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="one foil per prompt: got 1 for 3 prompts"):
+        evaluate(model, PROMPTS, scopes, zero, foils=[1])
     with pytest.raises(ValueError, match="one target per prompt: got 2 for 3 prompts"):
         evaluate(model, PROMPTS, scopes, zero, targets=[1, 2])
     with pytest.raises(TypeError, match="targets are one per prompt, got the text 'abc': give a list"):

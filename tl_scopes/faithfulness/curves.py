@@ -11,6 +11,12 @@ if TYPE_CHECKING:
 
 _DRAWN = ("deletion", "deletion area", "insertion", "insertion area")
 
+_UNITS = {
+    "log_prob": "log-probability of the target",
+    "log_odds": "log-odds of the target against the foil",
+    "kl": "KL from the undisturbed prediction",
+}
+
 
 def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str = "log_prob") -> "Figure":
     """Draw what `evaluate` measured: how much replacing the first tokens takes, and putting them back gives.
@@ -20,7 +26,7 @@ def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str 
     Args:
         results: what `evaluate` returned.
         replacement: one of those evaluated; None is the first.
-        quantity: "log_prob" of the target, or "kl" from the undisturbed prediction.
+        quantity: "log_prob" of the target, its "log_odds" against a foil, "kl" from the undisturbed prediction.
 
     Returns:
         A matplotlib figure.
@@ -39,7 +45,7 @@ def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str 
     if not len(chosen):
         raise ValueError(
             f"there are no curves of {quantity!r} with the replacement {replacement!r}: the replacements are "
-            f'{", ".join(map(repr, known))}, the quantities "log_prob" and "kl".'
+            f'{", ".join(map(repr, known))}, the quantities "log_prob", "kl" and, with foils, "log_odds".'
         )
     for scope, rows in chosen.groupby("scope", sort=False):
         missing = [name for name in _DRAWN if name not in set(rows["measure"])]
@@ -49,7 +55,7 @@ def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str 
 
     figure = Figure(figsize=(10, 5.5), layout="constrained")
     table = summary(chosen)
-    unit = "log-probability of the target" if quantity == "log_prob" else "KL from the undisturbed prediction"
+    unit = _UNITS[quantity]
     texts = {"deletion": f"taken: {unit}, nats", "insertion": f"given back: {unit}, nats"}
     for axes, (measure, text) in zip(figure.subplots(1, 2), texts.items(), strict=True):
         for scope in dict.fromkeys(table["scope"]):

@@ -46,6 +46,7 @@ def evaluate(
     protocol: Protocol | None = None,
     *,
     targets: Sequence[str | SupportsIndex | None] | None = None,
+    foils: Sequence[str | SupportsIndex | None] | None = None,
     prepend_bos: bool | None = None,
     path: str | Path | None = None,
     on_error: Literal["warn", "raise"] = "warn",
@@ -58,10 +59,11 @@ def evaluate(
     those of the same model with shuffled weights: 1 for scores that owe nothing to what was learned. What is left over
     0 comes from the architecture and the position of the tokens.
 
-    Measured are the log-probability of a token, the scope's own target or else the prompt's, which is fixed before
-    anything is replaced, and KL(p ‖ p') from the undisturbed prediction. So a scope about a logit is measured by the
-    log-probability too, and of what it compares the target with (`versus`) nothing is measured; for scopes that explain
-    no target (Fisher, Temperature) look at the quantity "kl".
+    What is explained is what is measured: the log-probability of a token, the scope's own target or else the prompt's,
+    which is fixed before anything is replaced; where the scope compares it with another (`versus`), or the prompt has a
+    foil, also the log-odds of the two, a difference of logits; and for all scopes KL(p ‖ p') from the undisturbed
+    prediction, for those that explain no target (Fisher, Temperature). A single logit, which the softmax does not know,
+    is measured by the log-probability.
 
     Tokens rank by the score itself, the most positive first, which is what speaks for the target where scores have
     signs (`LeaveOneOut(of="log_prob")`); `Attribution.top` goes by the size.
@@ -72,6 +74,8 @@ def evaluate(
         scopes: what to compare, with names of their own if given as a dict.
         protocol: what is replaced by what; None is `Protocol()`.
         targets: one per prompt, for scopes that have none of their own; None is the most likely next token.
+        foils: one per prompt, or None: tokens to measure the log-odds against, for all scopes but those that have their
+            own `versus`.
         prepend_bos: whether texts get a BOS token; None is TransformerLens' own default for the model.
         path: a file of JSON lines. Results are appended after each prompt, and those found there are not computed
             again: an interrupted evaluation goes on where it stopped, to the same numbers, unless a scope draws from a
@@ -83,7 +87,7 @@ def evaluate(
     Returns:
         One row per number: prompt, tokens (how many), target, scope, replacement, measure, quantity, fraction, value.
         `summary`, `differences` and `plot` of `tl_scopes.faithfulness` take it from there. The quantity is the unit:
-        nats of "log_prob" or "kl", a "probability", a "rank". More is better of deletion and insertion, of
+        nats of "log_prob", "log_odds" or "kl", a "probability", a "rank". More is better of deletion and insertion, of
         comprehensiveness, both soft measures and leave-one-out of the first; less of sufficiency, of that rank, and of
         the correlation with shuffled weights. NaN stands where there is no
         number: the correlation with a shuffled model that overflows, say.
@@ -122,18 +126,18 @@ def evaluate(
     tokens = _tokens(model, prompts, prepend_bos)
     if on_error not in ("warn", "raise"):
         raise ValueError(f'on_error is "warn" or "raise", got {on_error!r}.')
-    asked = _targets(model, targets, len(tokens))
+    asked = list(zip(_ids(model, "target", targets, len(tokens)), _ids(model, "foil", foils, len(tokens)), strict=True))
     inner = [ids[len(ids) - len(candidates(model, ids, bos=False)) :] for ids in tokens]
     _check_lengths([len(candidates(model, ids, protocol.bos)) for ids in tokens], protocol)
     Substitutes.check(model, protocol, inner)
     log = Log.open(path, {} if path is None else settings(model, named, protocol, tokens))
-    keys = [zlib.crc32(repr((ids.tolist(), target)).encode()) for ids, target in zip(tokens, asked, strict=True)]
+    keys = [zlib.crc32(repr((ids.tolist(), of_one)).encode()) for ids, of_one in zip(tokens, asked, strict=True)]
     left = [i for i, key in enumerate(keys) if not log.has(i, key)]
     evaluation = _Evaluation.of(model, named, protocol, inner) if left else None
     for i in tqdm(left, desc="prompts", delay=3, leave=False):
         assert evaluation is not None
         try:
-            record = evaluation.record(i, keys[i], tokens[i], asked[i])
+            record = evaluation.record(i, keys[i], tokens[i], *asked[i])
         except (ValueError, TypeError, MemoryError) as error:
             error.add_note(f"prompt {i} of evaluate")
             if on_error == "raise" or not log.records:
@@ -170,7 +174,7 @@ class _Evaluation:
             own = models.mean_embedding(model, length) if substitutes.mean is None else substitutes.mean
         return cls(model, scopes, protocol, substitutes, shuffled, (own, other))
 
-    def record(self, index: int, key: int, tokens: Tensor, asked: int | None) -> Record:
+    def record(self, index: int, key: int, tokens: Tensor, asked: int | None, foil: int | None) -> Record:
         """All that is measured at one prompt."""
         lin = linearize(self.model, tokens)
         target = lin.token(asked)
@@ -178,6 +182,7 @@ class _Evaluation:
         answers = {name: _with_mean(scope, self.means[0])(lin) for name, scope in aimed.items()}
         shown = {name: answer.target or target for name, answer in answers.items()}
         ids = {name: token.id for name, token in shown.items()}
+        foils = {name: answer.versus.id if answer.versus else foil for name, answer in answers.items()}
         free = candidates(self.model, tokens, self.protocol.bos)
         orders = {
             name: ranking(answer.scores, free, prompt_generator(lin, "ties", self.protocol.seed))
@@ -187,7 +192,7 @@ class _Evaluation:
         for replacement in self.protocol.replacements:
             drawn = prompt_generator(lin, replacement, self.protocol.seed)
             removal = Removal(lin, self.substitutes(lin, replacement, index, drawn), free)
-            hard = hard_measures(removal, orders, ids, self.protocol)
+            hard = hard_measures(removal, orders, ids, self.protocol, foils)
             for name, answer in answers.items():
                 masks = prompt_generator(lin, "masks", self.protocol.seed)
                 samples = self.protocol.samples
@@ -247,21 +252,19 @@ def _tokens(model: Model, prompts: Iterable[Prompt], prepend_bos: bool | None) -
     return found
 
 
-def _targets(model: Model, targets: Sequence[Any] | None, prompts: int) -> list[int | None]:
-    """Their ids: the same target has several spellings."""
-    if targets is None:
+def _ids(model: Model, name: str, tokens: Sequence[Any] | None, prompts: int) -> list[int | None]:
+    """Of the targets, or the foils: the same token has several spellings."""
+    if tokens is None:
         return [None] * prompts
-    if isinstance(targets, str):
-        raise TypeError(
-            f"targets are one per prompt, got the text {targets!r}: give a list, or a scope with this target."
-        )
-    if len(targets) != prompts:
-        raise ValueError(f"there must be one target per prompt: got {len(targets)} for {prompts} prompts.")
+    if isinstance(tokens, str):
+        raise TypeError(f"{name}s are one per prompt, got the text {tokens!r}: give a list, or a scope that has it.")
+    if len(tokens) != prompts:
+        raise ValueError(f"there must be one {name} per prompt: got {len(tokens)} for {prompts} prompts.")
 
-    def id_of(target: Any) -> int | None:
-        return None if target is None else models.token(model, target, model.cfg.d_vocab).id
+    def id_of(token: Any) -> int | None:
+        return None if token is None else models.token(model, token, model.cfg.d_vocab).id
 
-    return [_numbered(i, id_of, target) for i, target in enumerate(targets)]
+    return [_numbered(i, id_of, token) for i, token in enumerate(tokens)]
 
 
 def _numbered(index: int, function: Callable[[Any], Any], value: Any) -> Any:

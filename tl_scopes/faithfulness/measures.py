@@ -69,12 +69,17 @@ def count(fraction: float, tokens: int) -> int:
 
 
 def hard_measures(
-    removal: Removal, orders: Mapping[str, Int[Tensor, " rank"]], targets: Mapping[str, int], protocol: Protocol
+    removal: Removal,
+    orders: Mapping[str, Int[Tensor, " rank"]],
+    targets: Mapping[str, int],
+    protocol: Protocol,
+    foils: Mapping[str, int | None] | None = None,
 ) -> dict[str, list[Value]]:
     """Deletion, insertion and leave-one-out of several scopes at one prompt; each perturbed prompt is run once.
 
-    Let q be log p(target), or for the quantity "kl" −KL(p ‖ p'), at the prompt itself; q(without k) with the k best
-    tokens replaced, q(k alone) with all others replaced.
+    Let q be log p(target), for the quantity "log_odds" log p(target) − log p(foil), which is a difference of logits,
+    for "kl" −KL(p ‖ p'), at the prompt itself; q(without k) with the k best tokens replaced, q(k alone) with all others
+    replaced.
 
         deletion        q − q(without k)           insertion   q(k alone) − q(none)
 
@@ -94,7 +99,8 @@ def hard_measures(
     removed = [part for order in orders.values() for k in counts for part in (order[:k], order[k:])]
     kept = removal.kept([*removed, *candidates[:, None]])
     unique, where = torch.unique(kept, dim=0, return_inverse=True)
-    ids = sorted({*targets.values()})
+    against = {name: foil for name, foil in (foils or {}).items() if foil is not None}
+    ids = sorted({*targets.values(), *against.values()})
     log_probs, divergences = removal.effects(unique[..., None], ids)
     curves = (len(orders), len(counts), 2)
     log_probs = log_probs[:, where[:-n]].view(len(ids), *curves)
@@ -108,11 +114,19 @@ def hard_measures(
         kl_without, kl_alone = divergences[i].T
         comprehensiveness, sufficiency = (float((math.exp(q) - x[chosen].exp()).mean()) for x in (without, alone))
         first = int((candidates == order[0]).nonzero())
+        odds: list[Value] = []
+        if name in against:
+            other = log_probs[ids.index(against[name]), i].T
+            before = q - float(removal.lin.log_probs[against[name]])
+            (odds_without, odds_alone) = (one - two for one, two in zip((without, alone), other, strict=True))
+            odds += _curve("deletion", "log_odds", before - odds_without, counts, protocol)
+            odds += _curve("insertion", "log_odds", odds_alone - odds_alone[0], counts, protocol)
         values[name] = [
             *_curve("deletion", "log_prob", q - without, counts, protocol),
             *_curve("deletion", "kl", kl_without, counts, protocol),
             *_curve("insertion", "log_prob", alone - alone[0], counts, protocol),
             *_curve("insertion", "kl", kl_alone[0] - kl_alone, counts, protocol),
+            *odds,
             Value("comprehensiveness", "probability", None, comprehensiveness),
             Value("sufficiency", "probability", None, sufficiency),
             Value("leave-one-out of the first", "kl", None, float(single[first])),
