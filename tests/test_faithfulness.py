@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -685,6 +686,16 @@ def test_what_is_compared_is_measured(tmp_path: Path) -> None:
     assert len(other["plain"]) == 2
     assert other["plain"] != alone["own"][1:]
     plot(evaluate(model, PROMPTS, scopes, protocol, foils=[3] * 3), quantity="log_odds")
+
+
+def test_advice_that_works() -> None:
+    """One short prompt, the default protocol: each error says what to pass, and to follow them all is the way."""
+    model, options = zoo.specimen("bridge llama").model, {}
+    for expected in ("fractions", "replacements"):
+        with pytest.raises(ValueError, match=rf"Protocol\(.*{expected}=") as caught:
+            evaluate(model, [PROMPT[:4]], [Fixed()], *options.values())
+        options["protocol"] = eval(re.search(r"Protocol\(.*\)\)", str(caught.value))[0])  # type: ignore[index]
+    assert len(evaluate(model, [PROMPT[:4]], [Fixed()], *options.values()))
 
 
 def test_a_summary_is_not_drawn(no_type_checks: None) -> None:

@@ -142,7 +142,7 @@ class FrozenAttentionScope(Around):
     Source: freezing attention patterns to make a transformer linear in its values, Elhage et al. 2021, A Mathematical
         Framework for Transformer Circuits. Measured as `PositionCorrectedScope` was, the average precision of known
         causes changes by 0.04 (0.02 to 0.06): by 0.21 where a name is to be found, by −0.09 where what is asked for has
-        to be looked up. Deletion and insertion are as before. Freezing the sinks alone helped nowhere.
+        to be looked up. Deletion is as before, insertion too or a little worse. Freezing sinks alone helped nowhere.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")

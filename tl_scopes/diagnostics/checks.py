@@ -72,9 +72,9 @@ def checks(answer: Attribution, model: Model | None = None, *, thorough: bool = 
             set as then.
         thorough: replace every token, and give the rank correlation; measure the radius, by `linearity`.
 
-    Cost: linearises anew. In all, 14 bare forward passes of a Llama of 8 layers for a `SemanticScope`, 13 for a
+    Cost: linearises anew. In all, 13 bare forward passes of a Llama of 8 layers for a `SemanticScope`, 12 for a
         `FisherScope` (128 tokens, width 512, one CPU core); 24 of the bundled model, which is so small that its hooks
-        count. With `thorough` 280, and 460 of the bundled model: as `linearity` of three tokens, and leave-one-out.
+        count. With `thorough` 260, and 380 of the bundled model: as `linearity` of three tokens, and leave-one-out.
 
     Raises:
         ValueError: without a model; for an answer that lacks tokens and does not know its prompt; where the model

@@ -284,7 +284,8 @@ def _check_lengths(tokens: Sequence[int], protocol: Protocol) -> None:
     others = f" ({len(short) - 1} more are as short)" if len(short) > 1 else ""
     if n < 2:
         raise ValueError(f"prompt {index} has {n} token{'s' * (n != 1)} to rank{others}: it takes two at least.")
+    larger = replace(protocol, fractions=(max(0.2, round(0.5 / n, 2)), 0.5))
     raise ValueError(
         f"prompt {index} has {n} tokens to rank{others}, and {least:.0%} of them is less than half a token: leave it "
-        f"out, or give larger fractions, Protocol(fractions=({max(0.2, 0.5 / n):.2g}, 0.5)) say."
+        f"out, or give larger fractions, {larger} say."
     )

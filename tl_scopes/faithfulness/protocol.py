@@ -1,7 +1,7 @@
 """How an evaluation perturbs prompts: the settings of `evaluate`, written beside its results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ from tl_scopes.replacement import padding_token, substitute
 REPLACEMENTS = ("zero", "mean", "pad", "resample")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Protocol:
     """What is replaced, by what, and how much of it.
 
@@ -61,6 +61,10 @@ class Protocol:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is a number, {least} at least, got {value!r}.")
 
+    def __repr__(self) -> str:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"Protocol({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
     @property
     def grid(self) -> tuple[float, ...]:
         """The fractions at which curves are measured, `fractions` among them."""
@@ -98,7 +102,7 @@ class Substitutes:
         if "resample" in protocol.replacements and len(prompts) < 2:
             raise ValueError(
                 'to "resample" takes tokens of other prompts, and there is only one prompt: give more of them, or '
-                'Protocol(replacements=("zero",)).'
+                f"{replace(protocol, replacements=('zero',))}."
             )
 
     def __call__(
