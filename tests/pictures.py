@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import tl_scopes as tls
-from tl_scopes.attribution import Prediction
 from tl_scopes.models import Token
+from tl_scopes.results.attribution import Prediction
 
 ARE, IS = Token(389, " are"), Token(374, " is")
 NASTY = [

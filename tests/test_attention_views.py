@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.pictures import CANVAS, NASTY, PROBE, Reader, browse, canvas, needs_browser
-from tl_scopes.views import attention_views, heat_map
+from tl_scopes.views import attention as attention_views
+from tl_scopes.views import heat_map
 from tl_scopes.views.palette import color
 
 TOKENS = ["<s>", "The", " keys", " near"]

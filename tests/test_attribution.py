@@ -12,10 +12,10 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
-from tl_scopes.attribution import Prediction
-from tl_scopes.baselines import LeaveOneOut
 from tl_scopes.centering import is_centered
 from tl_scopes.models import Token
+from tl_scopes.results.attribution import Prediction
+from tl_scopes.scopes.baselines import LeaveOneOut
 
 WORDS = ("<|bos|>", "The", " keys", " <b>&\n", " é")
 

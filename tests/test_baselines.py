@@ -12,14 +12,14 @@ from tests import zoo
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
-from tl_scopes.baselines import (
+from tl_scopes.jacobian.replacement import effects, substitute
+from tl_scopes.scopes.baselines import (
     AttentionRollout,
     GradientTimesInput,
     IntegratedGradients,
     LeaveOneOut,
     RandomBaseline,
 )
-from tl_scopes.replacement import effects, substitute
 
 TARGET = 7
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -105,7 +105,7 @@ def test_rows_do_not_depend_on_the_batch(lin: tls.Linearization, monkeypatch: py
     kept = torch.rand(9, len(PROMPT), 1, generator=torch.Generator().manual_seed(0)) < 0.5
     arguments = (lin, torch.zeros_like(lin.embeddings), kept, torch.tensor([TARGET, 3]))
     whole = effects(*arguments)
-    monkeypatch.setattr("tl_scopes.replacement._WORKING_BYTES", 1)
+    monkeypatch.setattr("tl_scopes.jacobian.replacement._WORKING_BYTES", 1)
     assert_close(effects(*arguments), whole, **EXACT)
 
 
@@ -166,7 +166,7 @@ def test_batches_leave_room_for_wide_numbers(monkeypatch: pytest.MonkeyPatch) ->
     model = zoo.llama(zoo.GOLDEN, "bridge")
     lin, predict, sizes = tls.linearize(model, [3, 4]), models.predict, []
     budget = 20 * 64 * model.cfg.d_vocab
-    monkeypatch.setattr("tl_scopes.replacement._WORKING_BYTES", budget)
+    monkeypatch.setattr("tl_scopes.jacobian.replacement._WORKING_BYTES", budget)
     monkeypatch.setattr(
         models, "predict", lambda m, tokens, **kw: sizes.append(len(tokens)) or predict(m, tokens, **kw)
     )

@@ -18,14 +18,14 @@ from tests import zoo
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
-from tl_scopes.baselines import LeaveOneOut, RandomBaseline
 from tl_scopes.diagnostics.again import linearize_again, read_scope
-from tl_scopes.diagnostics.checked import TOLERANCE, Checked
 from tl_scopes.diagnostics.checks import ROUNDINGS
-from tl_scopes.diagnostics.observable import LocalObservable
+from tl_scopes.diagnostics.evidence import TOLERANCE, Checked
 from tl_scopes.diagnostics.sinks import attention_mass
-from tl_scopes.question import as_written
-from tl_scopes.replacement import effects, substitute
+from tl_scopes.jacobian.metric import LocalObservable
+from tl_scopes.jacobian.replacement import effects, substitute
+from tl_scopes.scopes.baselines import LeaveOneOut, RandomBaseline
+from tl_scopes.scopes.scope import as_written
 from tl_scopes.tiny.tasks import examples
 
 TARGET = 7

@@ -12,7 +12,7 @@ import torch
 
 import tl_scopes as tls
 from tests.pictures import ARE, IS, NASTY, PROBE, SENTENCE, Reader, answer, browse, needs_browser
-from tl_scopes.views import card
+from tl_scopes.views import attribution as card
 from tl_scopes.views.markup import visible
 from tl_scopes.views.palette import color
 

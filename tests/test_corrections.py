@@ -13,10 +13,10 @@ import tl_scopes as tls
 from tests import zoo
 from tests.test_attention import HOLDABLE
 from tests.zoo import PROMPT, Specimen
-from tl_scopes.baselines import IntegratedGradients, RandomBaseline
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import held_attention
-from tl_scopes.question import Measurement
+from tl_scopes.scopes.baselines import IntegratedGradients, RandomBaseline
+from tl_scopes.scopes.scope import Measurement
 
 TARGET = 7
 SCOPES = (tls.SemanticScope(TARGET), tls.FisherScope(exact=True), IntegratedGradients(steps=3))

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
-from tl_scopes import models, pullback
-from tl_scopes.pullback import pull, pulls
+from tl_scopes import models
+from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.pullback import pull, pulls
 from tl_scopes.tiny.tasks import MIXTURES, documents
 
 

@@ -22,14 +22,14 @@ from tests import zoo
 from tests.test_left_as_found import KINDS, unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
-from tl_scopes.baselines import LeaveOneOut, RandomBaseline
 from tl_scopes.faithfulness import Protocol, differences, measures, plot, summary
 from tl_scopes.faithfulness.evaluation import candidates, evaluate
 from tl_scopes.faithfulness.measures import Removal, drop_of_all, hard_measures, ranking, soft_measures, spearman
-from tl_scopes.faithfulness.protocol import Substitutes
+from tl_scopes.faithfulness.perturbation import Substitutes
 from tl_scopes.faithfulness.settings import contents
 from tl_scopes.faithfulness.statistics import bootstrap
 from tl_scopes.models.weights import learned
+from tl_scopes.scopes.baselines import LeaveOneOut, RandomBaseline
 
 TARGET = 7
 PROMPTS = [PROMPT, PROMPT[::-1], [4, 4, 30, 2, 1]]

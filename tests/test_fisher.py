@@ -12,8 +12,8 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
-from tl_scopes import randomness
-from tl_scopes.fisher_information import fisher_information, fisher_root
+from tl_scopes.jacobian import randomness
+from tl_scopes.jacobian.fisher_information import fisher_information, fisher_root
 from tl_scopes.scopes.fisher import leading_part, remainder_probes
 from tl_scopes.tiny.tasks import examples
 

@@ -14,9 +14,9 @@ from tests import zoo
 from tests.test_attention import MORE
 from tests.test_left_as_found import failing, unchanged
 from tests.zoo import PROMPT, WIDTH, Specimen
-from tl_scopes.curvature import block_norms
-from tl_scopes.linearization import linearize_places
-from tl_scopes.randomness import prompt_generator
+from tl_scopes.jacobian.curvature import block_norms
+from tl_scopes.jacobian.linearization import linearize_places
+from tl_scopes.jacobian.randomness import prompt_generator
 from tl_scopes.scopes.heta import attention_flow, information
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -112,8 +112,8 @@ def test_batches_change_no_number(some_lin: tls.Linearization, monkeypatch: pyte
     """The batch size is about memory alone."""
     scope = tls.HetaScope(TARGET, probes=2)
     whole = scope(some_lin)
-    monkeypatch.setattr("tl_scopes.curvature._WORKING_BYTES_OF_CPU", 1)
-    monkeypatch.setattr("tl_scopes.pullback._WORKING_BYTES_OF_CPU", 1)
+    monkeypatch.setattr("tl_scopes.jacobian.curvature._WORKING_BYTES_OF_CPU", 1)
+    monkeypatch.setattr("tl_scopes.jacobian.pullback._WORKING_BYTES_OF_CPU", 1)
     alone = scope(some_lin)
     for term in ("scores", "M", "S", "I"):
         assert_close(getattr(alone, term), getattr(whole, term), **EXACT)

@@ -13,9 +13,7 @@ import torch
 
 import tl_scopes as tls
 from tests import zoo
-from tl_scopes.baselines import RandomBaseline
 from tl_scopes.faithfulness import differences, summary
-from tl_scopes.faithfulness.counterfactuals import TASKS, counterfactuals, replaced
 from tl_scopes.faithfulness.known_causes import (
     MEASURES,
     all_scopes,
@@ -25,6 +23,8 @@ from tl_scopes.faithfulness.known_causes import (
     retrieval,
 )
 from tl_scopes.faithfulness.tables import BEGIN, END, confirmed, put_into, to_markdown
+from tl_scopes.scopes.baselines import RandomBaseline
+from tl_scopes.tiny.counterfactuals import TASKS, counterfactuals, replaced
 from tl_scopes.tiny.example import Example
 from tl_scopes.tiny.language import ASIDES, GERMAN_NOUNS, HOLDERS, NOUNS, THINGS
 from tl_scopes.tiny.tasks import examples

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
-from tl_scopes.fisher_information import fisher_information
-from tl_scopes.pullback import pull, pulls
+from tl_scopes.jacobian.fisher_information import fisher_information
+from tl_scopes.jacobian.pullback import pull, pulls
 
 POSITION, TARGET = 5, 7
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -92,7 +92,7 @@ def test_batches_change_no_number(lin: tls.Linearization, monkeypatch: pytest.Mo
     cotangents = randn(5, len(lin.readout))
     tangents = randn(5, *lin.embeddings.shape)
     whole, pushed = lin.vjp(cotangents), lin.jvp(tangents)
-    monkeypatch.setattr("tl_scopes.pullback._WORKING_BYTES_OF_CPU", 1)
+    monkeypatch.setattr("tl_scopes.jacobian.pullback._WORKING_BYTES_OF_CPU", 1)
     assert_close(lin.vjp(cotangents), whole, **EXACT)
     assert_close(lin.jvp(tangents), pushed, **EXACT)
     dealt = pulls([0], lin.trace.places, [cotangents])

@@ -16,9 +16,10 @@ import tl_scopes as tls
 from tests import zoo
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, VOCAB, Specimen
-from tl_scopes import curvature, models
-from tl_scopes.diagnostics.observable import LocalObservable, Rays
+from tl_scopes import models
 from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
+from tl_scopes.jacobian import curvature
+from tl_scopes.jacobian.metric import LocalObservable, Rays
 from tl_scopes.tiny.tasks import examples
 
 POSITION, TARGET = 5, 7
@@ -329,8 +330,8 @@ def test_batches_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     with zoo.Float64():
         reports = [tls.linearity(model, PROMPT[:3], tls.FisherScope(), **FEW) for _ in range(2)]
         numbers = [tls.linearity(model, PROMPT[:3], tls.SemanticScope(), **FEW)]
-        monkeypatch.setattr("tl_scopes.pullback._WORKING_BYTES_OF_CPU", 1)
-        monkeypatch.setattr("tl_scopes.curvature._WORKING_BYTES_OF_CPU", 1)
+        monkeypatch.setattr("tl_scopes.jacobian.pullback._WORKING_BYTES_OF_CPU", 1)
+        monkeypatch.setattr("tl_scopes.jacobian.curvature._WORKING_BYTES_OF_CPU", 1)
         reports.append(tls.linearity(model, PROMPT[:3], tls.FisherScope(), **FEW))
         numbers.append(tls.linearity(model, PROMPT[:3], tls.SemanticScope(), **FEW))
     for other in reports[1:]:

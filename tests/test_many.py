@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
-from tl_scopes.linearization import linearize_places
+from tl_scopes.jacobian.linearization import linearize_places
 from tl_scopes.tiny.tasks import examples
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

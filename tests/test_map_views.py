@@ -16,7 +16,8 @@ from matplotlib import style
 
 import tl_scopes as tls
 from tests.pictures import CANVAS, NASTY, PROBE, Reader, answer, browse, canvas, needs_browser
-from tl_scopes.views import heat_map, map_views
+from tl_scopes.views import attribution_map as map_views
+from tl_scopes.views import heat_map
 from tl_scopes.views.markup import visible
 from tl_scopes.views.palette import Scale, color
 
@@ -232,7 +233,7 @@ def test_map_draws_itself(tmp_path: Path) -> None:
 
 
 def test_import_loads_no_matplotlib() -> None:
-    code = "import sys, tl_scopes.views.map_views, tl_scopes.views.attention_views; print('matplotlib' in sys.modules)"
+    code = "import sys, tl_scopes.views.attribution_map, tl_scopes.views.attention; print('matplotlib' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

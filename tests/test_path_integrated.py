@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, VOCAB, Specimen
-from tl_scopes import baselines
+from tl_scopes.scopes import baselines
 
 POSITION, TARGET, VERSUS = 5, 7, 9
 EXACT = {"rtol": 1e-9, "atol": 1e-11}

@@ -16,10 +16,10 @@ from tests.pictures import NASTY, Reader
 from tests.test_attention import HOLDABLE, MORE, WITH_ATTENTION, WRAPPED
 from tests.test_left_as_found import failing, unchanged
 from tests.zoo import PROMPT, Specimen
+from tl_scopes.diagnostics.sink_report import INTERVENTIONS, can_be_sinks, uniform_mass
 from tl_scopes.diagnostics.sinks import attention_mass, mass_of
-from tl_scopes.diagnostics.sinks_report import INTERVENTIONS, can_be_sinks, uniform_mass
+from tl_scopes.jacobian.replacement import effects, substitute
 from tl_scopes.models import attention_layers, masked_attention
-from tl_scopes.replacement import effects, substitute
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 TOKENS = torch.tensor(PROMPT)

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
-from tl_scopes import models, pullback, spectrum
-from tl_scopes.randomness import prompt_generator
+from tl_scopes import models
+from tl_scopes.jacobian import pullback, spectrum
+from tl_scopes.jacobian.randomness import prompt_generator
 from tl_scopes.tiny.tasks import examples
 
 POSITION = 5

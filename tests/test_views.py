@@ -20,8 +20,8 @@ import pytest
 import torch
 
 from tests.pictures import ARE, IS, NASTY, PROBE, SENTENCE, Reader, answer, browse, needs_browser
-from tl_scopes.views import card
-from tl_scopes.views.live_view import LiveView
+from tl_scopes.views import attribution as card
+from tl_scopes.views.live import LiveView
 from tl_scopes.views.markup import visible
 from tl_scopes.views.palette import color, text_color
 
@@ -252,7 +252,7 @@ def test_attribution_draws_itself(tmp_path: Path) -> None:
 
 def test_import_loads_nothing_heavy() -> None:
     heavy = ("circuitsvis", "matplotlib", "pandas", "IPython", "transformer_lens")
-    code = f"import sys, tl_scopes.views.card; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, tl_scopes.views.attribution; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

@@ -5,24 +5,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tl_scopes.api import attribute, linearize
-    from tl_scopes.attribution import Attribution
-    from tl_scopes.comparison import Comparison, compare
-    from tl_scopes.corrections import FrozenAttentionScope, PositionCorrectedScope
+    from tl_scopes.corpus import attribute_many, attribution_map
     from tl_scopes.diagnostics.check_report import Check, Checks
     from tl_scopes.diagnostics.linearity import linearity
     from tl_scopes.diagnostics.linearity_report import LinearityReport
+    from tl_scopes.diagnostics.sink_report import SinkReport
     from tl_scopes.diagnostics.sinks import sink_report
-    from tl_scopes.diagnostics.sinks_report import SinkReport
     from tl_scopes.faithfulness.evaluation import evaluate
     from tl_scopes.faithfulness.known_causes import known_causes
-    from tl_scopes.linearization import Linearization
-    from tl_scopes.many import attribute_many, attribution_map
-    from tl_scopes.maps import AttributionMap
-    from tl_scopes.question import JacobianScope, Measurement, Scope
+    from tl_scopes.jacobian.linearization import Linearization
+    from tl_scopes.results.attribution import Attribution
+    from tl_scopes.results.attribution_map import AttributionMap
+    from tl_scopes.results.comparison import Comparison, compare
+    from tl_scopes.scopes.corrections import FrozenAttentionScope, PositionCorrectedScope
     from tl_scopes.scopes.direction import DirectionScope
     from tl_scopes.scopes.fisher import FisherScope
     from tl_scopes.scopes.heta import HetaScope
     from tl_scopes.scopes.path_integrated import PathIntegratedScope
+    from tl_scopes.scopes.scope import JacobianScope, Measurement, Scope
     from tl_scopes.scopes.semantic import SemanticScope
     from tl_scopes.scopes.spectral import SpectralScope
     from tl_scopes.scopes.temperature import TemperatureScope
@@ -62,30 +62,30 @@ __all__ = [
 ]
 
 _HOME = {
-    "Attribution": "attribution",
-    "AttributionMap": "maps",
+    "Attribution": "results.attribution",
+    "AttributionMap": "results.attribution_map",
     "Check": "diagnostics.check_report",
     "Checks": "diagnostics.check_report",
-    "Comparison": "comparison",
+    "Comparison": "results.comparison",
     "DirectionScope": "scopes.direction",
     "FisherScope": "scopes.fisher",
-    "FrozenAttentionScope": "corrections",
+    "FrozenAttentionScope": "scopes.corrections",
     "HetaScope": "scopes.heta",
-    "JacobianScope": "question",
+    "JacobianScope": "scopes.scope",
     "LinearityReport": "diagnostics.linearity_report",
-    "Linearization": "linearization",
-    "Measurement": "question",
+    "Linearization": "jacobian.linearization",
+    "Measurement": "scopes.scope",
     "PathIntegratedScope": "scopes.path_integrated",
-    "PositionCorrectedScope": "corrections",
-    "Scope": "question",
+    "PositionCorrectedScope": "scopes.corrections",
+    "Scope": "scopes.scope",
     "SemanticScope": "scopes.semantic",
-    "SinkReport": "diagnostics.sinks_report",
+    "SinkReport": "diagnostics.sink_report",
     "SpectralScope": "scopes.spectral",
     "TemperatureScope": "scopes.temperature",
     "attribute": "api",
-    "attribute_many": "many",
-    "attribution_map": "many",
-    "compare": "comparison",
+    "attribute_many": "corpus",
+    "attribution_map": "corpus",
+    "compare": "results.comparison",
     "evaluate": "faithfulness.evaluation",
     "known_causes": "faithfulness.known_causes",
     "linearity": "diagnostics.linearity",

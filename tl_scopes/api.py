@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import SupportsIndex
 
 from tl_scopes import models
-from tl_scopes.attribution import Attribution
-from tl_scopes.linearization import Linearization, linearize_places
+from tl_scopes.jacobian.linearization import Linearization, linearize_places
 from tl_scopes.models import Model, Prompt
-from tl_scopes.question import Scope, as_written
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.scope import Scope, as_written
 
 
 def linearize(

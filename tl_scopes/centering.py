@@ -4,7 +4,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Trace
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from tl_scopes.terminal import report
+from tl_scopes.views.terminal import report
 
 # torch and TransformerLens take seconds to import, so functions import what needs them, and --help does not wait.
 
@@ -173,7 +173,7 @@ def main(
 
         import tl_scopes as tls
         from tl_scopes import models
-        from tl_scopes.views import card
+        from tl_scopes.views import attribution as card
 
         if model is None or Path(model).is_dir() or not sys.stderr.isatty():
             logging.disable_progress_bar()  # there is no download to wait for, or nobody waits

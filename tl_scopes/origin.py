@@ -8,7 +8,7 @@ from weakref import ReferenceType, ref
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Model
 
 

@@ -16,9 +16,9 @@ import torch
 import tl_scopes as tls
 from tl_scopes import models
 from tl_scopes.faithfulness import Protocol, differences
-from tl_scopes.faithfulness.counterfactuals import TASKS
-from tl_scopes.linearization import Linearization
-from tl_scopes.question import Measurement
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.scopes.scope import Measurement
+from tl_scopes.tiny.counterfactuals import TASKS
 from tl_scopes.tiny.example import Example
 from tl_scopes.tiny.tasks import examples
 

@@ -7,10 +7,10 @@ import torch
 
 import tl_scopes
 from tl_scopes.api import linearize
-from tl_scopes.attribution import Attribution
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Model
-from tl_scopes.question import Scope
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.scope import Scope
 
 
 def linearize_again(answer: Attribution, model: Model | None) -> tuple[Linearization, Scope | None]:

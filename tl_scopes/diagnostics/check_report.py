@@ -71,6 +71,6 @@ class Checks:
         return pd.DataFrame([vars(check) for check in self.found]).rename(columns={"name": "check"})
 
     def _repr_html_(self) -> str:
-        from tl_scopes.views import checks_card
+        from tl_scopes.views import checks as checks_card
 
         return checks_card.fragment(self)

@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.attribution import Attribution
 from tl_scopes.centering import is_centered
-from tl_scopes.corrections import Around
 from tl_scopes.diagnostics.again import linearize_again
 from tl_scopes.diagnostics.check_report import Check, Checks
-from tl_scopes.diagnostics.checked import TOLERANCE, Checked
+from tl_scopes.diagnostics.evidence import TOLERANCE, Checked
 from tl_scopes.diagnostics.linearity_report import CONFIDENT, is_saturated
+from tl_scopes.diagnostics.sink_report import can_be_sinks, uniform_mass
 from tl_scopes.diagnostics.sinks import attention_mass
-from tl_scopes.diagnostics.sinks_report import can_be_sinks, uniform_mass
+from tl_scopes.jacobian.pullback import NoSecondDerivativeError
 from tl_scopes.models import Model
-from tl_scopes.pullback import NoSecondDerivativeError
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.corrections import Around
 from tl_scopes.scopes.direction import DirectionScope
 from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope

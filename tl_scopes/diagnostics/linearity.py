@@ -11,11 +11,11 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.api import linearize, require_scope
 from tl_scopes.diagnostics.linearity_report import KINDS, LinearityReport
-from tl_scopes.diagnostics.observable import LocalObservable, Rays
 from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.metric import LocalObservable, Rays
 from tl_scopes.models import Model, Prompt
-from tl_scopes.question import Scope, as_written
+from tl_scopes.scopes.scope import Scope, as_written
 
 _ROUNDING_DRAWS = 8
 

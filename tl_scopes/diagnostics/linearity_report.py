@@ -179,7 +179,7 @@ class LinearityReport:
         return figure
 
     def _repr_html_(self) -> str:
-        from tl_scopes.views import linearity_card
+        from tl_scopes.views import linearity as linearity_card
 
         return linearity_card.fragment(self)
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.api import linearize, names
-from tl_scopes.attribution import Prediction
-from tl_scopes.diagnostics.sinks_report import INTERVENTIONS, SinkReport, can_be_sinks, uniform_mass
-from tl_scopes.linearization import Linearization
+from tl_scopes.diagnostics.sink_report import INTERVENTIONS, SinkReport, can_be_sinks, uniform_mass
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.replacement import divergence, substitute
 from tl_scopes.models import AttentionOutOfReachError, Model, Prompt
-from tl_scopes.question import Scope
-from tl_scopes.replacement import divergence, substitute
+from tl_scopes.results.attribution import Prediction
 from tl_scopes.scopes.fisher import FisherScope
+from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.temperature import TemperatureScope
 

@@ -4,7 +4,7 @@
 """
 
 from tl_scopes.faithfulness.curves import plot
-from tl_scopes.faithfulness.protocol import Protocol
+from tl_scopes.faithfulness.perturbation import Protocol
 from tl_scopes.faithfulness.statistics import differences, summary
 
 __all__ = ["Protocol", "differences", "plot", "summary"]

@@ -15,8 +15,6 @@ from tqdm.auto import tqdm
 
 from tl_scopes import models
 from tl_scopes.api import linearize, names
-from tl_scopes.attribution import Attribution
-from tl_scopes.baselines import LeaveOneOut
 from tl_scopes.faithfulness.log import Log, Record
 from tl_scopes.faithfulness.measures import (
     Removal,
@@ -28,12 +26,14 @@ from tl_scopes.faithfulness.measures import (
     soft_measures,
     spearman,
 )
-from tl_scopes.faithfulness.protocol import Protocol, Substitutes
+from tl_scopes.faithfulness.perturbation import Protocol, Substitutes
 from tl_scopes.faithfulness.settings import settings
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import prompt_generator
 from tl_scopes.models import Model, Prompt
-from tl_scopes.question import Scope
-from tl_scopes.randomness import prompt_generator
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.baselines import LeaveOneOut
+from tl_scopes.scopes.scope import Scope
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +108,7 @@ def evaluate(
     Departure: Adebayo et al. initialise weights anew; shuffling each parameter keeps its scale on any architecture.
 
     Example:
-        >>> from tl_scopes.baselines import RandomBaseline
+        >>> from tl_scopes.scopes.baselines import RandomBaseline
         >>> from tl_scopes.faithfulness import Protocol
         >>> prompts = ["The keys to the old cabinet near the door", "The wheel of the cars near the old bridge"]
         >>> protocol = Protocol(fractions=(0.1, 0.2))

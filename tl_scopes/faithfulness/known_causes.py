@@ -18,29 +18,29 @@ from tqdm.auto import tqdm
 
 from tl_scopes import models
 from tl_scopes.api import linearize, names
-from tl_scopes.baselines import (
+from tl_scopes.faithfulness.evaluation import candidates
+from tl_scopes.faithfulness.measures import ranking
+from tl_scopes.faithfulness.tables import BEGIN, END, confirmed, put_into, to_markdown
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import prompt_generator
+from tl_scopes.models import Model
+from tl_scopes.scopes.baselines import (
     AttentionRollout,
     GradientTimesInput,
     IntegratedGradients,
     LeaveOneOut,
     RandomBaseline,
 )
-from tl_scopes.corrections import FrozenAttentionScope, PositionCorrectedScope
-from tl_scopes.faithfulness.counterfactuals import TASKS, counterfactuals
-from tl_scopes.faithfulness.evaluation import candidates
-from tl_scopes.faithfulness.measures import ranking
-from tl_scopes.faithfulness.tables import BEGIN, END, confirmed, put_into, to_markdown
-from tl_scopes.linearization import Linearization
-from tl_scopes.models import Model
-from tl_scopes.question import Scope, TargetScope, as_written
-from tl_scopes.randomness import prompt_generator
+from tl_scopes.scopes.corrections import FrozenAttentionScope, PositionCorrectedScope
 from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
+from tl_scopes.scopes.scope import Scope, TargetScope, as_written
 from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.spectral import SpectralScope
 from tl_scopes.scopes.temperature import TemperatureScope
 from tl_scopes.tiny import load_tiny
+from tl_scopes.tiny.counterfactuals import TASKS, counterfactuals
 from tl_scopes.tiny.example import Example
 from tl_scopes.tiny.tasks import examples
 

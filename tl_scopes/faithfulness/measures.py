@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_scopes.faithfulness.protocol import Protocol
-from tl_scopes.linearization import Linearization
-from tl_scopes.replacement import effects
+from tl_scopes.faithfulness.perturbation import Protocol
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.replacement import effects
 
 
 class Value(NamedTuple):

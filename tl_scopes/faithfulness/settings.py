@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.faithfulness.protocol import Protocol
+from tl_scopes.faithfulness.perturbation import Protocol
 from tl_scopes.models import Model
-from tl_scopes.question import Scope, as_written
+from tl_scopes.scopes.scope import Scope, as_written
 
 
 def settings(model: Model, scopes: Mapping[str, Scope], protocol: Protocol, tokens: Sequence[Tensor]) -> dict[str, Any]:

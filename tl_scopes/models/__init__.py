@@ -12,7 +12,6 @@ from tl_scopes.models.attention import (
     masked_attention,
 )
 from tl_scopes.models.embedding import EMBEDDING, embed, embedding_matrix, mean_embedding
-from tl_scopes.models.evaluation import evaluate, predict
 from tl_scopes.models.forward import (
     READOUT,
     Trace,
@@ -23,7 +22,9 @@ from tl_scopes.models.forward import (
     undisturbed,
     user_hooks,
 )
-from tl_scopes.models.kinds import (
+from tl_scopes.models.interventions import evaluate, predict
+from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
+from tl_scopes.models.supported import (
     Model,
     batches_cotangents,
     check_model,
@@ -31,7 +32,6 @@ from tl_scopes.models.kinds import (
     has_constant_readout_norm,
     model_name,
 )
-from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
 from tl_scopes.models.tokens import Prompt, Token, as_count, as_int, starts_with_bos, token, token_text, tokenize
 from tl_scopes.models.weights import exchanged_weights, fingerprint, shuffled_weights
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes.models.forward import READOUT, attached, hook_name, one_at_a_time
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.supported import Model
 from tl_scopes.models.tokens import as_int
 
 _CACHED_BYTES = 2**30

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.supported import Model
 
 
 class StopForward(BaseException):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl_scopes.models.checkpointing import StopForward
 from tl_scopes.models.forward import attached, one_at_a_time
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.supported import Model
 
 EMBEDDING = "hook_embed"
 """The hook behind the token embedding: the paper's inputs x."""

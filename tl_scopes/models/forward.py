@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes.models.checkpointing import StopForward, checkpointed, frozen
-from tl_scopes.models.kinds import Model, has_backward_hooks
 from tl_scopes.models.memory import enough_memory
+from tl_scopes.models.supported import Model, has_backward_hooks
 
 READOUT = "ln_final"
 """The paper's name for the end of the Jacobian: what the unembedding reads."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.supported import Model
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Model:

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.supported import Model
 
 _CGROUP = Path("/sys/fs/cgroup")
 

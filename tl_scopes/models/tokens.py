@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.supported import Model
 
 Prompt: TypeAlias = str | Sequence[int] | Tensor
 

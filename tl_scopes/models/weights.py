@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_scopes.models.forward import one_at_a_time
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.supported import Model
 
 
 def learned(model: Model) -> list[Tensor]:

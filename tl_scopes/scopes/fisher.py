@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.attribution import Attribution
-from tl_scopes.fisher_information import fisher_products, fisher_root, weighted_logits
-from tl_scopes.linearization import Linearization
-from tl_scopes.question import Measurement, Observable, Scope, squared_norms
-from tl_scopes.randomness import source
+from tl_scopes.jacobian.fisher_information import fisher_products, fisher_root, weighted_logits
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import source
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.scope import Measurement, Observable, Scope, squared_norms
 
 _PROBES = 32
 _OVERSAMPLING, _ITERATIONS = 8, 2

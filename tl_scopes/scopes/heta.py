@@ -11,12 +11,13 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_scopes import models, pullback
-from tl_scopes.curvature import block_norms
-from tl_scopes.linearization import Linearization
+from tl_scopes import models
+from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.curvature import block_norms
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import Token
-from tl_scopes.question import Measurement, Observable, Scope
-from tl_scopes.randomness import source
+from tl_scopes.scopes.scope import Measurement, Observable, Scope
 
 
 def attention_flow(lin: Linearization) -> Float[Tensor, "token"]:

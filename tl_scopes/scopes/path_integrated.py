@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_scopes import models
-from tl_scopes.attribution import Attribution
-from tl_scopes.linearization import Linearization
-from tl_scopes.question import Measurement, TargetScope, vjps
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.scope import Measurement, TargetScope, vjps
 
 _TOKENS_AT_ONCE = 1024
 """Points of the line run together up to this many tokens: memory as for one prompt of that length."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.linearization import Linearization
-from tl_scopes.question import JacobianScope, TargetScope
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.scopes.scope import JacobianScope, TargetScope
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes import models, spectrum
-from tl_scopes.fisher_information import fisher_root, weighted_logits
-from tl_scopes.linearization import Linearization
+from tl_scopes import models
+from tl_scopes.jacobian import spectrum
+from tl_scopes.jacobian.fisher_information import fisher_root, weighted_logits
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import source
+from tl_scopes.jacobian.spectrum import Sketch
 from tl_scopes.models import Token
-from tl_scopes.question import Measurement, Observable, Scope
-from tl_scopes.randomness import source
-from tl_scopes.spectrum import Sketch
+from tl_scopes.scopes.scope import Measurement, Observable, Scope
 
 _LISTED = 5
 
@@ -101,7 +102,7 @@ class SpectralScope(Scope):
         that is none.
     Source: the Jacobian of Liu et al. 2026 (arXiv:2601.16407). Effective rank: R₀ of Bartlett et al. 2020
         (arXiv:1906.11300), the participation ratio. Singular vectors of a token's Jacobian, read as tokens: Golden
-        2025 (arXiv:2505.24293). Algorithm: see `tl_scopes.spectrum`.
+        2025 (arXiv:2505.24293). Algorithm: see `tl_scopes.jacobian.spectrum`.
     Departure: no paper's scope. The effective rank is the participation ratio, not the exponential of an entropy: sums
         of σ² and σ⁴ have unbiased estimates from a few products, a sum of σ² log σ² has not.
 

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.linearization import Linearization
-from tl_scopes.question import JacobianScope, Observable
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.scopes.scope import JacobianScope, Observable
 
 
 @dataclass(frozen=True)

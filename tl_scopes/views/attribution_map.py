@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.attribution import Attribution
-from tl_scopes.maps import AttributionMap
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.views import heat_map, markup
-from tl_scopes.views.live_view import LiveView, Written, require_drawable
+from tl_scopes.views.live import LiveView, Written, require_drawable
 from tl_scopes.views.markup import SMALL, tag, visible
 from tl_scopes.views.palette import Scale, color, sinks
 

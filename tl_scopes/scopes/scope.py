@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes import models, pullback
-from tl_scopes.attribution import Attribution, Prediction
+from tl_scopes import models
 from tl_scopes.centering import is_centered
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Token
 from tl_scopes.origin import Origin, without_graphs
+from tl_scopes.results.attribution import Attribution, Prediction
 
 Observable: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From a readout [d_of] and its logits [vocab] (empty where there are none), in float64, to a number or a vector."""

@@ -7,9 +7,10 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tl_scopes.attribution import Attribution
-from tl_scopes.views import card, markup
-from tl_scopes.views.live_view import LiveView, as_html
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.views import attribution as card
+from tl_scopes.views import markup
+from tl_scopes.views.live import LiveView, as_html
 from tl_scopes.views.markup import MUTED, SMALL, chip, tag, visible
 from tl_scopes.views.palette import Scale
 

@@ -12,8 +12,8 @@ from rich.text import Text
 
 # Functions import what needs torch, so that --help does not wait for it.
 if TYPE_CHECKING:
-    from tl_scopes.attribution import Attribution
     from tl_scopes.diagnostics.check_report import Checks
+    from tl_scopes.results.attribution import Attribution
 
 
 def report(answer: "Attribution", subject: str, score: str, top: int, checks: "Checks | None") -> None:
@@ -26,7 +26,7 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
         top: how many tokens to list.
         checks: of the answer, or None.
     """
-    from tl_scopes.views.card import strengths
+    from tl_scopes.views.attribution import strengths
     from tl_scopes.views.markup import visible
     from tl_scopes.views.palette import color, text_color
 

@@ -254,7 +254,7 @@ class Attribution:
 
     def to_html(self, path: str | Path | None = None) -> str:
         """A static page of the coloured tokens, self-contained: no script, no network. Written to `path` if given."""
-        from tl_scopes.views import card
+        from tl_scopes.views import attribution as card
 
         html = card.page(self)
         if path is not None:
@@ -263,12 +263,12 @@ class Attribution:
 
     def show(self) -> Any:
         """circuitsvis' coloured tokens, for a live notebook; its script comes from the installed package."""
-        from tl_scopes.views import card
+        from tl_scopes.views import attribution as card
 
         return card.colored_tokens(self)
 
     def _repr_html_(self) -> str:
-        from tl_scopes.views import card
+        from tl_scopes.views import attribution as card
 
         return card.fragment(self)
 

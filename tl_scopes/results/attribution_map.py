@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.attribution import Attribution
 from tl_scopes.models import as_int
+from tl_scopes.results.attribution import Attribution
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,13 +119,13 @@ class AttributionMap:
 
     def plot(self) -> "Figure":
         """A heat map: predictions from top to bottom, tokens from left to right."""
-        from tl_scopes.views import map_views
+        from tl_scopes.views import attribution_map as map_views
 
         return map_views.plot(self)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """A static page of the heat map, self-contained: no script, no network. Written to `path` if given."""
-        from tl_scopes.views import map_views
+        from tl_scopes.views import attribution_map as map_views
 
         html = map_views.page(self)
         if path is not None:
@@ -134,11 +134,11 @@ class AttributionMap:
 
     def show(self) -> Any:
         """circuitsvis' attention view, for a live notebook; its script comes from the installed package."""
-        from tl_scopes.views import map_views
+        from tl_scopes.views import attribution_map as map_views
 
         return map_views.attention_view(self)
 
     def _repr_html_(self) -> str:
-        from tl_scopes.views import map_views
+        from tl_scopes.views import attribution_map as map_views
 
         return map_views.fragment(self)

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Model
 
 _WORKING_BYTES = 256 * 2**20

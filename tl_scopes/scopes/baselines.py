@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import prompt_generator
+from tl_scopes.jacobian.replacement import effects, substitute
 from tl_scopes.models import Token
-from tl_scopes.question import Measurement, Scope, TargetScope, vjps
-from tl_scopes.randomness import prompt_generator
-from tl_scopes.replacement import effects, substitute
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
+from tl_scopes.scopes.scope import Measurement, Scope, TargetScope, vjps
 
 __all__ = ["AttentionRollout", "GradientTimesInput", "IntegratedGradients", "LeaveOneOut", "RandomBaseline"]
 

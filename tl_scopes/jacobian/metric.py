@@ -10,9 +10,10 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes import curvature, models, pullback
-from tl_scopes.linearization import Linearization
-from tl_scopes.question import Observable
+from tl_scopes import models
+from tl_scopes.jacobian import curvature, pullback
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.scopes.scope import Observable
 
 _POWER_ITERATIONS = 8
 """Towards the steepest direction of a vector, which need not be met exactly. One is exact for a number."""

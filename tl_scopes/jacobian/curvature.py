@@ -7,8 +7,9 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tl_scopes import models, pullback
-from tl_scopes.linearization import Linearization
+from tl_scopes import models
+from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Model, Token
 
 _WORKING_BYTES, _WORKING_BYTES_OF_CPU = 2**29, 2**27

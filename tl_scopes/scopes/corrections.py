@@ -11,11 +11,11 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.api import linearize, require_scope
-from tl_scopes.attribution import Attribution
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import Token
-from tl_scopes.question import Measurement, Scope, as_written
-from tl_scopes.randomness import source
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.scope import Measurement, Scope, as_written
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import zlib
 
 import torch
 
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
 
 
 def prompt_generator(lin: Linearization, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.replacement import padding_token, substitute
 from tl_scopes.models import Model
-from tl_scopes.replacement import padding_token, substitute
 
 REPLACEMENTS = ("zero", "mean", "pad", "resample")
 

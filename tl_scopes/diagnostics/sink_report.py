@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_scopes.attribution import Attribution, Prediction
 from tl_scopes.models import Model
+from tl_scopes.results.attribution import Attribution, Prediction
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,7 +209,7 @@ class SinkReport:
         Raises:
             ValueError: for a position outside of the prompt.
         """
-        from tl_scopes.views import sink_views
+        from tl_scopes.views import sinks as sink_views
 
         return sink_views.plot(self, position)
 
@@ -224,11 +224,11 @@ class SinkReport:
             ValueError: for a layer without its model, one that there is not, a model whose attention is not that of
                 the report; a prompt that is too long to draw.
         """
-        from tl_scopes.views import sink_views
+        from tl_scopes.views import sinks as sink_views
 
         return sink_views.attention(self, layer, model)
 
     def _repr_html_(self) -> str:
-        from tl_scopes.views import sink_views
+        from tl_scopes.views import sinks as sink_views
 
         return sink_views.fragment(self)

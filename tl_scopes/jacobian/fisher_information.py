@@ -5,8 +5,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.linearization import Linearization
-from tl_scopes.question import Observable
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.scopes.scope import Observable
 
 
 def weighted_logits(lin: Linearization) -> Observable:

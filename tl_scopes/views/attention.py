@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.views import heat_map, markup
-from tl_scopes.views.live_view import LiveView, Written, require_drawable
+from tl_scopes.views.live import LiveView, Written, require_drawable
 from tl_scopes.views.markup import SMALL, tag
 from tl_scopes.views.palette import Scale, color
 

@@ -12,11 +12,11 @@ from tqdm.auto import tqdm
 
 from tl_scopes import models
 from tl_scopes.api import require_scope
-from tl_scopes.attribution import Attribution
-from tl_scopes.linearization import linearize_places
-from tl_scopes.maps import AttributionMap
+from tl_scopes.jacobian.linearization import linearize_places
 from tl_scopes.models import Model, Prompt
-from tl_scopes.question import Scope, warn
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.results.attribution_map import AttributionMap
+from tl_scopes.scopes.scope import Scope, warn
 
 _WINDOW = 16
 """Batches' worth of prompts that are read ahead and sorted by length, so that a batch needs little padding."""

@@ -9,8 +9,8 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes import pullback
-from tl_scopes.linearization import Linearization
+from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.linearization import Linearization
 
 _PROBES = 8
 _BLOCKS = 4

@@ -2,9 +2,9 @@
 
 from html import escape
 
-from tl_scopes.attribution import Attribution
+from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import markup
-from tl_scopes.views.live_view import LiveView, Written, as_html
+from tl_scopes.views.live import LiveView, Written, as_html
 from tl_scopes.views.markup import boxed, chip, rows, table, tag, visible
 from tl_scopes.views.palette import Scale, color
 

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes import models, pullback
+from tl_scopes import models
+from tl_scopes.jacobian import pullback
 from tl_scopes.models import Model, Token, Trace
 
 

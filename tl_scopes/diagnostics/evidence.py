@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.attribution import Attribution
 from tl_scopes.diagnostics.linearity import linearity, others_at
-from tl_scopes.diagnostics.observable import LocalObservable, Rays
 from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
-from tl_scopes.linearization import Linearization
-from tl_scopes.question import Scope
-from tl_scopes.replacement import divergence
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.metric import LocalObservable, Rays
+from tl_scopes.jacobian.replacement import divergence
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.scope import Scope
 
 TOLERANCE = 0.1
 """The relative error that is still called linear, as in `linearity`."""

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from tl_scopes import models
-from tl_scopes.diagnostics.sinks_report import INTERVENTIONS, SinkReport
+from tl_scopes.diagnostics.sink_report import INTERVENTIONS, SinkReport
 from tl_scopes.models import Model
-from tl_scopes.views import attention_views, heat_map, markup
-from tl_scopes.views.live_view import LiveView
+from tl_scopes.views import attention as attention_views
+from tl_scopes.views import heat_map, markup
+from tl_scopes.views.live import LiveView
 from tl_scopes.views.markup import MUTED, SMALL, boxed, chip, rows, tag
 from tl_scopes.views.palette import Scale
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_scopes.models.checkpointing import StopForward
 from tl_scopes.models.forward import READOUT, as_places, attached, check_value, hook_name, is_readout, one_at_a_time
-from tl_scopes.models.kinds import Model
+from tl_scopes.models.supported import Model
 
 
 @torch.no_grad()
