@@ -4,35 +4,35 @@ Everything that depends on the kind of model stands in this folder. The rest of 
 tensors that `trace` returns.
 """
 
-from tl_scopes.models.attention import (
-    AttentionLayer,
+from tl_scopes.models.arguments import as_count, as_flag, as_int, as_number, as_position
+from tl_scopes.models.attention import AttentionLayer, attention_layers
+from tl_scopes.models.causality import check_model
+from tl_scopes.models.embedding import embed, embedding_matrix, mean_embedding
+from tl_scopes.models.forward import Trace, goes_back_together, independence, trace, undisturbed
+from tl_scopes.models.hooks import EMBEDDING, READOUT, has_backward_hooks, is_readout, user_hooks
+from tl_scopes.models.interventions import (
     AttentionOutOfReachError,
-    attention_layers,
+    evaluate,
     held_attention,
     masked_attention,
+    predict,
 )
-from tl_scopes.models.embedding import EMBEDDING, embed, embedding_matrix, mean_embedding
-from tl_scopes.models.forward import (
-    READOUT,
-    Trace,
-    independence,
-    is_readout,
-    readout_graph,
-    trace,
-    undisturbed,
-    user_hooks,
-)
-from tl_scopes.models.interventions import evaluate, predict
 from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
-from tl_scopes.models.supported import (
-    Model,
-    batches_cotangents,
-    check_model,
-    has_backward_hooks,
-    has_constant_readout_norm,
-    model_name,
+from tl_scopes.models.memory import Work, at_once
+from tl_scopes.models.precision import precise, precise_dtype, sum_dtype
+from tl_scopes.models.prompts import Prompt, ReadPrompt, each_prompt, read_prompt, tokenize
+from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph
+from tl_scopes.models.state import ModelState
+from tl_scopes.models.supported import Model, model_name
+from tl_scopes.models.tokens import (
+    Token,
+    padding_token,
+    starts_with_bos,
+    token,
+    token_text,
+    tokenizer_of,
+    vocabulary_size,
 )
-from tl_scopes.models.tokens import Prompt, Token, as_count, as_int, starts_with_bos, token, token_text, tokenize
 from tl_scopes.models.weights import exchanged_weights, fingerprint, shuffled_weights
 
 __all__ = [
@@ -41,38 +41,54 @@ __all__ = [
     "AttentionLayer",
     "AttentionOutOfReachError",
     "Model",
+    "ModelState",
     "Prompt",
+    "ReadPrompt",
     "Token",
     "Trace",
+    "Work",
     "as_count",
+    "as_flag",
     "as_int",
+    "as_number",
+    "as_position",
+    "at_once",
     "attention_layers",
-    "batches_cotangents",
     "check_model",
+    "each_prompt",
     "embed",
     "embedding_matrix",
     "evaluate",
     "exchanged_weights",
     "fingerprint",
+    "goes_back_together",
     "has_backward_hooks",
     "has_constant_readout_norm",
     "held_attention",
     "hooked_from_llama",
     "independence",
+    "is_centered",
     "is_readout",
     "load",
     "load_hooked_llama",
     "masked_attention",
     "mean_embedding",
     "model_name",
+    "padding_token",
+    "precise",
+    "precise_dtype",
     "predict",
+    "read_prompt",
     "readout_graph",
     "shuffled_weights",
     "starts_with_bos",
+    "sum_dtype",
     "token",
     "token_text",
     "tokenize",
+    "tokenizer_of",
     "trace",
     "undisturbed",
     "user_hooks",
+    "vocabulary_size",
 ]

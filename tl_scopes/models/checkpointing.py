@@ -1,25 +1,22 @@
-"""Memory for time: keep the residual stream between blocks, run each block again in the backward pass."""
+"""Save memory by keeping only the residual stream between blocks and running each block again in the backward pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, TypeAlias
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tl_scopes.models.hooks import StopForward
 from tl_scopes.models.supported import Model
-
-
-class StopForward(BaseException):
-    """Ends a forward pass at a hook."""
 
 
 @contextmanager
 def checkpointed(model: Model) -> Iterator[dict[str, Any]]:
-    """Within, a forward pass keeps only what enters each block. Gives the options to run the model with.
+    """Inside, a forward pass keeps only what enters each block. Yields the options to run the model with.
 
-    A block is run again under the hooks it had in the forward pass, whatever has changed since: the numbers are the
-    same inside and outside of the user's `model.hooks(...)`. Weights that have changed are noticed.
+    A block is run again under the hooks that it had in the forward pass, so that the numbers are the same inside and
+    outside of the user's `model.hooks(...)`. A block whose weights have changed refuses to run again.
 
     Source: Chen et al. 2016 (arXiv:1604.06174), one segment per block.
     """
@@ -30,8 +27,9 @@ def checkpointed(model: Model) -> Iterator[dict[str, Any]]:
             # Past __setattr__, which on a bridge hands the attribute on to the Hugging Face block.
             vars(block)["forward"] = _Recomputed(model, block, block.forward)
         config = getattr(getattr(model, "original_model", None), "config", None)
+        text = getattr(config, "get_text_config", lambda: config)()  # a part of the configuration of models with images
         # A key-value cache would be filled twice.
-        yield {"use_cache": False} if getattr(config, "use_cache", False) else {}
+        yield {"use_cache": False} if any(getattr(part, "use_cache", False) for part in (config, text)) else {}
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
@@ -39,7 +37,7 @@ def checkpointed(model: Model) -> Iterator[dict[str, Any]]:
 
 
 class _Recomputed:
-    """A block's forward method that keeps its inputs alone."""
+    """A block's forward method that keeps nothing but its inputs."""
 
     def __init__(self, model: Model, block: nn.Module, forward: Any) -> None:
         self.model, self.block, self.forward = model, block, forward
@@ -49,7 +47,7 @@ class _Recomputed:
         again = _Again(self.model, self.block, self.hooks, self.versions)
 
         def once(*args: Any, **kwargs: Any) -> Any:
-            # The pass that stopped within this block stops there again, which is no concern of the backward pass.
+            # The pass that stopped within this block stops there again; the backward pass goes on from what it found.
             with suppress(StopForward) if again.entered else nullcontext():
                 return self.forward(*args, **kwargs)
 
@@ -57,7 +55,7 @@ class _Recomputed:
 
 
 class _Again(AbstractContextManager[None]):
-    """A block as it was in the forward pass: its hooks, and parameters without gradients."""
+    """Inside, a block has the hooks that it had in the forward pass, and its parameters take no gradients."""
 
     def __init__(self, model: Model, block: nn.Module, hooks: "_Hooks", versions: list[tuple[int, int]]) -> None:
         self.model, self.block, self.hooks, self.versions = model, block, hooks, versions
@@ -71,7 +69,7 @@ class _Again(AbstractContextManager[None]):
             )
         self.entered += 1
         self.stack = ExitStack()
-        self.stack.enter_context(frozen(self.model))
+        self.stack.enter_context(frozen(list(self.model.parameters())))
         self.stack.callback(_set_hooks, _hooks(self.block))
         _set_hooks(self.hooks)
 
@@ -81,7 +79,7 @@ class _Again(AbstractContextManager[None]):
 
 
 def _versions(block: nn.Module) -> list[tuple[int, int]]:
-    """Which parameters there are, and how often each was changed in place."""
+    """The identity of each parameter, and how often it was changed in place."""
     return [(id(parameter), parameter._version) for parameter in block.parameters()]
 
 
@@ -100,13 +98,13 @@ def _set_hooks(hooks: _Hooks) -> None:
 
 
 @contextmanager
-def frozen(model: Model) -> Iterator[None]:
-    """Parameters without gradients: the graph then keeps no activations for their sake."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, parameters take no gradients, so that the graph keeps no activations for their sake."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
     try:
-        for parameter in parameters:
+        for parameter in trained:
             parameter.requires_grad_(False)
         yield
     finally:
-        for parameter in parameters:
+        for parameter in trained:
             parameter.requires_grad_(True)

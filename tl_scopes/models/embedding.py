@@ -1,4 +1,7 @@
-"""What the embedding gives for tokens: where paths of inputs begin."""
+"""The value that the embedding gives for tokens, for the whole vocabulary and on average.
+
+This is a file of its own since paths, replacements and checks all begin at the embedding.
+"""
 
 from contextlib import suppress
 from typing import Any
@@ -7,22 +10,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models.checkpointing import StopForward
-from tl_scopes.models.forward import attached, one_at_a_time
+from tl_scopes.models.hooks import EMBEDDING, StopForward, attached, one_at_a_time
+from tl_scopes.models.memory import Work, at_once
+from tl_scopes.models.precision import sum_dtype
 from tl_scopes.models.supported import Model
-
-EMBEDDING = "hook_embed"
-"""The hook behind the token embedding: the paper's inputs x."""
-
-_TOKENS_AT_ONCE = 2**14
+from tl_scopes.models.tokens import vocabulary_size
 
 
 @torch.no_grad()
 def embed(model: Model, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token d_model"]:
-    """The values at "hook_embed" of these prompts.
+    """The values at "hook_embed" for these prompts.
 
-    Not rows of `model.W_E`: some models scale (Gemma) or normalise (Bloom) them before the hook. Hooks that the user
-    has set there act as in any other run.
+    They are not the rows of `model.W_E`, which some models scale (Gemma) or normalise (Bloom) before the hook. Hooks
+    that the user has set there act as in any other run.
 
     Cost: a forward pass as far as the embedding.
     """
@@ -42,7 +42,7 @@ def embedding_matrix(model: Model) -> Float[Tensor, "vocab d_model"]:
     # The weight alone lacks Gemma's multiplier, and running a bridge's own module would run the user's hooks.
     embed = getattr(model.embed, "original_component", None) or model.embed
     with torch.no_grad():
-        return embed(torch.arange(model.cfg.d_vocab, device=next(model.parameters()).device)[None])[0]
+        return embed(torch.arange(vocabulary_size(model), device=next(model.parameters()).device)[None])[0]
 
 
 def mean_embedding(model: Model, length: int) -> Float[Tensor, " d_model"]:
@@ -50,13 +50,13 @@ def mean_embedding(model: Model, length: int) -> Float[Tensor, " d_model"]:
 
     Cost: the embedding of every token of the vocabulary.
     """
-    vocab = model.cfg.d_vocab
+    vocab = vocabulary_size(model)
     prompts = torch.arange(-(-vocab // length) * length, device=next(model.parameters()).device) % vocab
     total: Tensor | float = 0.0
     left = vocab
-    for some in prompts.view(-1, length).split(max(1, _TOKENS_AT_ONCE // length)):
+    for some in prompts.view(-1, length).split(at_once(model, length, Work.EMBEDDING)):
         values = embed(model, some).flatten(0, 1)[:left]
         left -= len(values)
-        total = total + values.to(torch.promote_types(values.dtype, torch.float32)).sum(0)
+        total = total + values.to(sum_dtype(values)).sum(0)
     assert isinstance(total, Tensor)
     return total / vocab

@@ -1,9 +1,7 @@
 """One forward pass, with the graph from one hook to another."""
 
-import difflib
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,24 +10,29 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models.checkpointing import StopForward, checkpointed, frozen
+from tl_scopes.models.checkpointing import checkpointed, frozen
+from tl_scopes.models.gradient_check import gradients_pass
+from tl_scopes.models.hooks import (
+    EMBEDDING,
+    StopForward,
+    attached,
+    check_perturbed,
+    check_value,
+    has_backward_hooks,
+    hook_point,
+    is_readout,
+    one_at_a_time,
+)
 from tl_scopes.models.memory import enough_memory
-from tl_scopes.models.supported import Model, has_backward_hooks
-
-READOUT = "ln_final"
-"""The paper's name for the end of the Jacobian: what the unembedding reads."""
-
-# `ln_final.hook_normalized` is before the gain and the bias, and a side branch on the bridge: scores read there are
-# wrong. The input of the unembedding is the same tensor on every kind of model, also on those without a final norm.
-_READOUT_HOOK = "unembed.hook_in"
-_READOUT_NAMES = (READOUT, "ln_final.hook_out", _READOUT_HOOK)
+from tl_scopes.models.state import ModelState
+from tl_scopes.models.supported import Model, batches_cotangents
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
     """One forward pass, with the graph from a perturbation at the `wrt` hooks to the values at the `of` hook.
 
-    The perturbations are zeros, so the values are the model's own; they are there to be differentiated.
+    The perturbations are zeros, so that the values are the model's own; they are there to be differentiated.
     """
 
     places: tuple[tuple[int, int], ...]
@@ -42,67 +45,46 @@ class Trace:
     output: Float[Tensor, "row d_of"]
     """Values at the `of` hook; the root of the graph."""
     readout: Float[Tensor, "row d_of"] | None
-    """`output`, where the way to `logits` begins. None when `of` is no readout."""
+    """`output`, where the way to `logits` begins. None when `of` is not the readout."""
     logits: Float[Tensor, "row vocab"] | None
     """The model's own logits there, soft-caps and scales included: a function of `readout`, and through it of the
     perturbations."""
     unembedded: Float[Tensor, "row 1 vocab"] | None
     """What the unembedding gave out, on the way from `readout` to `logits`."""
+    state: ModelState
+    """The user's hooks and the weights that the pass ran with."""
+    moved: bool = False
+    """Whether other values than the model's own were put at a `wrt` hook."""
     hooked: bool = False
     """Whether backward hooks of the user's are in the graph."""
     checkpointed: bool = False
     """Whether its blocks are run again in the backward pass."""
     graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """The `readout_graph` that was asked for last: of all rows they would take as much again as `logits`."""
+    """The `readout_graph` that was asked for last. Those of all rows would take as much memory again as `logits`."""
 
     @cached_property
     def slope(self) -> Float[Tensor, "row vocab"]:
-        """Derivative of each logit with respect to its own entry of `unembedded`: of scales and soft-caps."""
+        """The derivative of each logit with respect to its own entry of `unembedded`: what scales and soft-caps do."""
         assert self.logits is not None
         assert self.unembedded is not None
-        return torch.autograd.grad(self.logits.sum(), self.unembedded, retain_graph=True)[0][:, 0]
+        with torch.enable_grad():
+            total = self.logits.sum()
+        return torch.autograd.grad(total, self.unembedded, retain_graph=True)[0][:, 0]
 
     def probe(self, row: int) -> Float[Tensor, " vocab"]:
-        """A cotangent of the logits of a row, to check one row's graph with."""
+        """A cotangent of the logits of a row, by which the graph of that row alone is checked."""
         assert self.logits is not None
-        return torch.linspace(-1, 1, self.logits.shape[-1]).to(self.logits).roll(7 * row)
+        return torch.linspace(-1, 1, self.logits.shape[-1], device=self.logits.device).to(self.logits).roll(7 * row)
 
     @cached_property
     def probed(self) -> Float[Tensor, "row d_of"]:
-        """What the graph of all rows makes of their probes."""
+        """The vector-Jacobian products of all rows with their probes, through the graph of the whole pass."""
         assert self.logits is not None
         assert self.readout is not None
         cotangent = torch.empty_like(self.logits)
         for row, of_row in enumerate(cotangent):
             of_row.copy_(self.probe(row))
         return torch.autograd.grad(self.logits, self.readout, cotangent, retain_graph=True)[0]
-
-
-one_at_a_time = threading.RLock()
-"""Hooks belong to the model: a second thread's would meet the first one's activations."""
-
-
-def is_readout(of: str) -> bool:
-    """Whether `of` names what the unembedding reads."""
-    return of in _READOUT_NAMES
-
-
-def hook_name(model: Model, name: str) -> str:
-    """The name under which the model knows a hook; the readout's names all mean the input of the unembedding.
-
-    Raises:
-        ValueError: for a name the model does not have.
-        TypeError: for a name that is no str.
-    """
-    if is_readout(name):
-        name = _READOUT_HOOK
-    if not isinstance(name, str):
-        raise TypeError(f"a hook is named by a str, got {name!r}.")
-    if name not in model.hook_dict:
-        close = difflib.get_close_matches(name, list(model.hook_dict), n=3, cutoff=0.5)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else " model.hook_dict lists them."
-        raise ValueError(f"the model has no hook {name!r}.{hint}")
-    return name
 
 
 def trace(
@@ -131,7 +113,8 @@ def trace(
     Cost: one forward pass. At the readout only the places go on to the unembedding; elsewhere the pass stops.
 
     Raises:
-        ValueError: a hook that does not exist, never fires, has no [batch pos d] value, or comes too late.
+        ValueError: for a hook that does not exist, never fires, whose value is not [batch pos d], or that comes too
+            late; for a module that no gradient passes.
         MemoryError: when the graph will not fit.
     """
     inputs: dict[str, Tensor] = {}
@@ -140,6 +123,7 @@ def trace(
     readout: list[Tensor] = []
     unembedded: list[Tensor] = []
     read_once: list[bool] = []
+    moved: list[bool] = []
     replacements = values or {}
     places = as_places(tokens, places)
     entries, positions = (list(numbers) for numbers in zip(*places, strict=True))
@@ -148,10 +132,12 @@ def trace(
         def hook_function(value: Tensor, hook: Any) -> Tensor:
             check_value(name, value, tokens)
             if name in replacements:
-                value = replacements[name].to(value)
-            if name not in perturbations:  # else a block that is run again for its backward pass
-                # A zero leaf, rather than requires_grad on the value: it works whether parameters are frozen or not,
-                # and where the hook hands out a view.
+                instead = replacements[name].to(value)
+                moved.append(not torch.equal(instead, value))
+                value = instead
+            if name not in perturbations:  # a block that is run again for its backward pass has them already
+                # A zero leaf, rather than requires_grad on the value, works whether parameters are frozen or not, and
+                # where the hook hands out a view.
                 perturbations[name] = torch.zeros_like(value, requires_grad=True)
                 inputs[name] = value.detach()
             return value + perturbations[name]
@@ -161,7 +147,7 @@ def trace(
     def read(value: Tensor, hook: Any) -> Tensor:
         check_value(of, value, tokens)
         chosen = value[entries, positions]
-        if not read_once:  # else a block that is run again
+        if not read_once:  # a block that is run again has been read already
             outputs.append(chosen)
         read_once.append(True)
         if not is_readout(of):
@@ -173,24 +159,22 @@ def trace(
         unembedded.append(value)
 
     logits = None
-    points = {name: hook_name(model, name) for name in (*wrt, of)}
+    known, parameters = model.hook_dict, list(model.parameters())
+    points = {name: hook_point(known, name) for name in (*wrt, of)}
     for name in wrt:
-        # A bridge has no point between attention and MLP on the stream itself: its alias is the MLP's branch alone.
-        if name.endswith("hook_resid_mid") and not model.hook_dict[name].name.endswith("hook_resid_mid"):
-            raise ValueError(
-                f"on a TransformerBridge {name!r} is only the branch into the MLP, without the residual stream beside "
-                f"it: take {name.replace('resid_mid', 'attn_out')!r}, which adds to the same place of the stream."
-            )
+        check_perturbed(points[name], name)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
+        state = ModelState.of(model, parameters)
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(frozen(model))
+        stack.enter_context(frozen(parameters))
         stack.callback(_let_go, model)
         for name in wrt:
-            stack.enter_context(attached(model.hook_dict[points[name]], perturb(name)))
-        stack.enter_context(attached(model.hook_dict[points[of]], read))
-        stack.enter_context(attached(model.hook_dict["unembed.hook_out"], read_unembedded))
+            stack.enter_context(attached(points[name], perturb(name)))
+        stack.enter_context(attached(points[of], read))
+        stack.enter_context(attached(known["unembed.hook_out"], read_unembedded))
         stack.enter_context(enough_memory(model, tokens, checkpoint))
+        stack.enter_context(gradients_pass(model, parameters, whole=EMBEDDING in wrt and is_readout(of)))
         options = stack.enter_context(checkpointed(model)) if checkpoint else {}
         with suppress(StopForward):
             logits = model(tokens, return_type="logits", **options)[:, -1]
@@ -206,40 +190,19 @@ def trace(
         raise independence(wrt, of)
     leaf, last = (values[0] if values else None for values in (readout, unembedded))
     output = outputs[0]
-    # A block that is to be run again keeps the hooks above: what they keep must not lead back to its graph.
+    # A block that is to be run again keeps the hooks above; what these keep must not lead back to its graph.
     for kept in (outputs, readout, unembedded):
         kept.clear()
-    hooked = has_backward_hooks(model)
-    return Trace(places, inputs, perturbations, output, leaf, logits, last, hooked, checkpoint)
+    hooked = any(point.bwd_hooks for point in known.values())
+    return Trace(places, inputs, perturbations, output, leaf, logits, last, state, any(moved), hooked, checkpoint)
 
 
-def readout_graph(model: Model, trace: Trace, row: int) -> tuple[Float[Tensor, "1 d_of"], Float[Tensor, "1 vocab"]]:
-    """A readout of a trace as a leaf, and the logits as a function of it, of that row alone.
+def goes_back_together(model: Model, trace: Trace) -> bool:
+    """Whether several cotangents may go back through the graph of this pass as one batch.
 
-    A backward pass from one row of `trace.logits` would go through the unembedding of all rows.
-
-    Cost: the unembedding of one row, when there are several.
+    Backward hooks of the user's would be handed tensors of torch.vmap's, which they can neither read nor keep.
     """
-    assert trace.readout is not None
-    assert trace.logits is not None
-    if len(trace.places) == 1:
-        return trace.readout, trace.logits
-    if known := trace.graphs.get(row):
-        return known
-    with one_at_a_time, torch.enable_grad():
-        leaf = trace.readout[row : row + 1].detach().requires_grad_()
-        unembedded = model.unembed(leaf[:, None])[:, 0]
-        # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
-        logits = trace.logits[row : row + 1].detach() + trace.slope[row] * (unembedded - unembedded.detach())
-    (found,), expected = torch.autograd.grad(logits, leaf, trace.probe(row)[None], retain_graph=True), trace.probed[row]
-    if not torch.allclose(found[0], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise ValueError(
-            "a hook of yours changes the unembedding or mixes its logits, so that one prediction cannot be told from "
-            "the others of the same forward pass: ask for one prompt and one position at a time."
-        )
-    trace.graphs.clear()
-    trace.graphs[row] = leaf, logits
-    return leaf, logits
+    return batches_cotangents(model) and not trace.hooked and not has_backward_hooks(model)
 
 
 def as_places(tokens: Tensor, places: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:
@@ -248,53 +211,21 @@ def as_places(tokens: Tensor, places: Sequence[tuple[int, int]] | None) -> tuple
 
 
 def undisturbed(trace: Trace) -> AbstractContextManager[Any]:
-    """Keep other threads' passes out of a backward pass that runs blocks again, which sets their hooks."""
+    """Keeps other threads' passes out of a backward pass that runs blocks again, since that sets their hooks."""
     return one_at_a_time if trace.checkpointed else nullcontext()
 
 
-def user_hooks(model: Model) -> dict[str, tuple[int, ...]]:
-    """Which hooks are set, but for those of another thread's pass: the same as long as nobody adds or takes any."""
-    with one_at_a_time:
-        return {name: tuple(id(h.hook) for h in at.fwd_hooks) for name, at in model.hook_dict.items() if at.fwd_hooks}
-
-
 def independence(wrt: Sequence[str], of: str) -> ValueError:
-    """What to raise when `of` does not depend on `wrt`."""
+    """The error to raise when `of` does not depend on `wrt`."""
     return ValueError(
         f"the value at {of!r} does not depend on {', '.join(map(repr, wrt))}: it is a side branch, "
         "or a hook of yours replaces everything in between."
     )
 
 
-def check_value(name: str, value: Any, tokens: Tensor) -> None:
-    """Refuse a hook whose value is no residual stream.
-
-    Raises:
-        ValueError: with the shape it has.
-    """
-    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[:2] != tokens.shape:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"the hook {name!r} has no [batch pos d] value but {shape}: choose a residual-stream hook.")
-
-
 def _let_go(model: Model) -> None:
-    """Some bridges (GPT-2, Pythia) keep their last attention pattern, and with it the graph that led to it."""
+    """Free the graph behind the last attention pattern, which some bridges (GPT-2, Pythia) keep."""
     for part in model.modules():
         kept = vars(part).get("_pattern")
         if isinstance(kept, Tensor):
             vars(part)["_pattern"] = kept.detach()
-
-
-@contextmanager
-def attached(point: Any, function: Callable[..., Tensor | None]) -> Iterator[None]:
-    """Add one forward hook to a HookPoint, after the user's, and take away that one alone.
-
-    Not `model.hooks(...)`: in compatibility mode it calls the function once for every alias of the point.
-    """
-    point.add_hook(function)
-    handle = point.fwd_hooks[-1]
-    try:
-        yield
-    finally:
-        handle.hook.remove()
-        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]

@@ -1,16 +1,27 @@
-"""Forward passes with other values at one hook, and no gradients: interventions."""
+"""Forward passes in which something is replaced: values at one hook, or what tokens attend to."""
 
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models.checkpointing import StopForward
-from tl_scopes.models.forward import READOUT, as_places, attached, check_value, hook_name, is_readout, one_at_a_time
-from tl_scopes.models.supported import Model
+from tl_scopes.models.arguments import as_int, as_position
+from tl_scopes.models.attention import layers_with, listed, part_name
+from tl_scopes.models.forward import as_places
+from tl_scopes.models.hooks import (
+    READOUT,
+    StopForward,
+    attached,
+    check_value,
+    hook_point,
+    is_readout,
+    one_at_a_time,
+)
+from tl_scopes.models.precision import sum_dtype
+from tl_scopes.models.supported import Model, architecture
 
 
 @torch.no_grad()
@@ -23,20 +34,20 @@ def evaluate(
     places: Sequence[tuple[int, int]] | None = None,
     values: Float[Tensor, "batch token d_model"] | None = None,
 ) -> tuple[Float[Tensor, "row d_of"], Float[Tensor, "row vocab"] | None]:
-    """The value at the `of` hook at some places, with other values at the `wrt` hook if given, and the logits there.
+    """The value at the `of` hook at some places, and the logits there; other values can be put at the `wrt` hook.
 
     Args:
         model: a checked model.
         tokens: prompts; shorter ones are filled up on the right.
         wrt: hook whose value is replaced.
-        of: hook whose value is read. There are logits only where it is the readout.
+        of: hook whose value is read. The logits are None unless it is the readout.
         places: entry of the batch, position. None is the last position of each entry.
-        values: what to put at `wrt`.
+        values: what to put at `wrt`; None leaves what is there.
 
     Cost: one forward pass; the unembedding runs at the places only.
 
     Raises:
-        ValueError: a hook that does not exist, never fires, or has no [batch pos d] value.
+        ValueError: for a hook that does not exist, never fires, or whose value is not [batch pos d].
     """
     entries, positions = (list(numbers) for numbers in zip(*as_places(tokens, places), strict=True))
     fired, read = [], []
@@ -56,8 +67,9 @@ def evaluate(
     logits = None
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
-        stack.enter_context(attached(model.hook_dict[hook_name(model, wrt)], replace))
-        stack.enter_context(attached(model.hook_dict[hook_name(model, of)], choose))
+        points = model.hook_dict
+        stack.enter_context(attached(hook_point(points, wrt), replace))
+        stack.enter_context(attached(hook_point(points, of), choose))
         with suppress(StopForward):
             logits = model(tokens, return_type="logits")[:, -1]
     for name, seen in ((wrt, fired), (of, read)):
@@ -76,7 +88,134 @@ def predict(
     places: Sequence[tuple[int, int]] | None = None,
     values: Float[Tensor, "batch token d_model"] | None = None,
 ) -> Float[Tensor, "row vocab"]:
-    """The model's logits at some places: see `evaluate`."""
+    """The model's logits at some places, with other values at the `wrt` hook if given: see `evaluate`."""
     logits = evaluate(model, tokens, wrt=wrt, places=places, values=values)[1]
     assert logits is not None
     return logits
+
+
+class AttentionOutOfReachError(ValueError):
+    """Attention patterns of this model cannot be changed from outside."""
+
+
+@contextmanager
+def held_attention(model: Model, keys: Sequence[SupportsIndex] | None = None) -> Iterator[None]:
+    """Inside, the attention paid to these positions is constant for differentiation; no value changes.
+
+    `tl_scopes.linearize` inside gives the Jacobian without the routes through these attention weights, in all layers
+    and heads. That holds for linearisations made inside, and for `Linearization.at` called inside. Weights on other
+    positions still move, as softmaxes over all scores, those of held positions included.
+
+    Other threads that would run a model through this package wait outside.
+
+    Args:
+        model: a checked model. Layers without attention (Jamba) have nothing to hold.
+        keys: positions attended to, negative ones from the end; None holds the whole patterns.
+
+    Raises:
+        ValueError: at once for a model without attention patterns; in the forward pass for keys outside of the prompt,
+            and an `AttentionOutOfReachError` for attention that runs inside a wrapped Hugging Face module, where a hook
+            comes too late (OPT, GPT-J, GPT-Neo; models of `boot_native` on TransformerLens 3.9).
+        TypeError: for keys that are not integers.
+    """
+    positions = None if keys is None else [as_int(key, "attention is held at positions, integers") for key in keys]
+
+    def hold(pattern: Tensor) -> Tensor:
+        still = pattern.detach()
+        return still if positions is None else torch.where(_at(positions, pattern, "held"), still, pattern)
+
+    with _changed_patterns(model, hold, "hold", "held"):
+        yield
+
+
+@contextmanager
+def masked_attention(model: Model, keys: Sequence[SupportsIndex]) -> Iterator[None]:
+    """Inside, no later token attends to these positions, in any layer or head:
+
+        A'[i, j] = A[i, j] / Σ_m A[i, m],   j and m not masked, or i itself
+
+    which are the softmaxes over the scores that are left. A masked token still attends to itself, but no other token
+    learns what it says, and all tokens keep their positions. Beside a learned sink logit (GPT-OSS) the sink's part
+    counts in the sum. Other threads that would run a model through this package wait outside.
+
+    Args:
+        model: a checked model. Layers without attention (Jamba) work as before.
+        keys: positions that are not attended to, negative ones from the end.
+
+    Raises:
+        ValueError: as `held_attention` does; in the forward pass also where a query had attended to nothing else.
+        TypeError: for keys that are not integers.
+    """
+    positions = [as_int(key, "attention is masked at positions, integers") for key in keys]
+
+    def mask(pattern: Tensor) -> Tensor:
+        later = torch.ones(pattern.shape[-2:], dtype=torch.bool, device=pattern.device).tril(-1)
+        precise = pattern.to(sum_dtype(pattern))
+        left = precise.masked_fill(_at(positions, pattern, "masked") & later, 0)
+        # What is missing in a row belongs to a learned sink, or is rounding (softmaxes are taken in float32).
+        missing = 1 - precise.sum(-1, keepdim=True)
+        rounding = 4 * max(torch.finfo(pattern.dtype).eps, torch.finfo(torch.float32).eps)
+        total = left.sum(-1, keepdim=True) + missing.where(missing > rounding, 0)
+        if not (total > 0).all():
+            raise AttentionOutOfReachError(
+                f"attention to {listed(positions)} cannot be masked in {architecture(model)}: in {pattern.dtype} a "
+                "query attends to nothing else, and has nothing to share out. Load the model in float32."
+            )
+        return (left / total).to(pattern)
+
+    with _changed_patterns(model, mask, "mask", "masked"):
+        yield
+
+
+@contextmanager
+def _changed_patterns(model: Model, change: Callable[[Tensor], Tensor], verb: str, done: str) -> Iterator[None]:
+    """Inside, every attention pattern is changed before it is used."""
+    layers = layers_with(model, "hook_pattern", "hook_z")
+    if not layers:
+        if layers_with(model, "hook_pattern"):
+            raise AttentionOutOfReachError(
+                f"attention cannot be {done} in {architecture(model)}: it has no hook on what its heads give out, "
+                "which would tell whether a changed pattern was used."
+            )
+        raise ValueError(f"{architecture(model)} has no attention patterns: there is nothing to {verb}.")
+    changed: set[int] = set()
+
+    def act(layer: int) -> Callable[..., Tensor]:
+        def hook_function(pattern: Tensor, hook: Any) -> Tensor:
+            changed.add(layer)
+            return change(pattern)
+
+        return hook_function
+
+    def check(layer: int) -> Callable[..., None]:
+        def hook_function(z: Tensor, hook: Any) -> None:
+            # A head's output comes after its pattern. If it comes first, the pattern was formed aside and is not used.
+            if layer not in changed:
+                raise AttentionOutOfReachError(
+                    f"attention cannot be {done} in {architecture(model)}: layer {layer} runs it inside a wrapped "
+                    "module, which a hook on the pattern does not reach. Take a HookedTransformer (TransformerLens "
+                    "3.9), or for a model of boot_native TransformerLens 4."
+                )
+            changed.remove(layer)
+
+        return hook_function
+
+    with ExitStack() as stack:
+        stack.enter_context(one_at_a_time)
+        points = model.hook_dict
+        for layer in layers:
+            stack.enter_context(attached(points[part_name(layer, "hook_pattern")], act(layer)))
+            stack.enter_context(attached(points[part_name(layer, "hook_z")], check(layer)))
+        yield
+
+
+def _at(positions: list[int], pattern: Tensor, done: str) -> Tensor:
+    """A mask over the keys of a pattern that is true at these positions.
+
+    Raises:
+        ValueError: for a position that the prompt, up to where the prediction is read, does not have.
+    """
+    tokens = pattern.shape[-1]
+    mask = torch.zeros(tokens, dtype=torch.bool, device=pattern.device)
+    mask[[as_position(position, tokens, f"attention cannot be {done}: position") for position in positions]] = True
+    return mask

@@ -1,4 +1,4 @@
-"""Models by name or from a folder."""
+"""Load a model by name or from a folder."""
 
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
             raise ValueError(f"the device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
     folder = Path(name).expanduser()
     if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{str(name)!r} is no folder with a config.json: give a folder that save_pretrained wrote.")
+        raise ValueError(f"{str(name)!r} is not a folder with a config.json: give a folder that save_pretrained wrote.")
     if not folder.exists() and str(name).startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {str(name)!r}: give one that save_pretrained wrote, or a model's name.")
     from transformer_lens.model_bridge import TransformerBridge

@@ -1,8 +1,9 @@
-"""Whether the graph of a forward pass will fit, asked after its first block."""
+"""Memory: how much there is, whether a graph will fit, and how many entries of a batch go through the model at once."""
 
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,30 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device; None where nobody says."""
+    """How many bytes are still free on a device; None where neither torch nor the system tells."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     if device.type != "cpu":
         return None
     free = int(psutil.virtual_memory().available)
-    try:  # a container may have less than its machine
+    try:  # a container may be allowed less than its machine has
         limit, used = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
         used -= sum(int(n) for n in re.findall(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.M))
-    except (OSError, ValueError):  # none, or "max"
+    except (OSError, ValueError):  # there is no limit, or it is "max"
         return free
     return min(free, limit - used)
 
 
 @contextmanager
 def enough_memory(model: Model, tokens: Tensor, checkpoint: bool) -> Iterator[None]:
-    """Within, a forward pass whose graph will not fit ends after the first block.
+    """Inside, a forward pass whose graph will not fit ends after the first block.
 
-    What the first block keeps is counted, not guessed, so that this holds for every architecture, precision and
-    attention kernel; a checkpointed block, which keeps nothing yet, is taken at what any Transformer's needs.
+    What the first block keeps is counted, so that the estimate holds for every architecture, precision and attention
+    kernel. A checkpointed block keeps nothing yet and is estimated by what a block of any Transformer keeps at least.
 
     Raises:
-        MemoryError: with an estimate and the remedies.
+        MemoryError: with the estimate and the remedies.
     """
     parameter = next(model.parameters())
     available, blocks = available_bytes(parameter.device), len(model.blocks)
@@ -76,6 +77,49 @@ def enough_memory(model: Model, tokens: Tensor, checkpoint: bool) -> Iterator[No
         stack.callback(handle.remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor))
         yield
+
+
+class Work(Enum):
+    """What an entry of a batch is there for. It decides what the entry keeps alive, and how much a batch may take."""
+
+    PULLBACK = (16 * 2**20, 512 * 2**20)
+    """A cotangent on its way back keeps the gradients inside one block; on a CPU small batches stay near its caches."""
+    CURVATURE = (128 * 2**20, 512 * 2**20)
+    """A Hessian-vector product keeps what it found for the activations of all layers until its end."""
+    GRAPH = (512 * 2**20, 512 * 2**20)
+    """A forward pass with its graph keeps the activations of all layers."""
+    PREDICTION = (256 * 2**20, 256 * 2**20)
+    """A forward pass without a graph keeps the activations of one block, and the logits of one position."""
+    EMBEDDING = (64 * 2**20, 64 * 2**20)
+    """A forward pass that ends at the embedding keeps the embeddings."""
+    PATTERN = (2**30, 2**30)
+    """A layer whose attention is cached keeps the patterns of all heads."""
+
+
+def at_once(model: Model, tokens: int, work: Work, *, batch: int = 1, size: int | None = None) -> int:
+    """How many entries of this work fit into the working memory that a batch of it may take; at least 1.
+
+    Args:
+        model: a checked model.
+        tokens: how many tokens an entry has.
+        work: what the entries are there for.
+        batch: how many prompts one entry consists of.
+        size: bytes of one number; None is that of the model's own.
+    """
+    cfg, parameter = model.cfg, next(model.parameters())
+    d_mlp, patterns = getattr(cfg, "d_mlp", None) or 0, cfg.n_heads * tokens
+    widths = {
+        Work.PULLBACK: max(4 * d_mlp, 8 * cfg.d_model, 3 * patterns),
+        Work.CURVATURE: cfg.n_layers * (4 * d_mlp + 8 * cfg.d_model + 3 * patterns),
+        Work.GRAPH: cfg.n_layers * (4 * d_mlp + 8 * cfg.d_model + 3 * patterns),
+        Work.PREDICTION: max(4 * d_mlp, 8 * cfg.d_model, 3 * patterns),
+        Work.EMBEDDING: cfg.d_model,
+        Work.PATTERN: patterns,
+    }
+    needed = batch * tokens * widths[work] * (size or parameter.element_size())
+    if work is Work.PREDICTION:
+        needed += batch * 8 * 8 * cfg.d_vocab  # log-probabilities are taken in float64, and some copies of them
+    return max(1, work.value[parameter.device.type != "cpu"] // needed)
 
 
 def _least_bytes(model: Model, tokens: int, length: int, size: int) -> int:

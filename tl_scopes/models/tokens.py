@@ -1,19 +1,15 @@
-"""From a prompt to token ids, and from ids to text that can be shown."""
+"""Tokens, ids and positions: what a text or a number means, and how a token is shown."""
 
-import operator
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_scopes.models.arguments import as_int
 from tl_scopes.models.supported import Model
-
-Prompt: TypeAlias = str | Sequence[int] | Tensor
 
 
 class Token(NamedTuple):
@@ -23,81 +19,57 @@ class Token(NamedTuple):
     text: str
 
 
-def tokenize(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> Int[Tensor, "token"]:
-    """Token ids of one prompt, on the model's device.
-
-    Text is tokenised as TransformerLens does it, BOS included by the same default; ids are taken as they are.
-
-    Raises:
-        ValueError: empty prompt, several prompts, ids out of range, longer than the context, text without a tokenizer.
-        TypeError: anything that is no prompt.
-    """
-    if isinstance(prompt, str):
-        if prompt == "":
-            raise ValueError("the prompt is empty: give at least one character.")
-        if getattr(model, "tokenizer", None) is None:
-            raise ValueError("the model has no tokenizer: pass token ids instead of text.")
-        ids = model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)[0].tolist()
-    else:
-        ids = _ids(prompt)
-    if not ids:
-        raise ValueError("the prompt is empty: give at least one token.")
-    vocab, context = model.cfg.d_vocab, _context(model)
-    for id in ids:
-        if not 0 <= id < vocab:
-            raise ValueError(f"token id {id} is outside the vocabulary of {vocab} (ids 0 to {vocab - 1}).")
-    if context is not None and len(ids) > context:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens, the model's context is {context}: shorten it, or pass a part of it."
-        )
-    return torch.tensor(ids, device=next(model.parameters()).device)
-
-
 def starts_with_bos(model: Model, tokens: Int[Tensor, "token"]) -> bool:
     """Whether the first of these tokens is the tokenizer's BOS token."""
     return int(tokens[0]) == getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
 
 
-def _ids(prompt: Any) -> list[int]:
-    """Token ids from a list or from a tensor or array of one row."""
-    values = prompt.tolist() if isinstance(prompt, Tensor) or hasattr(prompt, "__array__") else prompt
-    if not isinstance(values, Sequence) or isinstance(values, bytes):
-        raise TypeError(f"a prompt is a str, a list of token ids or a 1-D tensor of them, got {type(prompt).__name__}.")
-    if len(values) == 1 and isinstance(values[0], list) and values is not prompt:
-        values = values[0]  # the one row that model.to_tokens returns
-    if any(isinstance(value, str | Sequence) for value in values):
+def require_text(text: str, what: str) -> None:
+    """Refuse text that holds half a character, which no tokenizer takes.
+
+    Raises:
+        ValueError: for a lone surrogate, with its place.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
         raise ValueError(
-            f"expected one prompt, got a batch of {len(values)}: call attribute_many, or linearize once for each."
-        )
-    return [as_int(value, "token ids must be integers") for value in values]
+            f"the {what} {text[:40]!r} is not valid Unicode: at {error.start} it has {text[error.start]!r}, half of a "
+            "character. Decode the text that it comes from as UTF-8."
+        ) from error
 
 
-def as_int(value: Any, rule: str) -> int:
-    """An integer of Python's, numpy's or torch's; no bool and no float.
-
-    Raises:
-        TypeError: for anything else.
-    """
-    if not isinstance(value, bool) and getattr(value, "dtype", None) is not torch.bool:
-        with suppress(TypeError):
-            return operator.index(value)
-    raise TypeError(f"{rule}, got {value!r}.")
+def vocabulary_size(model: Model) -> int:
+    """How many token ids the model has."""
+    return int(model.cfg.d_vocab)
 
 
-def as_count(value: Any, rule: str) -> int:
-    """An integer from 1 on, of Python's, numpy's or torch's.
+def tokenizer_of(model: Model) -> Any:
+    """The model's tokenizer.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for a model without one.
     """
-    with suppress(TypeError):
-        if (count := as_int(value, rule)) >= 1:
-            return count
-    raise ValueError(f"{rule}, got {value!r}.")
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer: pass token ids instead of text.")
+    return tokenizer
 
 
-def _context(model: Model) -> int | None:
-    """The longest prompt; None where Hugging Face knows no limit, for TransformerLens then makes one up."""
+def padding_token(model: Model) -> int:
+    """The id of the padding token.
+
+    Raises:
+        ValueError: for a tokenizer without one, or a model without a tokenizer.
+    """
+    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    if pad is None:
+        raise ValueError('the model has no padding token: replace embeddings by "mean" or "zero" instead of "pad".')
+    return int(pad)
+
+
+def context_length(model: Model) -> int | None:
+    """The length of the longest prompt; None where Hugging Face has no limit, where TransformerLens makes one up."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
     if hasattr(config, "model_type") and not any(getattr(config, name, None) for name in names):
@@ -105,14 +77,21 @@ def _context(model: Model) -> int | None:
     return int(model.cfg.n_ctx)
 
 
-def token(model: Model, target: Any, vocab: int, what: str = "target") -> Token:
-    """The entry of a vocabulary of size `vocab` that is meant by a text or an id; errors call it by `what` it is for.
+def token(model: Model, target: Any, vocab: int | None = None, what: str = "target") -> Token:
+    """The entry of a vocabulary that a text or an id means.
+
+    Args:
+        model: a checked model.
+        target: text or id.
+        vocab: how many entries there are; None is as many as the model has token ids.
+        what: what the entry is for, as errors call it.
 
     Raises:
-        ValueError: a text of several tokens or of none, an id out of range, text without a tokenizer.
-        TypeError: neither text nor id.
+        ValueError: for a text of several tokens or of none, an id out of range, text without a tokenizer.
+        TypeError: for something that is neither text nor id.
     """
-    named = vocab == model.cfg.d_vocab  # else outputs are no tokens, as in models of algorithmic tasks
+    vocab = vocabulary_size(model) if vocab is None else vocab
+    named = vocab == vocabulary_size(model)  # else the outputs are not tokens, as in models of algorithmic tasks
     if not isinstance(target, str):
         id = as_int(target, f"a {what} is a token as text or as id")
         if not 0 <= id < vocab:
@@ -121,6 +100,7 @@ def token(model: Model, target: Any, vocab: int, what: str = "target") -> Token:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None or not named:
         raise ValueError(f"the model has no tokenizer for its output: pass the {what} {target!r} as a token id.")
+    require_text(target, what)
     for piece in _pieces(target):
         id = tokenizer.convert_tokens_to_ids(piece)
         if id is not None and tokenizer.convert_ids_to_tokens(id) == piece and token_text(model, id) == target:
@@ -141,7 +121,7 @@ def token(model: Model, target: Any, vocab: int, what: str = "target") -> Token:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """How a tokenizer may write a token of this text: as it is, in SentencePiece, in byte-level BPE."""
+    """The ways in which a tokenizer may write a token of this text: as it is, in SentencePiece, in byte-level BPE."""
     yield text
     yield text.replace(" ", "▁")
     named = re.findall("<0x([0-9A-F]{2})>", text)
@@ -153,7 +133,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def token_text(model: Model, id: int) -> str:
-    """One token as text; bytes that are no whole character show as <0xE2>, ids without a name as <17>."""
+    """One token as text; bytes that are not a whole character show as <0xE2>, ids without a name as <17>."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None or id >= len(tokenizer):  # a vocabulary may be padded
         return f"<{id}>"
@@ -171,7 +151,7 @@ def token_text(model: Model, id: int) -> str:
 
 @cache
 def byte_of_character() -> dict[str, int]:
-    """Which byte each character of a byte-level BPE vocabulary stands for (the printable alphabet of GPT-2)."""
+    """The byte that each character of a byte-level BPE vocabulary stands for (the printable alphabet of GPT-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

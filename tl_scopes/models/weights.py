@@ -1,4 +1,4 @@
-"""The weights as a whole: exchanged for others for a while, and told apart."""
+"""All weights of a model together: exchanged for others for a while, shuffled, told apart."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_scopes.models.forward import one_at_a_time
+from tl_scopes.models.hooks import one_at_a_time
 from tl_scopes.models.supported import Model
 
 
 def learned(model: Model) -> list[Tensor]:
-    """The parameters, and what was learned but is none: no tables, no masks.
+    """The parameters, and the other tensors that were learned; tables and masks are left out.
 
-    TransformerLens 4 keeps the bias that is folded into the unembedding in a buffer, routers of experts (DeepSeek) one
-    that was learned without a gradient; in compatibility mode TransformerLens 3.9 computes gated MLPs with tensors that
-    are plain attributes.
+    TransformerLens 4 keeps the bias that is folded into the unembedding in a buffer. Routers of experts (DeepSeek) keep
+    in a buffer a bias that was learned without a gradient. In compatibility mode TransformerLens 3.9 computes gated
+    MLPs with tensors that are plain attributes.
     """
     with one_at_a_time:
         biases = [b for name, b in model.named_buffers() if name.endswith("bias") and b.is_floating_point() and b.ndim]
@@ -28,13 +28,13 @@ def learned(model: Model) -> list[Tensor]:
 
 
 def _parts(model: Model) -> list[nn.Module]:
-    """All modules, those of a bridge and those of the model it goes around."""
+    """All modules: those of a bridge and those of the model that it wraps."""
     inner: Any = getattr(model, "original_model", model)
     return list({part: None for whole in (model, inner) for part in whole.modules()})
 
 
 def shuffled_weights(model: Model, generator: torch.Generator) -> list[Tensor]:
-    """For each of the weights, the same numbers in random order: what was learned is gone, the sizes are as they were.
+    """Each weight with its numbers in random order: what was learned is gone, the sizes of the numbers stay.
 
     Args:
         generator: source of the random numbers, on the CPU.
@@ -49,11 +49,11 @@ def shuffled_weights(model: Model, generator: torch.Generator) -> list[Tensor]:
 def exchanged_weights(model: Model, weights: Sequence[Tensor]) -> Iterator[None]:
     """Inside, the model computes with these weights; other threads that would run it wait.
 
-    A copy of a bridge would share hooks and modules with the bridge itself. So none is made, on either kind of model:
-    its modules hold other parameters for a while, and then their own again, which nobody has touched. A graph keeps the
-    parameters that it was made with, so what was linearised outside can be asked inside, and the other way round, in
-    this thread and in others; only what runs the model again (`Linearization.at`) runs it with the weights of the
-    moment, and a graph made with checkpoint=True says so instead.
+    No copy is made, since a copy of a bridge would share hooks and modules with the bridge itself. The modules of the
+    model hold other parameters for a while, and then their own again, which nobody has touched. A graph keeps the
+    parameters that it was made with, so that a linearisation made outside can be asked inside, and the other way round,
+    in this thread and in others. Only what runs the model again (`Linearization.at`) runs it with the weights of the
+    moment; a graph made with checkpoint=True refuses to.
     """
     # A bridge's modules hold some of its parameters a second time, as plain attributes.
     holders: list[dict[str, Any]] = [
@@ -72,14 +72,14 @@ def exchanged_weights(model: Model, weights: Sequence[Tensor]) -> Iterator[None]
 
 
 def _with_data(tensor: Tensor, data: Tensor) -> Tensor:
-    """Of the same kind, with other numbers."""
+    """A tensor of the same class (parameter or buffer) with other numbers."""
     other = copy(tensor)
     other.data = data
     return other
 
 
 def fingerprint(model: Model) -> int:
-    """A checksum of all weights, to the last bit: another one for other weights, as good as always.
+    """A checksum of all weights to the last bit; two models with other weights have the same one by chance only.
 
     Cost: a pass over the weights, on the CPU.
     """

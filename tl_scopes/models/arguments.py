@@ -1,0 +1,79 @@
+"""Numbers, flags and positions that a user gives: turned into Python's own, or refused with the rule and the value."""
+
+import operator
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, SupportsFloat
+
+import numpy as np
+import torch
+
+
+def as_int(value: Any, rule: str) -> int:
+    """An integer of Python, numpy or torch; bools and floats are refused.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if not isinstance(value, bool) and getattr(value, "dtype", None) is not torch.bool:
+        with suppress(TypeError):
+            return operator.index(value)
+    raise TypeError(f"{rule}, got {value!r}.")
+
+
+def as_count(value: Any, rule: str) -> int:
+    """An integer of Python, numpy or torch, 1 or more.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    with suppress(TypeError):
+        if (count := as_int(value, rule)) >= 1:
+            return count
+    raise ValueError(f"{rule}, got {value!r}.")
+
+
+def as_position(value: Any, tokens: int, what: str = "position") -> int:
+    """A position in a prompt of so many tokens, counted from 0; a negative one counts from the end.
+
+    Raises:
+        TypeError: for anything but an integer.
+        ValueError: for a position that the prompt does not have. Errors call it by `what` it is for.
+    """
+    position = as_int(value, f"{what} must be an integer")
+    if not -tokens <= position < tokens:
+        raise ValueError(
+            f"{what} {position} is out of range: the prompt has {tokens} tokens, so it runs from 0 to {tokens - 1}, or "
+            f"from -{tokens} to -1."
+        )
+    return position % tokens
+
+
+def as_flag(value: Any, name: str) -> bool:
+    """True or False, of Python's or NumPy's: a text such as "no" would count as true.
+
+    Raises:
+        TypeError: for anything else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} is True or False, got {value!r}.")
+    return bool(value)
+
+
+def as_number(value: Any, rule: str, fits: Callable[[float], bool] = lambda number: True) -> float:
+    """A number of Python's, NumPy's or torch's as a float; texts and truth values are not numbers.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a number that does not fit the rule.
+    """
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool | np.bool_):
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):  # several numbers, or one without a value
+            pass
+        else:
+            if not fits(number):
+                raise ValueError(f"{rule}, got {value!r}.")
+            return number
+    raise TypeError(f"{rule}, got {value!r}.")

@@ -1,0 +1,75 @@
+"""Whether gradients pass every module that computes with weights, which those of quantised activations do not.
+
+This is a file of its own since it looks at plain modules, where everything else here looks at hook points.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tl_scopes.models.supported import Model
+
+_passed: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
+"""The models that were found to pass gradients, by the identity of their parameters."""
+
+
+@contextmanager
+def gradients_pass(model: Model, parameters: Sequence[nn.Parameter], whole: bool) -> Iterator[None]:
+    """Inside, a forward pass with a graph is watched: a module that takes gradients and gives none ends in an error.
+
+    Without it the Jacobian would be that of the residual stream beside the module, and nobody would be told. A model is
+    watched until one whole pass has been fine; that costs some calls per module, once.
+
+    Args:
+        model: a checked model.
+        parameters: its parameters.
+        whole: whether the pass runs from the embedding to the logits.
+
+    Raises:
+        ValueError: with the first module that stops gradients, and what to do.
+    """
+    known = tuple(map(id, parameters))
+    if _passed.get(model) == known:
+        yield
+        return
+    blocked: list[str] = []
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if torch.is_grad_enabled() and _takes(inputs) and not _takes(output) and _is_value(output):
+                blocked.append(f"{name} ({type(module).__name__})")
+
+        return module.register_forward_hook(hook)
+
+    try:
+        for name, module in model.named_modules():
+            if not any(True for _ in module.children()) and isinstance(getattr(module, "weight", None), Tensor):
+                handles.append(watch(name.replace("._original_component", ""), module))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if blocked:
+        raise ValueError(
+            f"no gradient passes {blocked[0]}{f' and {len(blocked) - 1} other modules' if len(blocked) > 1 else ''}: "
+            "they compute with quantised activations or with weights that are still packed. Load the model without "
+            "quantisation, with its weights alone quantised, or dequantised."
+        )
+    if whole:
+        _passed[model] = known
+
+
+def _takes(values: Any) -> bool:
+    """Whether any tensor among these has a graph."""
+    some = values if isinstance(values, tuple | list) else (values,)
+    return any(isinstance(value, Tensor) and value.requires_grad for value in some)
+
+
+def _is_value(output: Any) -> bool:
+    """Whether the output is one tensor of numbers; indices and masks have no gradient in any model."""
+    return isinstance(output, Tensor) and output.is_floating_point()

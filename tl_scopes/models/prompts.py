@@ -1,0 +1,159 @@
+"""From text, ids or what a tokenizer returned to the token ids of a prompt, with notes on what looks unintended."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_scopes.models.arguments import as_int
+from tl_scopes.models.supported import Model
+from tl_scopes.models.tokens import context_length, require_text, tokenizer_of, vocabulary_size
+
+Prompt: TypeAlias = str | Sequence[int] | Tensor | np.ndarray | Mapping[str, Any]
+"""Text; token ids in a list, or in a tensor or array of one row; or what a tokenizer returned for one text."""
+
+
+class ReadPrompt(NamedTuple):
+    """A prompt as the model takes it."""
+
+    tokens: Int[Tensor, "token"]
+    """Token ids, on the model's device."""
+    notes: tuple[str, ...]
+    """Sentences about it that a reader of the scores should know."""
+
+
+def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> ReadPrompt:
+    """The token ids of one prompt.
+
+    Text is tokenised as TransformerLens does it, BOS included by the same default; but a text that already begins with
+    BOS, as a chat template writes it, does not get a second one. Ids are taken as they are, but for those that an
+    attention mask leaves out.
+
+    Raises:
+        ValueError: for an empty prompt, several prompts, ids out of range, a prompt longer than the context, text where
+            the model has no tokenizer, and text that is not valid Unicode.
+        TypeError: for anything that is not a prompt.
+    """
+    notes: list[str] = []
+    if isinstance(prompt, str):
+        ids = _of_text(model, prompt, prepend_bos, notes)
+    else:
+        ids = _of_mapping(prompt) if isinstance(prompt, Mapping) else _ids(prompt)
+        notes += _about_ids(model, ids)
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one token.")
+    vocab, context = vocabulary_size(model), context_length(model)
+    for id in ids:
+        if not 0 <= id < vocab:
+            raise ValueError(f"token id {id} is outside the vocabulary of {vocab} (ids 0 to {vocab - 1}).")
+    if context is not None and len(ids) > context:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens, the model's context is {context}: shorten it, or pass a part of it."
+        )
+    return ReadPrompt(torch.tensor(ids, device=next(model.parameters()).device), tuple(notes))
+
+
+def tokenize(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> Int[Tensor, "token"]:
+    """The token ids of one prompt: see `read_prompt`."""
+    return read_prompt(model, prompt, prepend_bos).tokens
+
+
+def each_prompt(prompts: Any) -> Any:
+    """The prompts of a call on many: an iterable as it is, or the rows of what a tokenizer returned for several texts.
+
+    Raises:
+        TypeError: for one prompt, and for tables and mappings, whose iteration gives the names of their columns.
+    """
+    if isinstance(prompts, Mapping) and "input_ids" in prompts:
+        rows = prompts["input_ids"]
+        masks = prompts.get("attention_mask", [None] * len(rows))
+        pairs = zip(rows, masks, strict=True)
+        return [
+            {"input_ids": row} if mask is None else {"input_ids": row, "attention_mask": mask} for row, mask in pairs
+        ]
+    if isinstance(prompts, Mapping) or hasattr(prompts, "columns"):
+        names = list(prompts.columns if hasattr(prompts, "columns") else prompts)
+        example = next(iter(map(str, names)), "text")
+        raise TypeError(
+            f"prompts must be an iterable of prompts, got a {type(prompts).__name__} with {names[:5]}: give one of its "
+            f"columns, prompts[{example!r}], or what the tokenizer returned for them."
+        )
+    if isinstance(prompts, str | bytes | Tensor) or not hasattr(prompts, "__iter__"):
+        raise TypeError(
+            f"prompts must be an iterable of prompts, got one {type(prompts).__name__}: put it into a list, or call "
+            "attribute."
+        )
+    return prompts
+
+
+def _of_text(model: Model, prompt: str, prepend_bos: bool | None, notes: list[str]) -> list[int]:
+    if prompt == "":
+        raise ValueError("the prompt is empty: give at least one character.")
+    require_text(prompt, "prompt")
+    tokenizer = tokenizer_of(model)
+    ids: list[int] = model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)[0].tolist()
+    bos = getattr(tokenizer, "bos_token_id", None)
+    if bos is not None and ids[:2] == [bos, bos] and prompt.startswith(str(tokenizer.bos_token)):
+        notes.append(f"the text begins with {tokenizer.bos_token!r}, so that no second one was put in front")
+        del ids[0]
+    return ids
+
+
+def _of_mapping(prompt: Mapping[str, Any]) -> list[int]:
+    """The ids that a tokenizer returned, without those that its mask leaves out."""
+    if "input_ids" not in prompt:
+        raise TypeError(
+            f"a prompt is a str, token ids, or what a tokenizer returned; this {type(prompt).__name__} has "
+            f"{list(prompt)[:5]} and no 'input_ids'."
+        )
+    ids = _ids(prompt["input_ids"], returned=True)
+    mask = _ids(prompt["attention_mask"], returned=True) if prompt.get("attention_mask") is not None else [1] * len(ids)
+    if len(mask) != len(ids) or not set(mask) <= {0, 1}:
+        raise ValueError(f"the attention_mask must have a 0 or 1 for each of the {len(ids)} ids, got {mask[:20]}.")
+    seen = [i for i, one in enumerate(mask) if one]
+    if seen and len(seen) != seen[-1] - seen[0] + 1:
+        raise ValueError(
+            f"the attention_mask leaves out ids in the middle of the prompt, {mask[:20]}: only padding may go."
+        )
+    return [ids[i] for i in seen]
+
+
+def _about_ids(model: Model, ids: list[int]) -> list[str]:
+    """Notes on ids that look as if they were not meant so."""
+    tokenizer: Any = getattr(model, "tokenizer", None)
+    bos, pad = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad"))
+    notes = []
+    if bos is not None and ids[:2] == [bos, bos]:
+        notes.append(f"the ids begin with {tokenizer.bos_token!r} twice")
+    if pad is not None:
+        padding = [id == pad for id in ids]
+        before = padding.index(False) if False in padding else len(ids)
+        behind = padding[::-1].index(False) if False in padding else 0
+        special = {bos, getattr(tokenizer, "eos_token_id", None)}
+        least = 2 if pad in special else 1  # a single one may be meant
+        for count, place in ((before, "begin"), (behind, "end")):
+            if count >= least:
+                notes.append(
+                    f"the ids {place} with padding ({count} of {tokenizer.pad_token!r}), which is taken for a part of "
+                    "the prompt: give what the tokenizer returned, with its attention_mask"
+                )
+    return notes
+
+
+def _ids(prompt: Any, *, returned: bool = False) -> list[int]:
+    """Token ids from a list, or from the one row of a tensor, of an array, or of what a tokenizer returned."""
+    if hasattr(prompt, "columns"):
+        raise TypeError(f"a prompt is a str or token ids, got a {type(prompt).__name__}: give one of its cells.")
+    values = prompt.tolist() if isinstance(prompt, Tensor) or hasattr(prompt, "__array__") else prompt
+    if not isinstance(values, Sequence) or isinstance(values, bytes):
+        raise TypeError(f"a prompt is a str, a list of token ids or a 1-D tensor of them, got {type(prompt).__name__}.")
+    if len(values) == 1 and isinstance(values[0], list) and (returned or values is not prompt):
+        values = values[0]  # the one row that model.to_tokens and tokenizers return
+    if any(isinstance(value, str | Sequence) for value in values):
+        raise ValueError(
+            f"expected one prompt, got a batch of {len(values)}: call attribute_many, or linearize once for each."
+        )
+    return [as_int(value, "token ids must be integers") for value in values]

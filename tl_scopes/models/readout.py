@@ -1,0 +1,78 @@
+"""What stands between the readout and the logits: its graph, and what processing of the weights has done to it."""
+
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_scopes.models.forward import Trace
+from tl_scopes.models.hooks import one_at_a_time
+from tl_scopes.models.supported import Model
+
+
+def readout_graph(model: Model, trace: Trace, row: int) -> tuple[Float[Tensor, "1 d_of"], Float[Tensor, "1 vocab"]]:
+    """One row's readout as a leaf, and its logits as a function of it.
+
+    A backward pass from one row of `trace.logits` would go through the unembedding of all rows.
+
+    Cost: the unembedding of one row, when there are several.
+
+    Raises:
+        ValueError: when a hook of the user's mixes the rows, so that one row has no graph of its own.
+    """
+    assert trace.readout is not None
+    assert trace.logits is not None
+    if len(trace.places) == 1:
+        return trace.readout, trace.logits
+    if known := trace.graphs.get(row):
+        return known
+    with one_at_a_time, torch.enable_grad():
+        leaf = trace.readout[row : row + 1].detach().requires_grad_()
+        unembedded = model.unembed(leaf[:, None])[:, 0]
+        # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
+        logits = trace.logits[row : row + 1].detach() + trace.slope[row] * (unembedded - unembedded.detach())
+    (found,), expected = torch.autograd.grad(logits, leaf, trace.probe(row)[None], retain_graph=True), trace.probed[row]
+    if not torch.allclose(found[0], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        raise ValueError(
+            "a hook of yours changes the unembedding or mixes its logits, so that one prediction cannot be told from "
+            "the others of the same forward pass: ask for one prompt and one position at a time."
+        )
+    trace.graphs.clear()
+    trace.graphs[row] = leaf, logits
+    return leaf, logits
+
+
+def has_constant_readout_norm(model: Model) -> bool:
+    """Whether the final norm has no gain of its own, so that every readout has the same norm, ‖y‖ = const.
+
+    That is the case after `fold_ln` (the default of `HookedTransformer.from_pretrained` and of
+    `enable_compatibility_mode`), and in a freshly initialised model.
+    """
+    norm = getattr(model, "ln_final", None)
+    if norm is None or getattr(model.cfg, "normalization_type", None) is None:
+        return False
+    parameters = [p.detach() for p in norm.parameters()]
+    gains = [p for p in parameters if p.any()]
+    return all(bool((p == p.flatten()[0]).all()) for p in gains) and len(gains) <= 1
+
+
+def is_centered(model: Model, trace: Trace, row: int) -> bool:
+    """Whether the unembedding is centred: ∂(mean logit)/∂y = 0, so that every logit is "logit minus vocabulary mean".
+
+    It is the same for all rows of a forward pass, and found out once.
+    """
+    if trace not in _centered:
+        readout, logits = readout_graph(model, trace, row)
+        vocab = logits.shape[-1]
+        ids = torch.arange(0, vocab, max(1, vocab // 8), device=logits.device)
+        some = logits.new_zeros(len(ids), vocab).scatter_(1, ids[:, None], 1)
+        probes = torch.cat([some, torch.full_like(some[:1], 1 / vocab)])
+        pulled = [torch.autograd.grad(logits, readout, probe[None], retain_graph=True)[0] for probe in probes]
+        *rows, mean = (float(one.norm()) for one in pulled)
+        # The mean of `vocab` unrelated rows is shorter than one of them by √vocab; of a centred matrix it is rounding.
+        _centered[trace] = mean < 0.05 * sum(rows) / len(rows) / vocab**0.5
+    return _centered[trace]
+
+
+_centered: WeakKeyDictionary[Trace, bool] = WeakKeyDictionary()

@@ -1,0 +1,60 @@
+"""The hooks and weights that a forward pass ran with, by which a later pass tells whether it would compute the same.
+
+This is a file of its own since everything that runs a model again asks it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from tl_scopes.models.hooks import user_hooks
+from tl_scopes.models.supported import Model
+
+
+@dataclass(frozen=True, eq=False)
+class ModelState:
+    """What decides, beside the prompt, what a model computes.
+
+    It is compared exactly and without running the model. A hook counts by the function that was given, a parameter by
+    its identity and how often it was changed in place. What it cannot see is what a hook's function keeps to itself,
+    and parameters written through `.data`.
+    """
+
+    hooks: Mapping[str, tuple[object, ...]]
+    """The user's functions on each hook point."""
+    weights: tuple[tuple[int, int], ...]
+    """Identity and version of each parameter."""
+
+    @classmethod
+    def of(cls, model: Model, parameters: Sequence[nn.Parameter] | None = None) -> "ModelState":
+        """The state of a model now; its parameters can be handed in, since collecting them takes a while."""
+        found = list(model.parameters()) if parameters is None else parameters
+        return cls(user_hooks(model), tuple((id(parameter), parameter._version) for parameter in found))
+
+    def require_unchanged(self, model: Model) -> None:
+        """Refuse a model whose hooks or weights are others now.
+
+        Raises:
+            ValueError: with what has changed, and where.
+        """
+        now = ModelState.of(model)
+        points = {*self.hooks, *now.hooks}
+        changed = sorted(name for name in points if not _same(self.hooks.get(name, ()), now.hooks.get(name, ())))
+        if changed:
+            raise ValueError(
+                f"the hooks at {', '.join(map(repr, changed[:3]))}{', ...' * (len(changed) > 3)} are not those under "
+                "which the model was linearised, and this question has to run it again: linearise and ask inside the "
+                "same model.hooks(...)."
+            )
+        if self.weights != now.weights:
+            raise ValueError(
+                "the weights have changed since the model was linearised, and this question has to run it again: "
+                "linearise again."
+            )
+
+
+def _same(before: tuple[object, ...], now: tuple[object, ...]) -> bool:
+    if len(before) != len(now):
+        return False
+    return all(a is b or (isinstance(a, str) and a == b) for a, b in zip(before, now, strict=True))
