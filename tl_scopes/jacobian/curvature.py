@@ -1,5 +1,6 @@
 """H = ∂² log p / ∂x²: how the slope of a prediction changes with the embeddings, from Hessian-vector products."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,10 +11,8 @@ from tqdm.auto import tqdm
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.models import Model, Token
-
-_WORKING_BYTES, _WORKING_BYTES_OF_CPU = 2**29, 2**27
-"""Working memory that one batch of Hessian-vector products may take."""
+from tl_scopes.jacobian.softmax import log_prob
+from tl_scopes.models import Model, Token, Trace, Work
 
 
 def block_norms(
@@ -23,10 +22,10 @@ def block_norms(
 
     Args:
         lins: linearisations of one forward pass; different prompts go through the network together.
-        targets: one for each of them.
-        directions: r [probe token d_model] for each of them.
+        targets: one for each linearisation.
+        directions: r [probe token d_model] for each linearisation.
 
-    Returns: [probe token] for each of them, in float32 or float64.
+    Returns: the norms [probe token] for each linearisation, in float64.
 
     Cost: a Hessian-vector product for each probe and token, about two backward passes, in batches of bounded memory;
         and the graph of a backward pass, about as large as that of the forward pass. A progress bar appears after a
@@ -35,49 +34,79 @@ def block_norms(
     Raises:
         RuntimeError: under an attention kernel that has no double backward.
     """
-    trace, log_p = lins[0].trace, lins[0].log_probs
-    assert trace.logits is not None
-    leaf = trace.perturbations[lins[0].wrt]
-    size = 1 if trace.hooked else batch_size(lins[0].model, leaf)
     found: dict[int, Tensor] = {}
     rounds = _rounds(lins)
     jobs = [_jobs(len(directions[0]), max(len(lins[i].tokens) for i in some)) for some in rounds]
     with tqdm(total=sum(map(len, jobs)), desc="Hessian products", delay=3, leave=False) as bar:
         for some, of_round in zip(rounds, jobs, strict=True):
-            rows = [lins[i].row for i in some]
-            ids = torch.tensor([[targets[i].id] for i in some], device=leaf.device)
-            with torch.enable_grad():
-                total = trace.logits[rows].to(log_p).log_softmax(-1).gather(1, ids).sum()
-                (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
-            blocks = directions[0].new_zeros(len(directions[0]), *leaf.shape)
-            for i in some:
-                blocks[:, trace.places[lins[i].row][0], : len(lins[i].tokens)] = directions[i]
-            norms = torch.zeros(
-                blocks.shape[:-1], dtype=torch.promote_types(leaf.dtype, torch.float32), device=leaf.device
-            )
-            for probes, tokens in (batch.unbind(1) for batch in of_round.split(size)):
-                slots = torch.arange(len(probes))
-                tangents = leaf.new_zeros(len(probes), *leaf.shape)
-                tangents[slots, :, tokens] = blocks[probes, :, tokens].to(leaf)
-                many = len(probes) > 1
-                with pullback.differentiated_twice():
-                    (products,) = torch.autograd.grad(
-                        gradient, leaf, tangents if many else tangents[0], is_grads_batched=many, retain_graph=True
-                    )
-                products = products if many else products[None]
-                norms[probes, :, tokens] = products[slots, :, tokens].to(norms).abs().sum(-1)
-                bar.update(len(probes))
-            for i in some:
-                found[i] = norms[:, trace.places[lins[i].row][0], : len(lins[i].tokens)]
+            chosen = [lins[i] for i in some]
+            slope, scales = _slope(chosen, [targets[i] for i in some])
+            norms = _products(chosen, slope, [directions[i] for i in some], of_round, bar)
+            for i, scale in zip(some, scales, strict=True):
+                found[i] = norms[:, _entry(lins[i]), : len(lins[i].tokens)] * scale
     return [found[i] for i in range(len(lins))]
 
 
+def _slope(
+    lins: Sequence[Linearization], targets: Sequence[Token]
+) -> tuple[Float[Tensor, "batch token d_model"], list[float]]:
+    """∂(Σ log p / scale)/∂x, to be differentiated again, and the scales.
+
+    A log-probability has slopes in proportion to 1 − p. Divided by a power of two near that, they fit into any
+    precision.
+    """
+    trace = lins[0].trace
+    assert trace.logits is not None
+    with torch.enable_grad():
+        log_p = [
+            log_prob(models.precise(trace.logits[lin.row]), target.id)
+            for lin, target in zip(lins, targets, strict=True)
+        ]
+        scales = [pullback.power_of_two(-math.expm1(value.item())) for value in log_p]
+        total = torch.stack([value / scale for value, scale in zip(log_p, scales, strict=True)]).sum()
+        return torch.autograd.grad(total, _leaf(lins[0]), create_graph=True)[0], scales
+
+
+def _products(
+    lins: Sequence[Linearization],
+    slope: Float[Tensor, "batch token d_model"],
+    directions: Sequence[Shaped[Tensor, "_ _ d_model"]],
+    jobs: Int[Tensor, "_ 2"],
+    bar: tqdm,
+) -> Float[Tensor, "probe batch token"]:
+    """‖∂(slope · r)/∂x_i‖₁ for the jobs (probe, token i), with r at the token i of every prompt."""
+    leaf = _leaf(lins[0])
+    blocks = directions[0].new_zeros(len(directions[0]), *leaf.shape)
+    for lin, of_one in zip(lins, directions, strict=True):
+        blocks[:, _entry(lin), : len(lin.tokens)] = of_one
+    size = batch_size(lins[0].model, lins[0].trace, leaf)
+    norms = models.precise(leaf).new_zeros(blocks.shape[:-1])
+    for probes, tokens in (batch.unbind(1) for batch in jobs.split(size)):
+        slots = torch.arange(len(probes), device="cpu")
+        tangents = leaf.new_zeros(len(probes), *leaf.shape)
+        tangents[slots, :, tokens] = blocks[probes, :, tokens].to(leaf)
+        with pullback.differentiated_twice():
+            bent = pullback.products(slope, leaf, tangents, together=size > 1)
+        norms[probes, :, tokens] = models.precise(bent[slots, :, tokens]).abs().sum(-1)
+        bar.update(len(probes))
+    return norms
+
+
+def _leaf(lin: Linearization) -> Float[Tensor, "batch token d_model"]:
+    return lin.trace.perturbations[lin.wrt]
+
+
+def _entry(lin: Linearization) -> int:
+    """Which prompt of the batch it is."""
+    return lin.trace.places[lin.row][0]
+
+
 def _rounds(lins: Sequence[Linearization]) -> list[list[int]]:
-    """Prompts of a batch do not influence one another, so that they share a round; positions of one prompt queue."""
+    """The linearisations that go together: one per prompt of the batch, since positions of one prompt would mix."""
     rounds: list[list[int]] = []
     seen: dict[int, int] = {}
     for i, lin in enumerate(lins):
-        entry = lin.trace.places[lin.row][0]
+        entry = _entry(lin)
         turn = seen[entry] = seen.get(entry, -1) + 1
         if turn == len(rounds):
             rounds.append([])
@@ -86,15 +115,12 @@ def _rounds(lins: Sequence[Linearization]) -> list[list[int]]:
 
 
 def _jobs(probes: int, tokens: int) -> Int[Tensor, "_ 2"]:
-    return torch.cartesian_prod(torch.arange(probes), torch.arange(tokens))
+    return torch.cartesian_prod(torch.arange(probes, device="cpu"), torch.arange(tokens, device="cpu"))
 
 
-def batch_size(model: Model, leaf: Float[Tensor, "batch token d_model"]) -> int:
+def batch_size(model: Model, trace: Trace, leaf: Float[Tensor, "batch token d_model"]) -> int:
     """How many Hessian-vector products go in one batch."""
-    if not models.batches_cotangents(model):
+    if not models.goes_back_together(model, trace):
         return 1
-    # What the backward pass of a backward pass finds for the activations of all layers is kept until the end.
-    (batch, tokens, d_model), cfg = leaf.shape, model.cfg
-    width = 4 * (getattr(cfg, "d_mlp", None) or 0) + 8 * d_model + 3 * cfg.n_heads * tokens
-    working_bytes = _WORKING_BYTES_OF_CPU if leaf.device.type == "cpu" else _WORKING_BYTES
-    return max(1, int(working_bytes / (batch * tokens * width * cfg.n_layers * leaf.element_size())))
+    batch, tokens, _ = leaf.shape
+    return models.at_once(model, tokens, Work.CURVATURE, batch=batch, size=leaf.element_size())

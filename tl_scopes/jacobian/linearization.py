@@ -1,15 +1,17 @@
 """y(x + δ) ≈ y + Σ_t J_t δ_t: the model at one prompt, made linear."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import SupportsIndex, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.tensor_arguments import require_real
 from tl_scopes.models import Model, Token, Trace
 
 
@@ -22,7 +24,7 @@ class Linearization:
     """
 
     model: Model
-    """The model, used again by `at` alone."""
+    """The model, which `at` runs again."""
     tokens: Int[Tensor, "token"]
     """Token ids up to and including the position, on the model's device."""
     str_tokens: tuple[str, ...]
@@ -36,7 +38,9 @@ class Linearization:
     trace: Trace
     """The forward pass: of this prompt alone, or shared with other prompts or positions."""
     row: int = 0
-    """Which of the places that the forward pass reads is this one."""
+    """Its place among those that the forward pass reads."""
+    notes: tuple[str, ...] = ()
+    """Sentences about the prompt that a reader of the scores should know: that it begins with two BOS tokens, say."""
 
     def __repr__(self) -> str:
         return (
@@ -68,20 +72,30 @@ class Linearization:
 
     @property
     def log_probs(self) -> Float[Tensor, " vocab"]:
-        """Log-probabilities of the next token, in nats, in float64: in float32 a sure prediction leaves nothing.
+        """Log-probabilities of the next token, in nats, in float64.
 
         Raises:
             ValueError: when `of` is not the readout.
         """
-        return _as_float64(self.logits).log_softmax(-1)
+        return models.precise(self.logits).log_softmax(-1)
+
+    @property
+    def is_centered(self) -> bool:
+        """Whether the unembedding is centred, so that every logit is counted from the mean over the vocabulary.
+
+        Raises:
+            ValueError: when `of` is not the readout.
+        """
+        self.require_readout()
+        return models.is_centered(self.model, self.trace, self.row)
 
     @property
     def unit(self) -> str:
-        """What a score is counted per: a unit of the norm of δ."""
-        return "unit of embedding norm" if self.wrt == "hook_embed" else f"unit of norm at {self.wrt}"
+        """The unit of the norm of δ. Scores are so much per this unit."""
+        return "unit of embedding norm" if self.wrt == models.EMBEDDING else f"unit of norm at {self.wrt}"
 
     def require_readout(self) -> None:
-        """Refuse to answer a question about the prediction when `of` is some other hook.
+        """Refuse a question about the prediction when J ends elsewhere.
 
         Raises:
             ValueError: when `of` is not the readout.
@@ -92,6 +106,30 @@ class Linearization:
                 'linearise with of="ln_final", the default.'
             )
 
+    def require_repeatable(self) -> None:
+        """Refuse when the model, run again at this prompt, would compute something else than it did.
+
+        Raises:
+            ValueError: when the user's hooks or the weights have changed since; when `at` made this linearisation, at
+                other embeddings than the prompt's.
+        """
+        self.require_unchanged()
+        if self.trace.moved:
+            raise ValueError(
+                "this linearisation is of a point that `at` moved to, and this question runs the prompt itself again: "
+                "ask it of the linearisation at the prompt."
+            )
+
+    def require_unchanged(self) -> None:
+        """Refuse when the user's hooks or the weights have changed since the forward pass (`models.ModelState`).
+
+        Raises:
+            ValueError: when they have.
+            TypeError, RuntimeError: when the model can no longer be linearised: see `models.check_model`.
+        """
+        models.check_model(self.model)
+        self.trace.state.require_unchanged(self.model)
+
     def require_finite(self) -> None:
         """Refuse a forward pass that overflowed.
 
@@ -101,55 +139,64 @@ class Linearization:
         logits = self.readout if self.trace.logits is None else self.logits
         for name, value in ((self.wrt, self.embeddings), (self.of, self.readout), ("the logits", logits)):
             if not value.isfinite().all():
+                half = "; or load the model in float32 or bfloat16, which hold larger numbers than float16"
                 raise ValueError(
-                    f"NaN or infinite activations at {name!r}: check the weights and your hooks; "
-                    f"{value.dtype} may overflow where float32 or bfloat16 does not."
+                    f"NaN or infinite activations at {name!r}, in {value.dtype}: check the weights and your hooks"
+                    f"{half if value.dtype == torch.float16 else ''}."
                 )
 
-    def token(self, target: str | SupportsIndex | None = None) -> Token:
+    def token(self, target: str | SupportsIndex | None = None, what: str = "target") -> Token:
         """The vocabulary entry that a text or an id means; None means the most likely next token.
 
+        Args:
+            target: text, id or None.
+            what: what the entry is for, as errors call it.
+
         Raises:
-            ValueError: a text of several tokens, or unknown to the tokenizer; an id out of range.
-            TypeError: neither text nor id.
+            ValueError: for a text that is several tokens or unknown to the tokenizer, and an id out of range.
+            TypeError: for something that is neither text nor id.
         """
-        return models.token(self.model, self.logits.argmax() if target is None else target, len(self.logits))
+        return models.token(self.model, self.logits.argmax() if target is None else target, len(self.logits), what)
 
     # -- the Jacobian -------------------------------------------------------------------------------------------------
 
     def vjp(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token d_model"]:
         """cᵀJ for every probe c: the gradient of cᵀy with respect to each token's embedding.
 
+        In float32, or float64 for a float64 model.
+
         Cost: about 0.6 of a forward pass per probe, in batches; the result takes probe x token x d_model numbers.
 
         Raises:
-            ValueError: cotangents of another shape.
+            ValueError: for cotangents of another shape, and complex or sparse ones.
+            TypeError: for something that is not a tensor.
         """
         self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
-        return pullback.vjps(self.model, self.trace, self.wrt, [self.row], [cotangents])[0]
+        return vjps([self], [cotangents])[0]
 
     def squared_norms(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token"]:
-        """‖cᵀJ_t‖² for every probe c and token t: what all first-order scopes are made of.
+        """‖cᵀJ_t‖² for every probe c and token t, which all first-order scopes are made of.
 
-        In float32, or float64 for a float64 model. A progress bar appears after a few seconds.
+        In float64, since squares of what float32 holds may be too small or too large for it. A progress bar appears
+        after a few seconds.
 
         Cost: about 0.6 of a forward pass per probe; memory for one batch.
 
-        Raises:
-            ValueError: cotangents of another shape.
+        Raises: as `vjp` does.
         """
         self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
-        return pullback.squared_norms(self.model, self.trace, self.wrt, [self.row], [cotangents])[0]
+        return squared_norms([self], [cotangents])[0]
 
     def jvp(self, tangents: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe d_of"]:
         """Σ_t J_t δ_t for every probe δ: the first-order change of y.
 
-        The transpose of `vjp`, by differentiating it with respect to its cotangent.
+        It is the derivative of `vjp` with respect to its cotangent. In float32, or float64 for a float64 model.
 
         Cost: one backward pass, and about one more per probe, in batches.
 
         Raises:
-            ValueError: tangents of another shape.
+            ValueError: for tangents of another shape, and complex or sparse ones.
+            TypeError: for something that is not a tensor.
             RuntimeError: under an attention kernel that has no double backward.
         """
         self._check("tangents", tangents, (None, *self.embeddings.shape), "[probe token d_model]")
@@ -170,7 +217,9 @@ class Linearization:
         Cost: one forward pass.
 
         Raises:
-            ValueError: embeddings of another shape; a model in training mode by now; NaN or infinite activations.
+            ValueError: for embeddings of another shape, complex or sparse; for a model that is in training mode by now;
+                for NaN or infinite activations.
+            TypeError: for something that is not a tensor.
             RuntimeError: under `torch.inference_mode`.
         """
         self._check("embeddings", embeddings, tuple(self.embeddings.shape), "[token d_model]")
@@ -186,24 +235,47 @@ class Linearization:
         models.check_model(self.model)
         self._check("embeddings", embeddings, (None, *self.embeddings.shape), "[point token d_model]")
         tokens, texts = self.tokens.expand(len(embeddings), -1), [self.str_tokens] * len(embeddings)
-        checkpoint = self.trace.checkpointed
-        lins = linearize_places(self.model, tokens, texts, self.wrt, self.of, values=embeddings, checkpoint=checkpoint)
+        lins = linearize_places(
+            self.model,
+            tokens,
+            texts,
+            self.wrt,
+            self.of,
+            values=embeddings,
+            checkpoint=self.trace.checkpointed,
+            notes=[self.notes] * len(embeddings),
+        )
         for lin in lins:
             lin.require_finite()
         return lins
 
+    def at_tokens(self, tokens: Int[Tensor, "token"]) -> "Linearization":
+        """The same question at another prompt: these token ids, read at their last position.
+
+        Cost: one forward pass.
+
+        Raises:
+            ValueError: for token ids that the model does not know, a model that is in training mode by now, and NaN or
+                infinite activations.
+            TypeError: for ids that are not integers.
+        """
+        models.check_model(self.model)
+        tokens = models.tokenize(self.model, tokens)
+        return linearize_tokens(self.model, tokens, self.wrt, self.of, checkpoint=self.trace.checkpointed)
+
     # -- the readout --------------------------------------------------------------------------------------------------
 
     def cotangent(self, function: Callable[[Float[Tensor, " vocab"]], Tensor]) -> Float[Tensor, " d_of"]:
-        """∂f/∂y, for a number f computed from the logits: the cotangent whose `vjp` is the gradient of f.
+        """∂f/∂y = (∂f/∂z)ᵀ ∂z/∂y for a number f that is computed from the logits z: its `vjp` is the gradient of f.
 
-        Through the model's real unembedding, soft-caps, scales and biases included.
+        It goes through the model's real unembedding, soft-caps, scales and biases included. In float64.
 
         Args:
             function: from logits [vocab], in float64, to a number.
 
         Raises:
-            ValueError: when `of` is not the readout; when the function's value is not one finite number.
+            ValueError: when `of` is not the readout; when the function's value is not one finite real number, or does
+                not depend on the logits it was given (because it detaches them, or counts, or looks one up).
 
         Example:
             >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -211,36 +283,57 @@ class Linearization:
             >>> lin.vjp(confidence[None]).shape
             torch.Size([1, 10, 128])
         """
-        readout, logits = self._readout_and_logits
         with torch.enable_grad():
-            value = function(_as_float64(logits[0]))
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.isfinite():
-                raise ValueError(f"the function of the logits must give one finite number, got {value!r}.")
-            (gradient,) = torch.autograd.grad(value, readout, retain_graph=True)
-        return gradient[0]
+            logits = models.precise(self.logits).requires_grad_()
+            value = function(logits.clone())  # a copy, which it may write into
+            if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex() or not value.isfinite():
+                raise ValueError(
+                    f"the function of the logits must give one finite number, a real tensor, got {value!r}."
+                )
+            found = torch.autograd.grad(value, logits, allow_unused=True)[0] if value.requires_grad else None
+        if found is None:
+            raise ValueError(
+                f"the function of the logits gave {value!r}, which cannot be differentiated with respect to them: "
+                "compute it from the logits that it is given, without detach, argmax or item."
+            )
+        return self.logits_vjp(found[None])[0]
 
     def logits_vjp(self, cotangents: Float[Tensor, "probe vocab"]) -> Float[Tensor, "probe d_of"]:
-        """cᵀ ∂logits/∂y for every probe c.
+        """cᵀ ∂z/∂y for every probe c, with the logits z as a function of the readout y. In float64.
 
         Raises:
-            ValueError: when `of` is not the readout; cotangents of another shape.
+            ValueError: when `of` is not the readout; for cotangents of another shape, and complex or sparse ones.
+            TypeError: for something that is not a tensor.
         """
         readout, logits = self._readout_and_logits
         self._check("cotangents", cotangents, (None, logits.shape[-1]), "[probe vocab]")
-        return pullback.products(logits, readout, cotangents.to(logits)[:, None], batched=self._unembeds_together)[:, 0]
+        units, scales = pullback.near_one(cotangents)
+        pulled = pullback.products(logits, readout, units.to(logits)[:, None], together=self.unembeds_together)[:, 0]
+        return models.precise(pulled) * units.new_tensor(scales)[:, None]
 
     def logits_jvp(self, tangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe vocab"]:
-        """∂logits/∂y · δ for every probe δ.
+        """∂z/∂y · δ for every probe δ, with the logits z as a function of the readout y. In float64.
 
         Raises:
-            ValueError: when `of` is not the readout; tangents of another shape.
+            ValueError: when `of` is not the readout; for tangents of another shape, and complex or sparse ones.
+            TypeError: for something that is not a tensor.
         """
         readout, logits = self._readout_and_logits
         self._check("tangents", tangents, (None, readout.shape[-1]), "[probe d_of]")
+        units, scales = pullback.near_one(tangents)
         cotangent = torch.zeros_like(logits, requires_grad=True)
         (pulled,) = torch.autograd.grad(logits, readout, cotangent, create_graph=True)
-        directions = tangents.to(readout)[:, None]
-        return pullback.products(pulled, cotangent, directions, batched=self._unembeds_together)[:, 0]
+        together = self.unembeds_together
+        pushed = pullback.products(pulled, cotangent, units.to(readout)[:, None], together=together)[:, 0]
+        return models.precise(pushed) * units.new_tensor(scales)[:, None]
+
+    @property
+    def unembeds_together(self) -> bool:
+        """Whether several cotangents may go back through the unembedding as one batch.
+
+        The user's backward hooks could neither read nor keep the tensors that torch.vmap would hand them.
+        """
+        return not (self.trace.hooked or models.has_backward_hooks(self.model))
 
     # -- private ------------------------------------------------------------------------------------------------------
 
@@ -249,17 +342,85 @@ class Linearization:
         self.require_readout()
         return models.readout_graph(self.model, self.trace, self.row)
 
-    @property
-    def _unembeds_together(self) -> bool:
-        """Backward hooks of the user's would be handed tensors of torch.vmap's."""
-        return not (self.trace.hooked or models.has_backward_hooks(self.model))
-
     def _check(self, what: str, value: Tensor, shape: tuple[int | None, ...], axes: str) -> None:
+        require_real(value, what, axes)
         expected = [str(n) if n is not None else "any number" for n in shape]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{what} must be a tensor of the shape {axes}, got {type(value).__name__}.")
         if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
             raise ValueError(f"{what} must have the shape {axes} = [{', '.join(expected)}], got {list(value.shape)}.")
+
+
+def require_linearization(lin: object, name: str) -> None:
+    """Refuse what is not a Linearization, for a function of this name.
+
+    Raises:
+        TypeError: with the line to write instead.
+    """
+    if not isinstance(lin, Linearization):
+        raise TypeError(
+            f"{name} takes a Linearization, got {type(lin).__name__}: write lin = tls.linearize(model, prompt), then "
+            f"tls.{name}(lin, ...)."
+        )
+
+
+def vjps(
+    lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
+) -> list[Float[Tensor, "_ _ d_model"]]:
+    """cᵀJ [probe token d_model] for the cotangents [probe d_of] of each of several linearisations.
+
+    They share a forward pass, and go back through it together. In float32, or float64 for a float64 model.
+    """
+    dtype = models.sum_dtype(lins[0].trace.output)
+    shapes = [(len(c), *lin.embeddings.shape) for lin, c in zip(lins, cotangents, strict=True)]
+    pulled = [torch.empty(shape, dtype=dtype, device=lins[0].readout.device) for shape in shapes]
+    slots = [slot for of_one in pulled for slot in of_one]
+    for batch in _pull(lins, cotangents):
+        for i, gradient, scale in batch:
+            slots[i].copy_(gradient).mul_(scale)
+    return pulled
+
+
+def squared_norms(
+    lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
+) -> list[Float[Tensor, "_ _"]]:
+    """‖cᵀJ_t‖² [probe token] for the cotangents [probe d_of] of each of several linearisations of one forward pass.
+
+    In float64, with memory for one batch of cotangents. A progress bar appears after a few seconds.
+    """
+    precise = models.precise(lins[0].readout)
+    norms = [precise.new_empty(len(c), len(lin.tokens)) for lin, c in zip(lins, cotangents, strict=True)]
+    slots = [slot for of_one in norms for slot in of_one]
+    with tqdm(total=len(slots), desc="cotangents", delay=3, leave=False) as bar:
+        for batch in _pull(lins, cotangents):
+            for i, gradient, scale in batch:
+                slots[i].copy_(models.precise(gradient).square().sum(-1) * scale**2)
+            bar.update(len(batch))
+    return norms
+
+
+def _pull(lins: Sequence[Linearization], cotangents: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor, float]]]:
+    one = lins[0]
+    dealt = pullback.pulls([lin.row for lin in lins], one.trace.places, cotangents)
+    return pullback.pull(one.model, one.trace, one.wrt, dealt)
+
+
+def linearize_tokens(
+    model: Model,
+    tokens: Int[Tensor, "token"],
+    wrt: str,
+    of: str,
+    *,
+    checkpoint: bool = False,
+    notes: tuple[str, ...] = (),
+) -> Linearization:
+    """Linearise a checked model at the last position of one prompt.
+
+    Raises:
+        ValueError: for NaN or infinite activations; else as `models.trace` does.
+    """
+    texts = tuple(models.token_text(model, id) for id in tokens.tolist())
+    (lin,) = linearize_places(model, tokens[None], [texts], wrt, of, checkpoint=checkpoint, notes=[notes])
+    lin.require_finite()
+    return lin
 
 
 def linearize_places(
@@ -272,17 +433,17 @@ def linearize_places(
     places: Sequence[tuple[int, int]] | None = None,
     values: Float[Tensor, "batch token d_model"] | None = None,
     checkpoint: bool = False,
+    notes: Sequence[tuple[str, ...]] | None = None,
 ) -> tuple[Linearization, ...]:
-    """Linearise at several places of one forward pass (see `models.trace`); ask each whether its numbers are finite."""
+    """Linearise at several places of one forward pass (see `models.trace`).
+
+    Each must still be asked whether its numbers are finite (`Linearization.require_finite`), since one bad prompt of a
+    batch is not a reason to refuse the others.
+    """
     replacements = None if values is None else {wrt: values.detach()}
     trace = models.trace(model, tokens, wrt=[wrt], of=of, places=places, values=replacements, checkpoint=checkpoint)
+    said = notes or [()] * len(tokens)
     return tuple(
-        Linearization(
-            model, tokens[entry, : position + 1], str_tokens[entry][: position + 1], position, wrt, of, trace, row
-        )
-        for row, (entry, position) in enumerate(trace.places)
+        Linearization(model, tokens[entry, : at + 1], str_tokens[entry][: at + 1], at, wrt, of, trace, row, said[entry])
+        for row, (entry, at) in enumerate(trace.places)
     )
-
-
-def _as_float64(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.device.type == "mps" else tensor.double()  # Apple's GPUs have none

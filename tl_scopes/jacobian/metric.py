@@ -1,9 +1,13 @@
-"""q(x) near one point: its values, its derivative both ways, its curvature."""
+"""A metric q(x) near one point: its values, its derivative both ways, its curvature.
 
-from collections.abc import Sequence
+A metric is what is measured of the readout and the logits. The word is that of activation patching in TransformerLens.
+"""
+
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from einops import einsum
@@ -13,54 +17,67 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian import curvature, pullback
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.scopes.scope import Observable
+from tl_scopes.jacobian.replacement import with_replaced
+from tl_scopes.models import Work
+
+Metric: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""A function from a readout [d_of] and its logits [vocab] (empty where there are none), in float64, to a number or a
+vector."""
 
 _POWER_ITERATIONS = 8
-"""Towards the steepest direction of a vector, which need not be met exactly. One is exact for a number."""
+"""How many power iterations lead to the steepest direction of a vector metric. For a number one is exact."""
 
 _ROUNDED = 0.3
-"""Root mean square of a rounding error, in units of the machine's epsilon: 1/√12 of the distance of two numbers."""
+"""The root mean square of a rounding error, in units of the machine's epsilon: 1/√12 of the distance between
+neighbouring numbers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rays:
     """Directions [ray token d_model] of unit norm: the first ones move a single token each, the last ones all of them.
 
-    What is zero stays zero: a token whose gradient vanishes, say.
+    A direction that is zero, such as the gradient of a token that does not matter, stays zero.
     """
 
     token: Int[Tensor, " single"]
+    """Which token each of the first ones moves."""
     single: Float[Tensor, "single d_model"]
+    """Where to, of any norm."""
     joint: Float[Tensor, "joint token d_model"]
+    """Where the last ones move all tokens to, of any norm."""
 
     def __len__(self) -> int:
         return len(self.single) + len(self.joint)
 
     def dense(self, rows: Int[Tensor, " some"]) -> Float[Tensor, "some token d_model"]:
-        """Some of them, written out."""
+        """Some of the directions, with a vector for every token."""
         written = self.joint.new_zeros(len(rows), *self.joint.shape[1:])
         one = rows < len(self.single)
-        written[one.nonzero()[:, 0], self.token[rows[one]]] = _unit(self.single[rows[one]], -1)
+        written[one.nonzero()[:, 0], self.token[rows[one]]] = _unit(self.single[rows[one]], -1).to(written)
         written[~one] = _unit(self.joint[rows[~one] - len(self.single)], (-2, -1))
         return written
 
 
 def _unit(vectors: Tensor, axes: int | tuple[int, int]) -> Tensor:
-    norms = vectors.norm(dim=axes, keepdim=True)
+    norms = models.precise(vectors).norm(dim=axes, keepdim=True).to(vectors)
     return vectors / norms.where(norms > 0, torch.ones_like(norms))
 
 
-class LocalObservable:
-    """A function q of readout and logits, as a function of the embeddings near the point of a linearisation.
+class LocalMetric:
+    """A metric q of readout and logits, as a function of the embeddings near the point of a linearisation.
 
-    Its value [m] is a vector; a number is one with m = 1.
+    Its value [m] is a vector; a number is a vector with m = 1. Away from the point the model runs again, under the
+    hooks that act then.
+
+    Raises:
+        ValueError: for a function whose value is not a real tensor, or does not depend on what it is given.
     """
 
-    def __init__(self, lin: Linearization, function: Observable) -> None:
+    def __init__(self, lin: Linearization, function: Metric) -> None:
         self.lin, self.function = lin, function
-        # Apple's GPUs have no float64.
-        self.precise = torch.float32 if lin.readout.device.type == "mps" else torch.float64
-        self.batch = pullback.batch_size(lin.model, lin.embeddings[None])
+        self.precise = models.precise_dtype(lin.readout.device)
+        self.batch = models.at_once(lin.model, len(lin.tokens), Work.PREDICTION)
+        self._scale = self._size_of_slope()
         with torch.enable_grad():
             if lin.trace.logits is None:
                 self._readout: Tensor = lin.readout[None].clone().requires_grad_()
@@ -90,13 +107,7 @@ class LocalObservable:
 
         Cost: one forward pass per position.
         """
-        found = []
-        for at in range(0, len(positions), self.batch):
-            some = positions[at : at + self.batch]
-            points = self.lin.embeddings.repeat(len(some), 1, 1)
-            points[range(len(some)), some] = embedding
-            found.append(self.values(points))
-        return torch.cat(found)
+        return self.values(with_replaced(self.lin.embeddings, positions, embedding))
 
     def residuals(
         self, rays: Rays, slopes: Float[Tensor, "ray m"], sizes: Float[Tensor, " size"]
@@ -115,7 +126,7 @@ class LocalObservable:
         return torch.cat(found).reshape(len(rays), len(sizes))
 
     def rounding(self, draws: int, generator: torch.Generator) -> float:
-        """How much q changes (root mean square) when the last digits of the embeddings do, and of what q reads.
+        """How much q changes (root mean square) when the last digits of the embeddings, and of what q reads, change.
 
         Cost: one forward pass per draw.
         """
@@ -126,7 +137,7 @@ class LocalObservable:
             return values * (1 + digits * eps * noise.to(values))
 
         inside = self.values(blurred(lin.embeddings, 1.0)) - self.values(lin.embeddings[None])
-        # So small a step may be lost between two numbers that a logit can be: those of half precision are far apart.
+        # A small step may be lost between two neighbouring values of a logit, which are far apart in half precision.
         logits = None if lin.trace.logits is None else blurred(lin.logits.to(self.precise), _ROUNDED)
         outside = self._apply(blurred(lin.readout.to(self.precise), _ROUNDED), logits) - self.value
         return float((inside.square() + outside.square()).sum(-1).mean().sqrt())
@@ -135,35 +146,36 @@ class LocalObservable:
 
     @cached_property
     def gradient(self) -> Float[Tensor, "token d_model"]:
-        """∂q/∂x of a number."""
-        (cotangent,) = torch.autograd.grad(self._value, self._readout, retain_graph=True)
-        return self.lin.vjp(cotangent)[0]
+        """∂q/∂x, for a q that is a number. In float64."""
+        seed = torch.full_like(self._value, 1 / self._scale)
+        (cotangent,) = torch.autograd.grad(self._value, self._readout, seed, retain_graph=True)
+        return models.precise(self.lin.vjp(cotangent)[0]) * self._scale
 
     def pull(self, cotangents: Float[Tensor, "some m"]) -> Float[Tensor, "some token d_model"]:
-        """cᵀ ∂q/∂x. Cost: a backward pass each, of a number one in all."""
-        if len(self._value) == 1:
-            return cotangents.to(self.gradient)[..., None] * self.gradient
-        (pulled,) = torch.autograd.grad(
-            self._value, self._readout, cotangents, is_grads_batched=True, retain_graph=True
-        )
-        return self.lin.vjp(pulled[:, 0])
+        """cᵀ ∂q/∂x for every c.
 
-    def push(self, tangents: Float[Tensor, "some token d_model"]) -> Float[Tensor, "some m"]:
-        """∂q/∂x δ. Cost: a double backward pass each, for a number none.
-
-        Raises:
-            RuntimeError: of a vector, under an attention kernel that has no double backward.
+        Cost: a backward pass for each c; one in all for a q that is a number.
         """
         if len(self._value) == 1:
-            return einsum(tangents.to(self.precise), self.gradient.to(self.precise), "some token d, token d -> some")[
-                :, None
-            ]
+            return cotangents.to(self.gradient)[..., None] * self.gradient
+        together = self.lin.unembeds_together
+        return self.lin.vjp(pullback.products(self._value, self._readout, cotangents, together=together)[:, 0])
+
+    def push(self, tangents: Float[Tensor, "some token d_model"]) -> Float[Tensor, "some m"]:
+        """∂q/∂x δ for every δ.
+
+        Cost: a double backward pass for each δ; for a q that is a number, the one pass of its gradient.
+
+        Raises:
+            RuntimeError: for a vector q under an attention kernel that has no double backward.
+        """
+        if len(self._value) == 1:
+            slope = self.gradient
+            return einsum(tangents.to(slope), slope, "some token d, token d -> some")[:, None]
         cotangent = torch.zeros_like(self._value, requires_grad=True)
         (pulled,) = torch.autograd.grad(self._value, self._readout, cotangent, create_graph=True)
-        (pushed,) = torch.autograd.grad(
-            pulled, cotangent, self.lin.jvp(tangents)[:, None].to(pulled), is_grads_batched=True
-        )
-        return pushed
+        moved = self.lin.jvp(tangents)[:, None].to(pulled)
+        return pullback.products(pulled, cotangent, moved, together=self.lin.unembeds_together)
 
     def slopes(self, rays: Rays) -> Float[Tensor, "ray m"]:
         """Ju for every direction."""
@@ -173,7 +185,7 @@ class LocalObservable:
     def steepest(self, starts: Rays) -> Rays:
         """The direction of largest ‖Ju‖ for each token and for all of them, by power iteration from a random start.
 
-        Where the slope is zero, the start.
+        Where the slope is zero, the start is the answer.
         """
         single, joint = [], []
         for row in range(len(starts)):
@@ -192,29 +204,31 @@ class LocalObservable:
     # -- second order -------------------------------------------------------------------------------------------------
 
     def curvatures(self, rays: Rays) -> Float[Tensor, " ray"] | None:
-        """uᵀHu for every direction u, H = ∂²q/∂x² of a number:
+        """uᵀHu for every direction u, with H = ∂²q/∂x² for a q that is a number:
 
             uᵀHu = uᵀ (∂²(cᵀy)/∂x²) u + (Ju)ᵀ (∂²q/∂y²) (Ju),   c = ∂q/∂y
 
-        None of a vector, and under an attention kernel that has no double backward.
+        It is None for a vector q, and under an attention kernel that has no double backward.
 
-        Cost: a Hessian-vector product each, in batches: about two backward passes.
+        Cost: a Hessian-vector product for each u, about two backward passes, in batches.
         """
         if len(self._value) > 1:
             return None
-        lin = self.lin
+        lin, y = self.lin, self._readout
         leaf = lin.trace.perturbations[lin.wrt]
+        size = curvature.batch_size(lin.model, lin.trace, leaf)
         found = []
         with torch.enable_grad(), suppress(pullback.NoSecondDerivativeError), pullback.differentiated_twice():
-            (cotangent,) = torch.autograd.grad(self._value, self._readout, create_graph=True)
-            c = cotangent[0].detach().requires_grad_()
+            seed = torch.full_like(self._value, 1 / self._scale)
+            (slope,) = torch.autograd.grad(self._value, y, seed, create_graph=True)
+            c = slope[0].detach().requires_grad_()
             (pulled,) = torch.autograd.grad(lin.trace.output[lin.row], leaf, c, create_graph=True)
-            for some in torch.arange(len(rays), device=leaf.device).split(curvature.batch_size(lin.model, leaf)):
+            for some in torch.arange(len(rays), device=leaf.device).split(size):
                 u = rays.dense(some)[:, None]
-                pushed, bent = _batched_grad(pulled, [c, leaf], u)
-                (turned,) = _batched_grad(cotangent, [self._readout], pushed[:, None])
-                found.append((bent * u).sum((1, 2, 3)) + (turned[:, 0] * pushed).sum(-1))
-            return torch.cat(found).to(self.precise)
+                Ju, bent = _derivatives(pulled, [c, leaf], u, together=size > 1)
+                (turned,) = _derivatives(slope, [y], Ju[:, None], together=lin.unembeds_together)
+                found.append((bent * u).sum((1, 2, 3)) + (turned[:, 0] * Ju).sum(-1))
+            return torch.cat(found).to(self.precise) * self._scale
         return None
 
     # -- private ------------------------------------------------------------------------------------------------------
@@ -226,12 +240,29 @@ class LocalObservable:
         seen = zip(readouts, empty if logits is None else logits, strict=True)
         return torch.stack([self.function(y.to(self.precise), z.to(self.precise)).reshape(-1) for y, z in seen])
 
+    def _size_of_slope(self) -> float:
+        """A power of two near ‖∂q/∂(y, z)‖, by which a q that is a number is divided on its way through the model."""
+        given = [self.lin.readout, self.lin.readout[:0] if self.lin.trace.logits is None else self.lin.logits]
+        with torch.enable_grad():
+            leaves = [x.to(self.precise).clone().requires_grad_() for x in given]
+            value = self.function(*(leaf.clone() for leaf in leaves))
+            if not isinstance(value, Tensor) or value.is_complex():
+                raise ValueError(f"a metric must give a tensor of real numbers, got {value!r}.")
+            slopes = torch.autograd.grad(value.sum(), leaves, allow_unused=True) if value.requires_grad else ()
+        known = [slope for slope in slopes if slope is not None]
+        if not known:
+            raise ValueError(
+                f"the metric gave {value!r}, which cannot be differentiated with respect to the readout or the logits: "
+                "compute it from what it is given, without detach, argmax or item."
+            )
+        return pullback.power_of_two(float(torch.cat(known).norm())) if value.numel() == 1 else 1.0
 
-def _batched_grad(output: Tensor, inputs: list[Tensor], cotangents: Tensor) -> list[Tensor]:
-    """Gradients for each of the cotangents; zeros where an input has none, in what is linear."""
-    if not output.requires_grad:
-        return [x.new_zeros(len(cotangents), *x.shape) for x in inputs]
-    found = torch.autograd.grad(output, inputs, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True)
+
+def _derivatives(output: Tensor, inputs: list[Tensor], cotangents: Tensor, *, together: bool) -> list[Tensor]:
+    """∂(cᵀ output)/∂x for every cotangent c and each input x; zeros where the output is linear in another one alone."""
+    found: list[Tensor | None] = [None] * len(inputs)
+    if output.requires_grad:
+        found = pullback.gradients(output, inputs, cotangents, together=together)
     return [
         x.new_zeros(len(cotangents), *x.shape) if of_one is None else of_one
         for x, of_one in zip(inputs, found, strict=True)

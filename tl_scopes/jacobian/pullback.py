@@ -1,5 +1,10 @@
-"""cᵀJ for many cotangents c of one forward pass, in batched backward passes."""
+"""cᵀJ for many cotangents c of one forward pass, in batched backward passes; Jδ, and products in general.
 
+All of them are linear in c or δ. So each vector goes through the network at a norm near 1, where half precision and
+float32 neither underflow nor overflow, and what comes back is multiplied by the power of two that it was divided by.
+"""
+
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,13 +12,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_scopes import models
-from tl_scopes.models import Model, Trace
-
-_WORKING_BYTES, _WORKING_BYTES_OF_CPU = 512 * 2**20, 16 * 2**20
-"""Working memory that one batch of cotangents may take in a block: on a CPU what stays near its caches."""
+from tl_scopes.models import Model, Trace, Work
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,13 @@ class Pull:
     """One cotangent on its way back."""
 
     row: int
-    """Of the trace's output: where it starts."""
+    """The row of the trace's output where it starts."""
     slot: int
     """Cotangents of one slot go back together: there is at most one for each prompt of the batch."""
     cotangent: Float[Tensor, " d_of"]
+    """It has a norm near 1."""
+    scale: float
+    """The power of two that it was divided by."""
 
 
 def pulls(rows: Sequence[int], places: Sequence[tuple[int, int]], cotangents: Sequence[Tensor]) -> list[Pull]:
@@ -37,21 +41,37 @@ def pulls(rows: Sequence[int], places: Sequence[tuple[int, int]], cotangents: Se
     dealt = []
     for row, of_row in zip(rows, cotangents, strict=True):
         entry = places[row][0]
-        for cotangent in of_row:
+        for cotangent, scale in zip(*near_one(of_row), strict=True):
             slot = filled.get(entry, 0)
             filled[entry] = slot + 1
-            dealt.append(Pull(row, slot, cotangent))
+            dealt.append(Pull(row, slot, cotangent, scale))
     return dealt
 
 
-def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterator[list[tuple[int, Tensor]]]:
-    """Batch by batch, the index of each cotangent and its cᵀJ [token d_model].
+def near_one(vectors: Float[Tensor, "probe ..."]) -> tuple[Float[Tensor, "probe ..."], list[float]]:
+    """Each vector divided by the power of two that brings its norm to between 1 and 2, and these powers.
+
+    A power of two rounds nothing. Vectors that are zero or not finite stay as they are.
+    """
+    exact = models.precise(vectors)
+    norms: list[float] = exact.flatten(1).norm(dim=1).tolist()
+    scales = list(map(power_of_two, norms))
+    return exact / exact.new_tensor(scales).reshape(-1, *[1] * (vectors.ndim - 1)), scales
+
+
+def power_of_two(number: float) -> float:
+    """The largest power of two that is not above a positive number; 1 for zero and for what is not finite."""
+    return 2.0 ** (math.frexp(number)[1] - 1) if 0 < number < math.inf else 1.0
+
+
+def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterator[list[tuple[int, Tensor, float]]]:
+    """Yield, batch by batch, for each cotangent its index, cᵀJ [token d_model], and the scale to multiply that by.
 
     Raises:
-        ValueError: when the output does not depend on the input after all.
+        ValueError: when the output does not depend on the input.
     """
     leaf, output = trace.perturbations[wrt], trace.output
-    size = batch_size(model, leaf) if batches(model, trace) else 1
+    size = _batch_size(model, trace, leaf)
     by_slot = sorted(range(len(dealt)), key=lambda i: dealt[i].slot)
     while by_slot:
         first = dealt[by_slot[0]].slot
@@ -61,59 +81,14 @@ def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterato
         rows = [dealt[i].row for i in batch]
         cotangents = output.new_zeros(max(slots) + 1, *output.shape)
         cotangents[slots, rows] = torch.stack([dealt[i].cotangent for i in batch]).to(output)
-        many = len(cotangents) > 1  # one goes without the batching rules, which cost something
         with models.undisturbed(trace):
-            (pulled,) = torch.autograd.grad(
-                output,
-                leaf,
-                cotangents if many else cotangents[0],
-                is_grads_batched=many,
-                retain_graph=True,
-                allow_unused=True,
-            )
-        if pulled is None:  # the value hung on something else that is trainable, a tensor in a hook say
+            (pulled,) = gradients(output, [leaf], cotangents, together=size > 1)
+        if pulled is None:  # the value depends on something else that is trainable, such as a tensor in a hook
             raise models.independence([wrt], "the end of the Jacobian")
-        pulled = pulled if many else pulled[None]
         yield [
-            (i, pulled[slot, trace.places[row][0], : trace.places[row][1] + 1])
+            (i, pulled[slot, trace.places[row][0], : trace.places[row][1] + 1], dealt[i].scale)
             for i, slot, row in zip(batch, slots, rows, strict=True)
         ]
-
-
-def vjps(
-    model: Model, trace: Trace, wrt: str, rows: Sequence[int], cotangents: Sequence[Float[Tensor, "_ d_of"]]
-) -> list[Float[Tensor, "_ _ d_model"]]:
-    """cᵀJ [probe token d_model] for the cotangents [probe d_of] of each row."""
-    pulled = [
-        trace.perturbations[wrt].new_empty(len(of_row), trace.places[row][1] + 1, trace.perturbations[wrt].shape[-1])
-        for row, of_row in zip(rows, cotangents, strict=True)
-    ]
-    slots = [slot for of_row in pulled for slot in of_row]
-    for batch in pull(model, trace, wrt, pulls(rows, trace.places, cotangents)):
-        for i, gradient in batch:
-            slots[i].copy_(gradient)
-    return pulled
-
-
-def squared_norms(
-    model: Model, trace: Trace, wrt: str, rows: Sequence[int], cotangents: Sequence[Float[Tensor, "_ d_of"]]
-) -> list[Float[Tensor, "_ _"]]:
-    """‖cᵀJ_t‖² [probe token] for the cotangents [probe d_of] of each row, in float32 or float64.
-
-    Memory for one batch of cotangents. A progress bar appears after a few seconds.
-    """
-    dtype = torch.promote_types(trace.output.dtype, torch.float32)
-    norms = [
-        trace.output.new_empty(len(of_row), trace.places[row][1] + 1, dtype=dtype)
-        for row, of_row in zip(rows, cotangents, strict=True)
-    ]
-    slots = [slot for of_row in norms for slot in of_row]
-    with tqdm(total=len(slots), desc="cotangents", delay=3, leave=False) as bar:
-        for batch in pull(model, trace, wrt, pulls(rows, trace.places, cotangents)):
-            for i, gradient in batch:
-                slots[i].copy_(gradient.to(dtype).square().sum(-1))
-            bar.update(len(batch))
-    return norms
 
 
 def jvps(
@@ -125,40 +100,45 @@ def jvps(
         NoSecondDerivativeError: under an attention kernel that has no double backward.
     """
     leaf, output, (entry, position) = trace.perturbations[wrt], trace.output, trace.places[row]
-    size = batch_size(model, leaf) if batches(model, trace) else 1
+    size = _batch_size(model, trace, leaf)
     cotangent = torch.zeros_like(output, requires_grad=True)
-    pushed = output.new_empty(len(tangents), output.shape[1])
+    units, scales = near_one(tangents)
+    pushed = output.new_empty(len(tangents), output.shape[1], dtype=models.sum_dtype(output))
     with differentiated_twice(", or multiply by as_matrix()"), models.undisturbed(trace):
         (pulled,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
-        for some in torch.arange(len(tangents)).split(size):
+        for some in torch.arange(len(tangents), device="cpu").split(size):
             directions = leaf.new_zeros(len(some), *leaf.shape)
-            directions[:, entry, : position + 1] = tangents[some].to(leaf)
-            pushed[some] = products(pulled, cotangent, directions, batched=size > 1)[:, row]
-    return pushed
+            directions[:, entry, : position + 1] = units[some].to(leaf)
+            pushed[some] = products(pulled, cotangent, directions, together=size > 1)[:, row].to(pushed)
+    return pushed * pushed.new_tensor(scales)[:, None]
 
 
-def products(output: Tensor, leaf: Tensor, cotangents: Tensor, *, batched: bool) -> Tensor:
-    """∂(cᵀ output)/∂leaf for every c, together or one after another."""
-    if batched and len(cotangents):
-        return torch.autograd.grad(output, leaf, cotangents, is_grads_batched=True, retain_graph=True)[0]
-    found = leaf.new_zeros(len(cotangents), *leaf.shape)
-    for of_one, cotangent in zip(found, cotangents, strict=True):
-        of_one.copy_(torch.autograd.grad(output, leaf, cotangent, retain_graph=True)[0])
-    return found
+def products(output: Tensor, leaf: Tensor, cotangents: Tensor, *, together: bool) -> Tensor:
+    """∂(cᵀ output)/∂leaf for every cotangent c; zeros where the output does not depend on the leaf."""
+    (found,) = gradients(output, [leaf], cotangents, together=together)
+    return leaf.new_zeros(len(cotangents), *leaf.shape) if found is None else found
 
 
-def batches(model: Model, trace: Trace) -> bool:
-    """Whether several cotangents may go back through the graph of this forward pass at once."""
-    return models.batches_cotangents(model) and not trace.hooked
+def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, *, together: bool) -> list[Tensor | None]:
+    """∂(cᵀ output)/∂x for every cotangent c, for each of the inputs x: in one batch, or one after another.
+
+    It is None for an input that the output does not depend on. A single cotangent is faster without torch's batching
+    rules, and under `torch.autograd.detect_anomaly` there are none.
+    """
+    if together and len(cotangents) > 1 and not torch.is_anomaly_enabled():
+        batched = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
+        return list(torch.autograd.grad(output, inputs, cotangents, **batched))
+    one_by_one = [torch.autograd.grad(output, inputs, c, retain_graph=True, allow_unused=True) for c in cotangents]
+    of_inputs = zip(*one_by_one, strict=True) if one_by_one else [(None,)] * len(inputs)
+    return [None if of_one[0] is None else torch.stack(of_one) for of_one in of_inputs]
 
 
-def batch_size(model: Model, leaf: Float[Tensor, "batch token d_model"]) -> int:
-    """How many cotangents, or how many forward passes over the same tokens without a graph, go in one batch."""
-    # The widest thing alive per cotangent: the gradients inside one MLP, or one attention pattern.
-    (batch, tokens, d_model), cfg = leaf.shape, model.cfg
-    width = max(4 * (getattr(cfg, "d_mlp", None) or 0), 8 * d_model, 3 * cfg.n_heads * tokens)
-    working_bytes = _WORKING_BYTES_OF_CPU if leaf.device.type == "cpu" else _WORKING_BYTES
-    return max(1, int(working_bytes / (batch * tokens * width * leaf.element_size())))
+def _batch_size(model: Model, trace: Trace, leaf: Float[Tensor, "batch token d_model"]) -> int:
+    """How many cotangents go back through this graph as one batch."""
+    if not models.goes_back_together(model, trace):
+        return 1
+    batch, tokens, _ = leaf.shape
+    return models.at_once(model, tokens, Work.PULLBACK, batch=batch, size=leaf.element_size())
 
 
 class NoSecondDerivativeError(RuntimeError):
@@ -167,10 +147,13 @@ class NoSecondDerivativeError(RuntimeError):
 
 @contextmanager
 def differentiated_twice(otherwise: str = "") -> Iterator[None]:
-    """Say what to do where a fused attention kernel has no second derivative.
+    """Inside, torch's error for a fused attention kernel without a second derivative says what to do.
+
+    Args:
+        otherwise: another way, for the end of the message.
 
     Raises:
-        NoSecondDerivativeError: then, with `otherwise` for another way.
+        NoSecondDerivativeError: when the kernel has no second derivative.
     """
     try:
         yield

@@ -1,4 +1,7 @@
-"""Where random numbers come from: a generator that was given, or one that belongs to the prompt."""
+"""The source of random numbers: a generator that was given, or one that belongs to the prompt.
+
+This is a file of its own since scopes, checks and evaluations draw from it.
+"""
 
 import zlib
 
@@ -8,31 +11,39 @@ from tl_scopes.jacobian.linearization import Linearization
 
 
 def prompt_generator(lin: Linearization, *purpose: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A source of random numbers that belongs to this prompt and purpose, whatever was drawn before."""
+    """A generator that is seeded by this prompt and purpose, whatever was drawn before."""
     seed = zlib.crc32(repr((*purpose, lin.tokens.tolist())).encode())
     return torch.Generator(device).manual_seed(seed)
 
 
 def source(lin: Linearization, generator: torch.Generator | None, purpose: str) -> torch.Generator:
-    """The generator given; without any, one on the model's device that belongs to the prompt and the purpose.
+    """The generator that was given, or by default one on the model's device that belongs to the prompt and purpose.
 
-    The same prompt gets the same numbers, alone or in a batch, and another one others: with the same for all, the
-    errors of similar prompts would go together, and no average over a corpus would ever lose them.
+    The same prompt gets the same numbers, alone or in a batch, and another prompt gets others. With the same numbers
+    for all prompts, the errors of similar prompts would go together and stay in every average over a corpus.
+
+    Raises: as `require_generator` does.
+    """
+    require_generator(generator, lin.readout.device)
+    return prompt_generator(lin, purpose, device=lin.readout.device) if generator is None else generator
+
+
+def require_generator(generator: object, device: torch.device) -> None:
+    """Refuse what is neither None nor a generator on this device.
 
     Raises:
-        TypeError: for a generator that is none.
-        ValueError: for one on another device than the model.
+        TypeError: for something that is not a torch.Generator.
+        ValueError: for a generator on another device than the model.
     """
-    device = lin.readout.device
     if generator is None:
-        return prompt_generator(lin, purpose, device=device)
+        return
     if not isinstance(generator, torch.Generator):
+        seed = f".manual_seed({generator})" if isinstance(generator, int) else ""
         raise TypeError(
-            f"generator must be a torch.Generator or None, got {generator!r}: take torch.Generator({device.type!r})"
-            f"{f'.manual_seed({generator})' if isinstance(generator, int) else ''}."
+            f"generator must be a torch.Generator or None, got {generator!r}: take "
+            f"torch.Generator({device.type!r}){seed}."
         )
     if generator.device.type != device.type:
         raise ValueError(
             f"the generator is on {generator.device}, the model on {device}: take torch.Generator({device.type!r})."
         )
-    return generator

@@ -1,30 +1,33 @@
 """What becomes of a prediction when the embeddings of some tokens are replaced."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.models import Model
-
-_WORKING_BYTES = 256 * 2**20
-"""Memory that a batch of perturbed prompts may take."""
+from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
+from tl_scopes.models import Work
 
 
 def substitute(
     lin: Linearization, replacement: str, mean: Float[Tensor, " d_model"] | None = None
 ) -> Float[Tensor, "#token d_model"]:
-    """What to put in place of a token's embedding.
+    """The embedding that takes the place of a token's own.
 
     Args:
+        lin: a linearisation at the prompt.
         replacement: "zero"; "mean", of the embeddings of the vocabulary; "pad", the embedding of the padding token.
         mean: the mean embedding, where it is known already.
 
     Cost: for a "mean" that is not known, the embedding of every token of the vocabulary.
 
     Raises:
-        ValueError: another name; "mean" and "pad" elsewhere than at the embedding; a tokenizer without padding token.
+        ValueError: for another name; for "mean" and "pad" elsewhere than at the embedding; for "pad" where the
+            tokenizer has no padding token; for a mean that is not as wide as the embeddings, or not real and finite.
+        TypeError: for a mean that is not a tensor.
     """
     if replacement == "zero":
         return torch.zeros_like(lin.embeddings[:1])
@@ -36,20 +39,50 @@ def substitute(
             'wrt="hook_embed", the default.'
         )
     if replacement == "mean":
-        return (models.mean_embedding(lin.model, len(lin.tokens)) if mean is None else mean)[None]
-    return models.embed(lin.model, torch.tensor([[padding_token(lin.model)]], device=lin.tokens.device))[0]
+        return (models.mean_embedding(lin.model, len(lin.tokens)) if mean is None else _fitting(mean, lin))[None]
+    return models.embed(lin.model, torch.tensor([[models.padding_token(lin.model)]], device=lin.tokens.device))[0]
 
 
-def padding_token(model: Model) -> int:
-    """Its id.
+def _fitting(mean: Tensor, lin: Linearization) -> Float[Tensor, " d_model"]:
+    require_real(mean, "the mean embedding", "[d_model]")
+    if mean.shape != lin.embeddings.shape[1:]:
+        raise ValueError(
+            f"the mean embedding has the shape {list(mean.shape)}, this model's embeddings have "
+            f"{list(lin.embeddings.shape[1:])}: leave it out, and it is computed."
+        )
+    require_finite(mean, "the mean embedding")
+    return mean.to(lin.embeddings)
+
+
+def with_replaced(
+    x: Float[Tensor, "token d_model"], positions: Sequence[int], instead: Float[Tensor, " d_model"]
+) -> Float[Tensor, "position token d_model"]:
+    """The embeddings x with another one in the place of each of these tokens, one token at a time."""
+    points = x.repeat(len(positions), 1, 1)
+    points[range(len(positions)), list(positions)] = instead.to(x)
+    return points
+
+
+def predictions(
+    lin: Linearization, instead: Float[Tensor, "#token d_model"], kept: Bool[Tensor, "row token #d_model"]
+) -> Iterator[Float[Tensor, "_ vocab"]]:
+    """Yield, in batches of rows, the log-probabilities p' after some embeddings are replaced. In float64.
+
+    Args:
+        lin: a linearisation that ends at the readout.
+        instead: what takes the place of the embeddings: one for each token, or one for all.
+        kept: one perturbed prompt per row: which embeddings, or which of their entries, stay as they are.
+
+    Cost: a forward pass per row.
 
     Raises:
-        ValueError: for a tokenizer without one, or none at all.
+        ValueError: when the model's hooks or weights have changed since the linearisation.
     """
-    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
-    if pad is None:
-        raise ValueError('the model has no padding token: replace embeddings by "mean" or "zero" instead of "pad".')
-    return int(pad)
+    lin.require_unchanged()
+    for rows in kept.split(models.at_once(lin.model, len(lin.tokens), Work.PREDICTION)):
+        values = torch.where(rows, lin.embeddings, instead.to(lin.embeddings))
+        logits = models.predict(lin.model, lin.tokens.expand(len(rows), -1), wrt=lin.wrt, values=values)
+        yield models.precise(logits).log_softmax(-1)
 
 
 def effects(
@@ -58,32 +91,30 @@ def effects(
     kept: Bool[Tensor, "row token #d_model"],
     targets: Int[Tensor, " target"],
 ) -> tuple[Float[Tensor, "row target"], Float[Tensor, " row"]]:
-    """log p'(target) and KL(p ‖ p'), in nats, of the predictions p' with some embeddings replaced.
+    """log p'(target) and KL(p ‖ p'), in nats, of the predictions p' with some embeddings replaced (`predictions`).
 
     Args:
-        instead: what stands in their place.
-        kept: one perturbed prompt per row: which embeddings, or which of their entries, stay as they are.
+        lin, instead, kept: as for `predictions`.
         targets: the tokens whose log-probability is asked for.
 
-    Cost: a forward pass per row, in batches.
+    Cost: a forward pass per row.
+
+    Raises: as `predictions` does.
     """
-    tokens, d_model = lin.embeddings.shape
-    width = max(8 * d_model, 3 * lin.model.cfg.n_heads * tokens)
-    before = lin.log_probs  # whose numbers may be wider than the model's
-    row_bytes = lin.embeddings.element_size() * tokens * width + 8 * before.element_size() * len(before)
-    size = max(1, _WORKING_BYTES // row_bytes)
     found, divergences = [], []
-    for rows in kept.split(size):
-        values = torch.where(rows, lin.embeddings, instead.to(lin.embeddings))
-        logits = models.predict(lin.model, lin.tokens.expand(len(rows), -1), wrt=lin.wrt, values=values)
-        after = logits.to(before).log_softmax(-1)
-        found.append(after[:, targets])
-        divergences.append(divergence(before, after))
+    for log_probs in predictions(lin, instead, kept):
+        found.append(log_probs[:, targets])
+        divergences.append(divergence(lin.log_probs, log_probs))
     return torch.cat(found), torch.cat(divergences)
+
+
+def each_alone(tokens: int, device: torch.device) -> Bool[Tensor, "row token 1"]:
+    """The rows for `predictions` in which one token is replaced at a time."""
+    return ~torch.eye(tokens, dtype=torch.bool, device=device)[..., None]
 
 
 def divergence(before: Float[Tensor, " vocab"], after: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
     """KL(p ‖ p') in nats, from log-probabilities."""
     p = before.exp()
-    # Padded vocabularies hold logits of minus infinity, which neither prediction has any use for.
+    # Padded vocabularies hold logits of minus infinity, which count in neither prediction.
     return torch.where(p > 0, p * (before - after), 0).sum(-1).clamp(min=0)

@@ -9,20 +9,39 @@ from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization
 
 _PROBES = 8
 _BLOCKS = 4
 _SURE = 2.0
-"""‖H₁₂‖ estimated from 8 probes is below half of itself in 2% of draws at worst, where one direction is all of it."""
+"""By how much estimated norms are raised for a bound. ‖H₁₂‖ estimated from 8 probes is below half of the true one in 2%
+of draws at worst, where a single direction is all of it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Singular values σ of every token's A_t, and sums over them.
+
+    The axis `set` holds the estimate from all probes, and then those from all probes but one, which tell its error.
+    """
+
+    sigma: Float[Tensor, "direction token"]
+    """σ_1 ≥ σ_2 ≥ …; of a sketch lower bounds."""
+    largest_at_most: Float[Tensor, "token"]
+    """An upper bound of σ_1, which holds for 98% of tokens; σ_1 itself where all is known."""
+    second: Float[Tensor, "token set"]
+    """Σσ²."""
+    fourth: Float[Tensor, "token set"]
+    """Σσ⁴."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """What was computed of the matrices A_t = R J_t: Pythagoras' two sides, A_t = UᵀU A_t + (I − UᵀU) A_t.
+    """What was computed of the matrices A_t = R J_t, in the two parts of A_t = UᵀU A_t + (I − UᵀU) A_t.
 
-    `U` is everything, and `unseen` empty, where the sketch is exact.
+    Where the sketch is exact, U spans everything, and `unseen` is empty.
     """
 
     root: Float[Tensor, "range d_of"]
@@ -34,67 +53,58 @@ class Sketch:
     unseen: Float[Tensor, "probe token d_model"]
     """ωᵀ (I − UᵀU) A_t for random signs ω that are independent of U."""
     backward_passes: int
+    """How many were needed."""
 
     @property
     def is_exact(self) -> bool:
         """Whether nothing is left unseen."""
         return not len(self.unseen)
 
-    def moments(self) -> dict[str, Tensor]:
-        """Singular values and the sums over them, one number per token each, with what is known of their errors.
-
-        With H = A_t A_tᵀ in blocks, H₁₁ inside of the span of U and H₂₂ outside:
+    def sums(self) -> Sums:
+        """With H = A_t A_tᵀ in blocks, H₁₁ inside of the span of U and H₂₂ outside:
 
             Σσ² = tr H = tr H₁₁ + E ωᵀH₂₂ω,   Σσ⁴ = ‖H‖_F² = ‖H₁₁‖_F² + 2 E ‖H₁₂ω‖² + E (ωᵀH₂₂ω′)²
             σ₁² between λ_max(H₁₁) and the largest eigenvalue of [[λ_max(H₁₁), ‖H₁₂‖_F], [‖H₁₂‖_F, ‖H₂₂‖_F]]
 
-        with means over the probes for E. Both sums are unbiased, the standard errors are the jackknife's, and the upper
-        bound of σ₁ takes twice the estimated norms of H₁₂ and H₂₂: it held for 98% of tokens on small random models and
-        99% on the bundled one, for 96% with a single direction.
+        with means over the probes for E. Both sums are unbiased. The upper bound of σ₁ takes twice the estimated norms
+        of H₁₂ and H₂₂: it held for 98% of tokens on small random models and 99% on the bundled one, for 96% with a
+        single direction. In float64, for float32 does not hold fourth powers.
 
         Source: fourth powers from pairs of probes, Kong & Valiant 2017 (arXiv:1602.00061).
         """
-        sigma = torch.linalg.svdvals(self.seen.transpose(0, 1)).T  # [direction token]
-        inside = sigma.square()
+        sigma = models.precise(torch.linalg.svdvals(self.seen.transpose(0, 1)).T)  # [direction token]
         mixed = einsum(self.seen, self.unseen, "direction token d, probe token d -> token direction probe")
         outside = einsum(self.unseen, self.unseen, "probe token d, other token d -> token probe other")
+        mixed, outside = models.precise(mixed), models.precise(outside)
         diagonal = outside.diagonal(dim1=1, dim2=2)
-        across = mixed.square().sum(1)
         pairs = outside.square() - diagonal.square().diag_embed()
-        # All probes, then all but one: the estimate, then what the jackknife compares.
+
         probes = len(self.unseen)
-        kept = torch.cat([sigma.new_ones(1, probes), 1 - torch.eye(probes).to(sigma)])
-        n = kept.sum(-1).clamp(min=1)
-        crossing = across @ kept.T / n
-        beyond = einsum(kept, pairs, kept, "set i, token i j, set j -> token set") / (n * (n - 1).clamp(min=1))
-        second = inside.sum(0)[:, None] + diagonal @ kept.T / n
-        fourth = inside.square().sum(0)[:, None] + 2 * crossing + beyond
-        effective = torch.where(fourth > 0, second.square() / fourth, 0)
-        frobenius = second.sqrt()
-        leading, h12, h22 = inside[0], _SURE * crossing[:, 0].sqrt(), _SURE * beyond[:, 0].sqrt()
-        bound = (leading + h22) / 2 + torch.hypot((leading - h22) / 2, h12)
-        return {
-            "largest": sigma[0],
-            "largest_at_most": bound.sqrt(),
-            "frobenius": frobenius[:, 0],
-            "frobenius_error": _jackknife(frobenius[:, 1:]),
-            "effective_rank": effective[:, 0],
-            "effective_rank_error": _jackknife(effective[:, 1:]),
-            "singular_values": sigma,
-        }
+        sets = torch.cat([sigma.new_ones(1, probes), 1 - torch.eye(probes, dtype=sigma.dtype, device=sigma.device)])
+        n = sets.sum(-1).clamp(min=1)
+        h11, h22 = sigma.square(), diagonal @ sets.T / n
+        crossing = mixed.square().sum(1) @ sets.T / n
+        beyond = einsum(sets, pairs, sets, "set i, token i j, set j -> token set") / (n * (n - 1).clamp(min=1))
+
+        second = h11.sum(0)[:, None] + h22
+        fourth = h11.square().sum(0)[:, None] + 2 * crossing + beyond
+        leading, across, rest = h11[0], _SURE * crossing[:, 0].sqrt(), _SURE * beyond[:, 0].sqrt()
+        at_most = (leading + rest) / 2 + torch.hypot((leading - rest) / 2, across)
+        return Sums(sigma, at_most.sqrt(), second, fourth)
 
 
-def _jackknife(without_one: Float[Tensor, "token probe"]) -> Float[Tensor, "token"]:
-    """The standard error of a mean-like number from its values without each of the probes; zero without any."""
+def jackknife(estimates: Float[Tensor, "token set"]) -> Float[Tensor, "token"]:
+    """The standard error of an estimate (the first of the set) from those without each of the probes; else zero."""
+    without_one = estimates[:, 1:]
     n = without_one.shape[1]
     if n == 0:
-        return without_one.new_zeros(len(without_one))
+        return estimates.new_zeros(len(estimates))
     # As for the Fisher Scope: a deviation in units of a standard error from n draws has the variance (n − 1)/(n − 3).
     return without_one.std(1, correction=0) * (n - 1) ** 0.5 * ((n - 1) / (n - 3)) ** 0.5
 
 
 def passes(rank: int) -> int:
-    """Backward passes that `sketch` takes."""
+    """How many backward passes `sketch` takes."""
     return 2 * rank + _PROBES
 
 
@@ -103,8 +113,8 @@ def exact(lin: Linearization, root: Float[Tensor, "range d_of"]) -> Sketch:
 
     Cost: one backward pass per row of R, and range x token x d_model numbers.
     """
-    seen = _pull(lin, root)
-    return Sketch(root, torch.eye(len(root)).to(seen), seen, seen[:0], len(root))
+    seen = lin.vjp(root)
+    return Sketch(root, torch.eye(len(root), dtype=seen.dtype, device=seen.device), seen, seen[:0], len(root))
 
 
 def sketch(
@@ -114,19 +124,20 @@ def sketch(
     generator: torch.Generator,
     position: int | None = None,
 ) -> Sketch:
-    """`rank` directions U close to the leading left singular directions of all A_t, or of one, by block Krylov.
+    """`rank` directions U close to the leading left singular directions of all A_t, or of the one at a position.
 
-    The first block is what random steps of the tokens do, the next what the best steps found so far do, each token
-    weighted by 1/‖U A_t‖_F² so that weak ones count alike. U only says where to look: the products of `Sketch`, and
-    so the bounds and the errors, hold for any U.
+    This is a block Krylov iteration. The first block is what random steps of the tokens do, the next is what the best
+    steps found so far do. Tokens are weighted by 1/‖U A_t‖_F², so that weak ones count as much as others. U only says
+    where to look: the bounds and the errors of `Sketch` hold for any U.
 
-    Cost: for each direction one vector-Jacobian and one Jacobian-vector product, and 8 of the former for the rest.
+    Cost: for each direction one vector-Jacobian and one Jacobian-vector product, and 8 of the former for the remainder.
 
     Source: Musco & Musco 2015 (arXiv:1504.05477); a U shared by several matrices is ours.
     """
-    dtype = torch.promote_types(lin.readout.dtype, torch.float32)
+    dtype = models.sum_dtype(lin.readout)
     options = {"generator": generator, "device": lin.readout.device, "dtype": dtype}
-    R = root.to(dtype)
+    scale = pullback.power_of_two(float(root.norm()))  # of a sure prediction, √F may be 1e-20
+    R = (root / scale).to(dtype)
     U = R.new_zeros(0, len(R))
     size = ceil(rank / _BLOCKS)
     tangents = torch.randn(size, *lin.embeddings.shape, **options)  # type: ignore[call-overload]
@@ -137,22 +148,18 @@ def sketch(
             tangents = tangents * torch.eye(len(lin.tokens), device=tangents.device)[position, :, None]
         sizes = tangents.norm(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(dtype).tiny)
         found = _push(lin, tangents / sizes).to(dtype) @ R.T
-        # Of the whole, so that new rows are orthogonal to the old also where there is nothing new to be found.
+        # A QR of old and new rows keeps the new ones orthogonal to the old also where nothing new is left to be found.
         block = torch.linalg.qr(torch.cat([U, found]).T).Q.T[len(U) :]
-        pulled = _pull(lin, block @ R)
+        pulled = lin.vjp(block @ R)
         U, seen = torch.cat([U, block]), torch.cat([seen, pulled])
         tangents = pulled / seen.square().sum((0, 2)).clamp(min=torch.finfo(dtype).tiny)[:, None]
     omega = torch.randint(0, 2, (_PROBES, len(R)), generator=generator, device=R.device).to(dtype) * 2 - 1
-    unseen = _pull(lin, (omega - (omega @ U.T) @ U) @ R)
-    return Sketch(root, U, seen, unseen, passes(rank))
-
-
-def _pull(lin: Linearization, cotangents: Tensor) -> Float[Tensor, "probe token d_model"]:
-    return lin.vjp(cotangents).to(torch.promote_types(lin.readout.dtype, torch.float32))
+    unseen = lin.vjp((omega - (omega @ U.T) @ U) @ R)
+    return Sketch(root, U, scale * seen, scale * unseen, passes(rank))
 
 
 def _push(lin: Linearization, tangents: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe d_of"]:
-    """Jδ, roughly where the attention kernel has no second derivative: good enough to say where to look."""
+    """Jδ; a difference quotient where the attention kernel has no second derivative, which still says where to look."""
     with suppress(pullback.NoSecondDerivativeError):
         return lin.jvp(tangents)
     step = torch.finfo(lin.readout.dtype).eps ** 0.5 * float(lin.embeddings.norm())

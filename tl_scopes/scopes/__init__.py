@@ -1,1 +1,1 @@
-"""One published method, one file."""
+"""The questions: what a scope is, and one published method per file."""

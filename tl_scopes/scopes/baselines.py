@@ -1,6 +1,6 @@
 """What scopes are compared with: chance, the usual gradients, attention, and taking one token away.
 
-All are scopes, so they go wherever a scope goes.
+All are scopes, so that they go wherever a scope goes.
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization, vjps
 from tl_scopes.jacobian.randomness import prompt_generator
-from tl_scopes.jacobian.replacement import effects, substitute
+from tl_scopes.jacobian.replacement import each_alone, effects, substitute
 from tl_scopes.models import Token
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
-from tl_scopes.scopes.scope import Measurement, Scope, TargetScope, vjps
+from tl_scopes.scopes.scope import Measurement, Scope, TargetScope
 
 __all__ = ["AttentionRollout", "GradientTimesInput", "IntegratedGradients", "LeaveOneOut", "RandomBaseline"]
 
 
 @dataclass(frozen=True)
 class RandomBaseline(Scope):
-    """Uniform random numbers from 0 to 1: what chance scores.
+    """Uniform random numbers from 0 to 1, the scores of chance.
 
     Args:
-        seed: of the numbers, together with the tokens: the same prompt gets the same ones, another prompt others.
+        seed: seeds the numbers together with the tokens: the same prompt gets the same numbers, another prompt others.
 
     Unit: none.
     Cost: none.
-    Raises: TypeError for a seed that is no integer.
+    Raises: TypeError for a seed that is not an integer.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -45,12 +45,10 @@ class RandomBaseline(Scope):
         object.__setattr__(self, "seed", models.as_int(self.seed, "seed must be an integer"))
 
     def measure(self, lin: Linearization) -> Measurement:
-        """Random numbers."""
-        purpose = (self.seed,) if self.seed else ()  # published tables were drawn without
-        return Measurement(torch.rand(len(lin.tokens), generator=prompt_generator(lin, *purpose)))
+        purpose = (self.seed,) if self.seed else ()  # published tables were drawn without a seed
+        return Measurement(torch.rand(len(lin.tokens), device="cpu", generator=prompt_generator(lin, *purpose)))
 
     def unit(self, lin: Linearization) -> str:
-        """None."""
         return "random number"
 
 
@@ -60,7 +58,7 @@ class GradientTimesInput(TargetScope):
 
         score_t = |g_t · x_t|,   g_t = ∂z_v/∂x_t
 
-    `answer.signed` is g_t · x_t itself: positive where the embedding speaks for the target, to first order.
+    `answer.signed` is g_t · x_t itself, which is positive where the embedding speaks for the target, to first order.
 
     Args: `target`, `versus` and `quantity` as in `SemanticScope`.
 
@@ -77,17 +75,14 @@ class GradientTimesInput(TargetScope):
     """
 
     def measure(self, lin: Linearization) -> Measurement:
-        """|g · x|."""
         return self.measure_many([lin])[0]
 
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
-        """Of several linearisations, together."""
         gradients = vjps(lins, [lin.cotangent(self.function(lin))[None] for lin in lins])
-        signed = [(gradient[0] * lin.embeddings).sum(-1) for lin, gradient in zip(lins, gradients, strict=True)]
+        signed = [(g[0] * lin.embeddings).sum(-1) for lin, g in zip(lins, gradients, strict=True)]
         return [Measurement(one.abs(), {"signed": one}) for one in signed]
 
     def unit(self, lin: Linearization) -> str:
-        """Of the quantity itself."""
         return self.quantity_unit
 
 
@@ -95,14 +90,14 @@ class GradientTimesInput(TargetScope):
 class IntegratedGradients(PathIntegratedScope):
     """Gradient times input, with the gradient averaged along the line from a baseline to the prompt:
 
-        score_t = |Σ_d a_td|,   a as in `PathIntegratedScope`, whose score is ‖a_t‖₂
+        score_t = |Σ_d a_td|,   with a as in `PathIntegratedScope`, whose score is ‖a_t‖₂
 
-    Args, cost, errors and what else the answer holds: as in `PathIntegratedScope`. `answer.signed` is without the
-    absolute value; in sum it is the change of the logit along the line.
+    The arguments, the cost, the errors and the other details of the answer are those of `PathIntegratedScope`.
+    `answer.signed` is Σ_d a_td without the absolute value; its sum is the change of the logit along the line.
 
     Unit: logit (nat for "log_prob").
     Source: Sundararajan et al. 2017 (arXiv:1703.01365), equation 3.
-    Departure: absolute values; the line begins a little beyond the baseline, for the reason told there.
+    Departure: the scores are absolute values; the line begins a little beyond the baseline, for the reason given there.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -111,28 +106,31 @@ class IntegratedGradients(PathIntegratedScope):
     """
 
     def measure(self, lin: Linearization) -> Measurement:
-        """|signed|."""
         details = super().measure(lin).details
         return Measurement(details["signed"].abs(), details)
 
 
 @dataclass(frozen=True)
 class LeaveOneOut(Scope):
-    """What replacing this one token's embedding does to the prediction:
+    """How much the prediction changes when the embedding of this one token is replaced:
 
         score_t = KL(p ‖ p_t), or log p(target) − log p_t(target),   p_t the prediction with x_t replaced
 
     Args:
-        replacement: "zero"; "mean", of the embeddings of the vocabulary; "pad", the padding token's.
-        of: "kl", the change of the whole prediction, or "log_prob", the drop of the target: negative where the token
-            spoke against it.
+        replacement: what takes the embedding's place: "zero"; "mean", the mean embedding of the vocabulary; "pad", the
+            embedding of the padding token.
+        quantity: "kl", the change of the whole prediction, or "log_prob", the drop of the target, which is negative
+            where the token spoke against it.
         target: a token as text or id, for "log_prob"; None is the most likely next token.
-        mean: what `models.mean_embedding` gives, where it is known, so that "mean" need not ask for it at each prompt.
+        mean: the mean embedding (`models.mean_embedding`), so that "mean" need not compute it at each prompt.
 
     Unit: nat.
     Cost: a forward pass per token, in batches; with "mean" also the embedding of every token of the vocabulary, at each
         prompt (in `evaluate` once).
-    Raises: ValueError for another `replacement` or `of`, for a target with "kl"; else as `SemanticScope` does.
+    Raises: ValueError for another `replacement` or `quantity`; for a target with "kl"; for a mean that is not as wide
+        as the embeddings, or not real and finite; for a "mean" or "pad" that the model does not have; for hooks or
+        weights that have changed since the model was linearised; else as `SemanticScope` does. TypeError for a mean
+        that is not a tensor.
     Source: Li et al. 2016 (arXiv:1612.08220), erasure.
 
     Example:
@@ -142,43 +140,44 @@ class LeaveOneOut(Scope):
     """
 
     replacement: Literal["zero", "mean", "pad"] = "zero"
-    of: Literal["kl", "log_prob"] = "kl"
+    quantity: Literal["kl", "log_prob"] = "kl"
     target: str | SupportsIndex | None = None
     mean: Float[Tensor, " d_model"] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.of not in ("kl", "log_prob"):
-            raise ValueError(f'of is "kl" or "log_prob", got {self.of!r}.')
-        if self.of == "kl" and self.target is not None:
+        if self.quantity not in ("kl", "log_prob"):
+            raise ValueError(f'quantity is "kl" or "log_prob", got {self.quantity!r}.')
+        if self.quantity == "kl" and self.target is not None:
             raise ValueError(
-                f'of="kl" is about the whole prediction and has no target, got {self.target!r}: take of="log_prob".'
+                f'quantity="kl" is about the whole prediction and has no target, got {self.target!r}: take '
+                'quantity="log_prob".'
             )
 
+    @property
+    def runs_again(self) -> Literal["point"]:
+        return "point"
+
     def measure(self, lin: Linearization) -> Measurement:
-        """One perturbed prompt per token."""
         lin.require_readout()
         instead = substitute(lin, self.replacement, self.mean)
-        each = ~torch.eye(len(lin.tokens), dtype=torch.bool, device=lin.tokens.device)
         target = torch.tensor([lin.token(self.target).id], device=lin.tokens.device)
-        log_probs, divergences = effects(lin, instead, each[..., None], target)
-        return Measurement(divergences if self.of == "kl" else lin.log_probs[target] - log_probs[:, 0])
+        log_probs, divergences = effects(lin, instead, each_alone(len(lin.tokens), lin.tokens.device), target)
+        return Measurement(divergences if self.quantity == "kl" else lin.log_probs[target] - log_probs[:, 0])
 
     def explained(self, lin: Linearization) -> tuple[Token | None, Token | None]:
-        """The target, for "log_prob"."""
-        return (lin.token(self.target), None) if self.of == "log_prob" else (None, None)
+        return (lin.token(self.target), None) if self.quantity == "log_prob" else (None, None)
 
     def unit(self, lin: Linearization) -> str:
-        """Nats."""
         return "nat"
 
 
 @dataclass(frozen=True)
 class AttentionRollout(Scope):
-    """How much of each token's embedding reaches the position, if attention were all that mixes:
+    """How much of each token's embedding would reach the position, if nothing but attention mixed tokens:
 
         score_t = (Ā_L ··· Ā_1)[position, t],   Ā = ½ (mean over heads of the pattern) + ½ I
 
-    Unit: share; the scores sum to one.
+    Unit: share of attention; the scores sum to one.
     Cost: one forward pass.
     Raises: ValueError for a model without attention patterns (see `models.attention_layers`), and for a linearisation
         that does not begin at the embedding.
@@ -190,19 +189,21 @@ class AttentionRollout(Scope):
         '<|bos|>'
     """
 
+    @property
+    def runs_again(self) -> Literal["prompt"]:
+        return "prompt"
+
     def measure(self, lin: Linearization) -> Measurement:
-        """The product over the layers."""
         if lin.wrt != models.EMBEDDING:
             raise ValueError(f'attention rollout goes back to the embedding, not to {lin.wrt!r}: wrt="hook_embed".')
-        dtype = torch.promote_types(lin.readout.dtype, torch.float32)
+        dtype = models.sum_dtype(lin.readout)
         identity = torch.eye(len(lin.tokens), dtype=dtype, device=lin.tokens.device)
         rollout = identity
         for layer in models.attention_layers(lin.model, lin.tokens):
             mixing = layer.pattern.to(dtype).mean(0)
-            # Beside a learned sink logit a row sums to less than one.
+            # Where a model has a learned sink logit, a row sums to less than one.
             rollout = (mixing / mixing.sum(-1, keepdim=True) + identity) / 2 @ rollout
         return Measurement(rollout[-1])
 
     def unit(self, lin: Linearization) -> str:
-        """A share."""
         return "share of attention"

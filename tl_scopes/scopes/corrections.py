@@ -1,47 +1,54 @@
-"""Scopes corrected for where a token stands and for what attention does with it: scopes around another scope."""
+"""Scopes around another scope, which correct it for where a token stands or for what attention does with it."""
 
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import SupportsIndex
+from typing import Literal, SupportsIndex
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.api import linearize, require_scope
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import Token
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Measurement, Scope, as_written
+from tl_scopes.scopes.scope import Measurement, Scope, as_written, require_scope
 
 
 @dataclass(frozen=True)
 class Around(Scope):
-    """Another way to ask a scope's question."""
+    """Another way to ask the question of a scope. What the question is about stays as that scope says."""
 
     scope: Scope
-    """Whose question it is."""
+    """The scope whose question it is."""
 
     def __post_init__(self) -> None:
         require_scope(self.scope)
 
     def explained(self, lin: Linearization) -> tuple[Token | None, Token | None]:
-        """The scope's."""
         return self.scope.explained(lin)
 
     def aimed(self, lin: Linearization, target: int) -> Scope:
-        """Around the scope, aimed."""
         return replace(self, scope=self.scope.aimed(lin, target))
 
+    @property
+    def saturates(self) -> bool:
+        return self.scope.saturates
+
+    @property
+    def depends_on_basis(self) -> bool:
+        return self.scope.depends_on_basis
+
+    @property
+    def depends_on_mean_logit(self) -> bool:
+        return self.scope.depends_on_mean_logit
+
     def notes(self, lin: Linearization) -> tuple[str, ...]:
-        """The scope's."""
         return self.scope.notes(lin)
 
     def caveat(self, answers: Sequence[Attribution]) -> str | None:
-        """The scope's."""
         return self.scope.caveat(answers)
 
 
@@ -51,24 +58,25 @@ class PositionCorrectedScope(Around):
 
         score_t = share_t / mean_π share_t(π x)
 
-    over some shuffles π of the prompt's tokens, which keep a BOS token in front. What remains of a
-    position without its token (attention sinks, recency) is divided out: 1 is what any token of the prompt would get
-    there. A prompt with a single token to shuffle scores 1 throughout.
+    The mean is over shuffles π of the prompt's tokens, which keep a BOS token in front. It divides out what a position
+    gets whatever token stands there (attention sinks, recency): 1 is what any token of the prompt would get there. A
+    prompt with a single token to shuffle scores 1 throughout.
 
     Args:
-        scope: whose shares. What it explains at the prompt, it explains at the shuffles.
-        shuffles: how many of them.
-        generator: source of the random numbers, on the model's device. None is one of its own for every prompt,
-            seeded by its tokens.
+        scope: the scope whose shares are compared. It explains the same target at the shuffles as at the prompt.
+        shuffles: how many shuffles, two at least.
+        generator: source of the random numbers, on the model's device. By default each prompt has its own, seeded by
+            its tokens.
 
-    Unit: 1, times the expected share. `answer.expected` is the expected share itself, `answer.uncorrected` the scope's
-        own score, `answer.standard_error` what the number of shuffles, and an estimate within the scope, leave open.
-    Cost: `shuffles` + 1 times the scope's, and a forward pass per shuffle; memory as for one.
-    Raises: ValueError for less than two shuffles, and for a scope with negative scores; TypeError for none; else as the
-        scope does.
+    Unit: times the expected share. `answer.expected` is the expected share itself, `answer.uncorrected` the score of
+        the scope, `answer.standard_error` the error of the ratio, from the number of shuffles and from an estimate
+        within the scope.
+    Cost: `shuffles` + 1 times that of the scope, and a forward pass per shuffle; memory as for one.
+    Raises: ValueError for fewer than two shuffles, and for a scope with negative scores; TypeError for something that
+        is not a scope, and for a generator that is not a torch.Generator; else as the scope does.
     Source: ours. It finds what decides between two answers: over 300 held-out prompts the average precision of known
         causes rises by 0.07 (0.04 to 0.09), with a sink made by hand on BOS by 0.16 (0.12 to 0.20). It does not find
-        what the prediction needs: the first tokens it names are not those that deletion wants, by nats
+        what the prediction needs: the tokens it names first are not those whose deletion costs most nats
         (`demos/03_attention_sinks.ipynb`, `tests/benchmarks/corrections.py`).
 
     Example:
@@ -87,40 +95,40 @@ class PositionCorrectedScope(Around):
             raise ValueError(f"shuffles is a number, 2 at least, got {self.shuffles!r}.")
         object.__setattr__(self, "shuffles", operator.index(self.shuffles))
 
+    @property
+    def runs_again(self) -> Literal["prompt"]:
+        return "prompt"
+
     def measure(self, lin: Linearization) -> Measurement:
-        """The ratio."""
         first = int(models.starts_with_bos(lin.model, lin.tokens))
         target, _ = self.scope.explained(lin)
         scope = self.scope if target is None else self.scope.aimed(lin, target.id)
         generator = source(lin, self.generator, "shuffles")
         own = scope.measure(lin)
-        shares = [self._share(own, lin)]
+        shares = [self._share(own)]
         for _ in range(self.shuffles):
             tokens = _shuffled(lin.tokens, first, generator)
-            other = linearize(
-                lin.model, tokens, wrt=lin.wrt, of=lin.of, checkpoint=lin.trace.checkpointed, prepend_bos=False
-            )
-            shares.append(self._share(scope.measure(other), other))
+            other = lin.at_tokens(tokens)
+            shares.append(self._share(scope.measure(other)))
         others = torch.stack(shares[1:])
         # Where no shuffle gives a position anything, the prompt is counted as one of its own arrangements.
         expected = torch.where(others.mean(0) > 0, others.mean(0), shares[0] / len(shares))
         scores = torch.where(expected > 0, shares[0] / expected, 0)
         spread = torch.where(expected > 0, others.std(0) / self.shuffles**0.5 / expected, 0)
-        if "standard_error" in own.details:  # of a score that is estimated itself
+        if "standard_error" in own.details:  # the scope's own score is an estimate
             spread = (spread.square() + (own.details["standard_error"] / own.scores).square().nan_to_num(0.0)).sqrt()
         found = {"expected": expected, "uncorrected": own.scores, "standard_error": scores * spread}
         return Measurement(scores, {**own.details, **found})
 
-    def _share(self, found: Measurement, lin: Linearization) -> Tensor:
+    def _share(self, found: Measurement) -> Tensor:
         if found.scores.min() < 0:
             raise ValueError(
-                f"{as_written(self.scope)} has negative scores, {found.scores.min():.3g} for one token: such have no "
-                "shares. Take a scope of sizes, without a sign."
+                f"{as_written(self.scope)} has negative scores, {found.scores.min():.3g} for one token, which have no "
+                "shares: take a scope whose scores are sizes, without a sign."
             )
         return found.scores / found.scores.sum().clamp(min=torch.finfo(found.scores.dtype).tiny)
 
     def unit(self, lin: Linearization) -> str:
-        """A ratio."""
         return "times the share expected at the position"
 
 
@@ -132,13 +140,13 @@ class FrozenAttentionScope(Around):
         J_t = ∂y/∂x_t at constant attention weights
 
     Args:
-        scope: whose question.
-        keys: positions whose attention weights are held constant, the sinks say; None holds all patterns.
+        scope: the scope whose question is asked.
+        keys: positions whose attention weights are held constant, such as those of sinks; None holds all patterns.
 
-    Unit: the scope's.
-    Cost: the scope's, and a forward pass.
-    Raises: TypeError for no scope; as `models.held_attention` does, for models in which attention cannot be held; else
-        as the scope does.
+    Unit: that of the scope.
+    Cost: that of the scope, and a forward pass.
+    Raises: TypeError for something that is not a scope, and for keys that are not several positions; as
+        `models.held_attention` does, for models in which attention cannot be held; else as the scope does.
     Source: freezing attention patterns to make a transformer linear in its values, Elhage et al. 2021, A Mathematical
         Framework for Transformer Circuits. Measured as `PositionCorrectedScope` was, the average precision of known
         causes changes by 0.04 (0.02 to 0.06): by 0.21 where a name is to be found, by −0.09 where what is asked for has
@@ -161,17 +169,19 @@ class FrozenAttentionScope(Around):
                 )
             object.__setattr__(self, "keys", tuple(self.keys))
 
+    @property
+    def runs_again(self) -> Literal["point", "prompt"]:
+        return "prompt" if self.scope.runs_again == "prompt" else "point"
+
     def measure(self, lin: Linearization) -> Measurement:
-        """The scope, asked of the model with its attention held."""
         with models.held_attention(lin.model, self.keys):
             return self.scope.measure(lin.at(lin.embeddings))
 
     def unit(self, lin: Linearization) -> str:
-        """As it is."""
         return self.scope.unit(lin)
 
 
 def _shuffled(tokens: Int[Tensor, "token"], first: int, generator: torch.Generator) -> Int[Tensor, "token"]:
-    """The same tokens in another order, those before `first` where they are."""
+    """The same tokens in another order, but for those before `first`, which stay where they are."""
     order = torch.randperm(len(tokens) - first, generator=generator, device=tokens.device)
     return torch.cat([tokens[:first], tokens[first:][order]])

@@ -27,8 +27,8 @@ class SemanticScope(TargetScope, JacobianScope):
     Raises: ValueError for a target that is several tokens or unknown, `versus` equal to the target, another
         quantity, or a linearisation that does not end at the readout.
     Source: Liu et al. 2026 (arXiv:2601.16407), Semantic Scope.
-    Departure: the cotangent is ∂z_v/∂y through the model's real readout, the row w_v of the unembedding only where
-        logits are linear; the target need not stand in the prompt.
+    Departure: the cotangent is ∂z_v/∂y through the model's real readout, which is the row w_v of the unembedding only
+        where logits are linear. The target need not stand in the prompt.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.scopes.scope import JacobianScope, Observable
+from tl_scopes.jacobian.metric import Metric
+from tl_scopes.scopes.scope import JacobianScope
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class TemperatureScope(JacobianScope):
     The logits are W y = β W ŷ: the direction of the readout says what the model predicts, its norm how firmly.
 
     Args:
-        of: "readout", as in the paper, or "logits": β = ‖z − mean z‖₂/√vocab, the spread of the logits, which is an
-            inverse temperature of the same softmax and depends on no choice of coordinates in the residual stream.
+        norm: "readout", as in the paper, or "logits": β = ‖z − mean z‖₂/√vocab, the spread of the logits, which is an
+            inverse temperature of the same softmax and does not depend on coordinates in the residual stream.
 
     Unit: β per unit of embedding norm.
     Cost: one backward pass.
-    Raises: ValueError for another `of`; for "readout" on a model whose final norm was folded, where ‖y‖ is
-        constant and the scores would be rounding errors; for a linearisation that does not end at the readout.
+    Raises: ValueError for another `norm`; with "readout" for a model whose final norm was folded, where ‖y‖ is constant
+        and the scores would be rounding errors; for a linearisation that does not end at the readout.
     Source: Liu et al. 2026 (arXiv:2601.16407), Temperature Scope.
-    Departure: of="logits" is ours.
+    Departure: norm="logits" is ours.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -38,29 +38,29 @@ class TemperatureScope(JacobianScope):
         'inverse temperature per unit of embedding norm'
     """
 
-    of: Literal["readout", "logits"] = "readout"
+    norm: Literal["readout", "logits"] = "readout"
 
     def __post_init__(self) -> None:
-        if self.of not in ("readout", "logits"):
-            raise ValueError(f'of is "readout" or "logits", got {self.of!r}.')
+        if self.norm not in ("readout", "logits"):
+            raise ValueError(f'norm is "readout" or "logits", got {self.norm!r}.')
 
     def cotangents(self, lin: Linearization) -> Float[Tensor, "1 d_of"]:
-        beta = self.observable(lin)
-        if self.of == "logits":
+        beta = self.metric(lin)
+        if self.norm == "logits":
             return lin.cotangent(partial(beta, lin.readout))[None]
-        y = lin.readout.to(torch.promote_types(lin.readout.dtype, torch.float32))  # float16 ends at 65,504
+        y = lin.readout.to(models.sum_dtype(lin.readout))  # float16 ends at 65,504
         return (y / y.norm())[None]
 
-    def observable(self, lin: Linearization) -> Observable:
+    def metric(self, lin: Linearization) -> Metric:
         lin.require_readout()
-        if self.of == "logits":
+        if self.norm == "logits":
             return lambda readout, logits: (logits - logits.mean()).norm() / len(logits) ** 0.5
         if models.has_constant_readout_norm(lin.model):
             raise ValueError(
                 f"the final norm of {models.model_name(lin.model)!r} has no gain (folded, untrained, or by "
                 "design), so the readout's norm is constant and its Temperature Scope identically zero. Load a folded "
                 "model unprocessed (HookedTransformer.from_pretrained_no_processing, or a TransformerBridge without "
-                'enable_compatibility_mode), or ask TemperatureScope(of="logits").'
+                'enable_compatibility_mode), or ask TemperatureScope(norm="logits").'
             )
         return lambda readout, logits: readout.norm()
 

@@ -1,0 +1,1 @@
+"""The linearised model, and the mathematics on it."""
