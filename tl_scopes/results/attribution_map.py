@@ -3,13 +3,15 @@
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsIndex, overload
+from typing import TYPE_CHECKING, SupportsIndex, overload
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.models import as_int
 from tl_scopes.results.attribution import Attribution
+from tl_scopes.views import attribution_map as card
+from tl_scopes.views.live import LiveView
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,8 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AttributionMap:
-    """How much each token of a prompt moves each prediction in it. `map[position]` is an `Attribution`, `map[2:5]` the
-    map of these three predictions.
+    """How much each token of a prompt moves each prediction in it.
+
+    `prompt_map[position]` is the `Attribution` of one prediction, `prompt_map[2:5]` the map of three.
+
+    Attributes:
+        answers: one answer for each prediction, in the order of their positions; each has the scores of the tokens up
+            to its position.
 
     Example:
         >>> prompt_map = tls.attribution_map(model, "The keys to the old cabinet near the door", tls.SemanticScope())
@@ -30,7 +37,6 @@ class AttributionMap:
     """
 
     answers: tuple[Attribution, ...]
-    """One per prediction, in the order of their positions."""
 
     def __post_init__(self) -> None:
         if not self.answers:
@@ -47,17 +53,17 @@ class AttributionMap:
         return iter(self.answers)
 
     @overload
-    def __getitem__(self, position: SupportsIndex) -> Attribution: ...
+    def __getitem__(self, position: int | SupportsIndex) -> Attribution: ...
     @overload
     def __getitem__(self, position: slice) -> "AttributionMap": ...
-    def __getitem__(self, position: SupportsIndex | slice) -> "Attribution | AttributionMap":
-        """The answer at a position of the prompt, or for a slice the map of those that are there, in their order.
+    def __getitem__(self, position: int | SupportsIndex | slice) -> "Attribution | AttributionMap":
+        """The answer at a position of the prompt, or for a slice the map of its answers, in their order.
 
         Negative positions count from the last prediction.
 
         Raises:
-            IndexError: for a position without an answer, a slice without any.
-            TypeError: for a position that is no integer.
+            IndexError: for a position without an answer, or a slice without any.
+            TypeError: for a position that is not an integer.
         """
         first, last = self.answers[0].position, self.answers[-1].position
         wanted: Container[int]
@@ -76,17 +82,17 @@ class AttributionMap:
 
     @property
     def str_tokens(self) -> tuple[str, ...]:
-        """Text of each token."""
+        """The text of each token."""
         return self.answers[-1].str_tokens
 
     @property
     def scores(self) -> Float[Tensor, "position token"]:
-        """One row per prediction: the score of each token, zero for those after the position."""
+        """One row for each prediction: the scores of the tokens, in the scope's unit; zero for those after it."""
         return self._matrix([answer.scores for answer in self.answers])
 
     @property
     def share(self) -> Float[Tensor, "position token"]:
-        """The same as shares of each prediction, whose sizes sum to 1."""
+        """One row for each prediction: the shares of the tokens, whose sizes sum to 1; zero for those after it."""
         return self._matrix([answer.share for answer in self.answers])
 
     def _matrix(self, rows: list[Tensor]) -> Tensor:
@@ -95,13 +101,13 @@ class AttributionMap:
             line[: len(row)] = row
         return matrix
 
-    def without(self, positions: Iterable[SupportsIndex]) -> "AttributionMap":
+    def without(self, positions: Iterable[int | SupportsIndex]) -> "AttributionMap":
         """The same map without the tokens at these positions, and without the predictions that had no others.
 
         `prompt_map.without([0])` sets aside the BOS token.
 
         Raises:
-            ValueError: for a position that is not there, or when no token would be left.
+            ValueError: for a position that the map does not have, or where no token would be left.
         """
         gone = {as_int(position, "positions must be integers") for position in positions}
         self.answers[-1].without(gone)  # says what is wrong, if anything is
@@ -109,7 +115,7 @@ class AttributionMap:
         return AttributionMap(tuple(answer.without(gone & set(answer.positions)) for answer in left))
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per prediction and token: where it was read, and the columns of `Attribution.to_dataframe`."""
+        """One row for each prediction and token: its position, and the columns of `Attribution.to_dataframe`."""
         import pandas as pd
 
         frames = {answer.position: answer.to_dataframe() for answer in self.answers}
@@ -119,26 +125,18 @@ class AttributionMap:
 
     def plot(self) -> "Figure":
         """A heat map: predictions from top to bottom, tokens from left to right."""
-        from tl_scopes.views import attribution_map as map_views
-
-        return map_views.plot(self)
+        return card.plot(self)
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """A static page of the heat map, self-contained: no script, no network. Written to `path` if given."""
-        from tl_scopes.views import attribution_map as map_views
-
-        html = map_views.page(self)
+        """A static page of the heat map. It has no script and needs no network; `path` is where to write it."""
+        html = card.page(self)
         if path is not None:
             Path(path).write_text(html, encoding="utf-8")
         return html
 
-    def show(self) -> Any:
+    def show(self) -> LiveView:
         """circuitsvis' attention view, for a live notebook; its script comes from the installed package."""
-        from tl_scopes.views import attribution_map as map_views
-
-        return map_views.attention_view(self)
+        return card.attention_view(self)
 
     def _repr_html_(self) -> str:
-        from tl_scopes.views import attribution_map as map_views
-
-        return map_views.fragment(self)
+        return card.fragment(self)

@@ -2,28 +2,25 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from html import escape
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.views import attribution as card
-from tl_scopes.views import markup
-from tl_scopes.views.live import LiveView, as_html
-from tl_scopes.views.markup import MUTED, SMALL, chip, tag, visible
-from tl_scopes.views.palette import Scale
+from tl_scopes.views import comparison as card
+from tl_scopes.views.live import LiveView
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_STATIC = "colour: square root of the score, each answer on its own scale"
-_LIVE = "colour: share, white at 0 and full at Positive Bound"
-
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Answers about the same tokens, each under a name."""
+    """Answers about the same tokens, side by side.
+
+    Attributes:
+        answers: the answers by their names; all of them have the same tokens at the same positions.
+    """
 
     answers: Mapping[str, Attribution]
 
@@ -35,7 +32,7 @@ class Comparison:
         return next(iter(self.answers.values()))
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """Shares: one row per position and token, one column per answer."""
+        """The shares: one row for each position and token, one column for each answer."""
         import pandas as pd
 
         index = pd.MultiIndex.from_arrays([self._first.positions, self._first.str_tokens], names=["position", "token"])
@@ -44,76 +41,29 @@ class Comparison:
     # -- pictures -----------------------------------------------------------------------------------------------------
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """A static page, self-contained: no script, no network. Written to `path` if given."""
-        html = markup.page(", ".join(self.answers), self._repr_html_())
+        """A static page. It has no script and needs no network; `path` is where to write it."""
+        html = card.page(self)
         if path is not None:
             Path(path).write_text(html, encoding="utf-8")
         return html
 
     def show(self) -> LiveView:
-        """circuitsvis' tokens with a choice of the answer, for a live notebook.
-
-        Departure: it has one bound for all answers and colours in proportion, so that it is given shares; the bound is
-        the largest share that is on the scale of its own answer, and can be changed there.
-        """
-        shares = [answer.share.tolist() for answer in self.answers.values()]
-        bound = max(Scale.of(line).end for line in shares) or 1.0
-        props = {
-            "tokens": [as_html(visible(text)) + "\n" * text.count("\n") for text in self._first.str_tokens],
-            "values": list(zip(*shares, strict=True)),
-            "labels": list(self.answers),
-            "positiveBounds": [bound] * len(shares),
-            "negativeBounds": [-bound] * len(shares),
-        }
-        return LiveView("ColoredTokensMulti", props, self._texts(), lambda live: self._card(live, _LIVE), repr(self))
+        """circuitsvis' tokens with a choice of the answer, for a live notebook."""
+        return card.colored_tokens(self)
 
     def _repr_html_(self) -> str:
-        return self._card(self._texts(), _STATIC)
-
-    def _card(self, body: str, legend: str) -> str:
-        places = dict.fromkeys(card.about(answer) for answer in self.answers.values())
-        notes = dict.fromkeys(note for answer in self.answers.values() for note in answer.notes)
-        return markup.card(
-            f"{len(self.answers)} answer{'s' * (len(self.answers) > 1)} about one prompt",
-            *(tag("div", SMALL, escape(place)) for place in places if len(places) == 1),
-            tag("div", "margin:14px 0 6px", body),
-            tag("div", SMALL, legend),
-            self._most_influential(alone=len(places) > 1),
-            notes=notes,
-        )
-
-    def _texts(self) -> str:
-        """The prompt once for each answer."""
-        html = ""
-        for name, answer in self.answers.items():
-            html += tag("div", "font-weight:600;font-size:13px", escape(name))
-            tokens = card.running_text(answer, marks=False) + card.next_token(answer)
-            html += tag("div", "font-size:16px;line-height:2;margin-bottom:8px", tokens)
-        return html
-
-    def _most_influential(self, *, alone: bool) -> str:
-        """Of each answer, with its unit, and where it was asked if `alone` there."""
-        html = tag("div", f"color:{MUTED}", "Most influential tokens and their shares")
-        for name, answer in self.answers.items():
-            scale = Scale.of(answer.scores.tolist())
-            top = [f"{chip(text, scale.strength(score))} {share:.1%}" for _, text, score, share in answer.top()]
-            told = [f"in {escape(answer.unit)}", card.explains(answer), escape(card.about(answer)) if alone else ""]
-            about = tag("span", f"color:{MUTED}", " · ".join(filter(None, told)))
-            html += tag("div", "margin-top:6px", tag("b", "font-weight:600", escape(name)) + " " + about)
-            apart = "display:inline-block;margin-right:10px"
-            html += tag("div", "line-height:1.8", "".join(tag("span", apart, one) for one in top))
-        return tag("div", "margin-top:14px;font-size:12px", html)
+        return card.fragment(self)
 
 
 def compare(answers: Iterable[Attribution] | Mapping[str, Attribution]) -> Comparison:
-    """Several answers about the same prompt in one picture: of all scopes, of two models, before and after a patch.
+    """Put several answers about the same prompt side by side: of all scopes, of two models, before and after a patch.
 
     Args:
-        answers: about the same tokens; named by their scopes, or by the keys of a mapping.
+        answers: answers about the same tokens. They are named by their scopes, or by the keys of a mapping.
 
     Raises:
-        TypeError: for one that is no Attribution.
-        ValueError: for none, or for answers about different tokens.
+        TypeError: for anything among them that is not an Attribution.
+        ValueError: for no answers, or for answers about different tokens.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door", position=-1)
@@ -141,7 +91,7 @@ def compare(answers: Iterable[Attribution] | Mapping[str, Attribution]) -> Compa
 
 
 def _free(scope: str, taken: Mapping[str, Attribution]) -> str:
-    """A scope's name, with a number where it is taken."""
+    """The name of a scope, with a number where it is taken."""
     names = chain([scope], (f"{scope} ({number})" for number in count(2)))
     return next(name for name in names if name not in taken)
 

@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.views import heat_map, markup
+from tl_scopes.views.figure import embedded, shortened
 from tl_scopes.views.live import LiveView, Written, require_drawable
-from tl_scopes.views.markup import SMALL, tag
+from tl_scopes.views.markup import SMALL, Html, isolated, tag
 from tl_scopes.views.palette import Scale, color
 
 if TYPE_CHECKING:
@@ -23,38 +24,38 @@ def plot(attention: Float[Tensor, "head query key"], tokens: Sequence[str], name
 
     Args:
         attention: how much each query attends to each key, from 0 to 1.
-        tokens: their text.
-        names: of the heads.
+        tokens: the text of the tokens.
+        names: the names of the heads.
 
     Raises:
-        ValueError: for shapes that do not fit one another, attention outside 0 to 1.
+        ValueError: for shapes that do not fit one another, or attention outside 0 to 1.
     """
     _check(attention, tokens, names)
     later = torch.ones_like(attention, dtype=torch.bool).triu(1)
-    shown = [heat_map.shortened(text, 12) for text in tokens]
+    shown = [shortened(text, 12) for text in tokens]
     return heat_map.small_multiples(attention.masked_fill(later, torch.nan), _SCALE, shown, names, "attention")
 
 
 def fragment(
     attention: Float[Tensor, "head query key"], tokens: Sequence[str], names: Sequence[str], *, title: str
-) -> str:
-    """The same in a static card, for a place in another page."""
+) -> Html:
+    """The small heat maps in a static card, to be put into another page."""
     return _card(title, _picture(attention, tokens, names))
 
 
 def attention_heads_view(
     attention: Float[Tensor, "head query key"], tokens: Sequence[str], names: Sequence[str], *, title: str
 ) -> LiveView:
-    """circuitsvis' attention heads, the small maps of which choose the large one; in a tooltip is the attention.
+    """circuitsvis' attention heads: the small maps choose the large one, and a tooltip tells the attention.
 
     Args:
         attention: how much each query attends to each key, from 0 to 1.
-        tokens: their text.
-        names: of the heads.
-        title: of the card around them.
+        tokens: the text of the tokens.
+        names: the names of the heads.
+        title: the title of the card around them.
 
     Raises:
-        ValueError: for shapes that do not fit one another, attention outside 0 to 1, more than 160,000 cells.
+        ValueError: for shapes that do not fit one another, attention outside 0 to 1, or more than 160,000 cells.
     """
     picture = _picture(attention, tokens, names)
     require_drawable(attention.numel())
@@ -68,7 +69,7 @@ def attention_heads_view(
     props = {
         "attention": values,
         "attentionHeadNames": list(names),
-        "tokens": [heat_map.shortened(text) for text in tokens],
+        "tokens": [isolated(shortened(text)) for text in tokens],
         "minValue": -1,
         "maxValue": 1,
         "positiveColor": color(1.0),
@@ -78,12 +79,12 @@ def attention_heads_view(
     return LiveView("AttentionHeads", props, picture, lambda live: _card(title, live), about)
 
 
-def _card(title: str, picture: str) -> str:
+def _card(title: str, picture: Html) -> Html:
     legend = tag("div", SMALL, "rows attend to columns; colour: square root of the attention, which sums to 1 in a row")
     return markup.card(title, picture, legend, width="max-content")
 
 
-def _picture(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> str:
+def _picture(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> Html:
     figure = plot(attention, tokens, names)
     first = attention[:, :, 0].mean(1)
     most = int(first.argmax())
@@ -91,7 +92,7 @@ def _picture(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> 
         f"Attention of {len(names)} heads between {len(tokens)} tokens. Most of it rests on the first token in "
         f"{names[most]}, {first[most]:.0%} on average."
     )
-    return heat_map.embedded(figure, alt)
+    return embedded(figure, alt)
 
 
 def _check(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> None:
@@ -102,5 +103,5 @@ def _check(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> No
             f"tokens, at least one of each, got {list(attention.shape)}."
         )
     low, high = attention.min().item(), attention.max().item()
-    if not (low >= 0 and high <= 1 + 1e-3):  # NaN neither
+    if not (low >= 0 and high <= 1 + 1e-3):  # nor may it be NaN
         raise ValueError(f"attention is between 0 and 1, got values from {low:.3g} to {high:.3g}.")

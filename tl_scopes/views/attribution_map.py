@@ -1,43 +1,44 @@
 """Pictures of an `AttributionMap`: a heat map as figure and static card, and circuitsvis' attention pattern, live."""
 
-from html import escape
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.results.attribution import Attribution
-from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.views import heat_map, markup
+from tl_scopes.views.figure import arrowed, embedded, shortened
 from tl_scopes.views.live import LiveView, Written, require_drawable
-from tl_scopes.views.markup import SMALL, tag, visible
+from tl_scopes.views.markup import SMALL, Html, isolated, tag, visible
 from tl_scopes.views.palette import Scale, color, sinks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from tl_scopes.results.attribution import Attribution
+    from tl_scopes.results.attribution_map import AttributionMap
 
-def plot(prompt_map: AttributionMap) -> "Figure":
-    """A heat map of shares: predictions from top to bottom, tokens from left to right."""
+
+def plot(prompt_map: "AttributionMap") -> "Figure":
+    """A heat map of the shares: predictions from top to bottom, tokens from left to right."""
     return _figure(prompt_map, prompt_map.answers[-1].scope)
 
 
-def page(prompt_map: AttributionMap) -> str:
-    """A complete page: no script, no network."""
+def page(prompt_map: "AttributionMap") -> Html:
+    """The static card as a complete page, without script or network."""
     return markup.page(prompt_map.answers[-1].scope, fragment(prompt_map))
 
 
-def fragment(prompt_map: AttributionMap) -> str:
-    """The same for a place in another page."""
-    return _card(prompt_map, heat_map.embedded(_figure(prompt_map), _alt(prompt_map)))
+def fragment(prompt_map: "AttributionMap") -> Html:
+    """The static card, to be put into another page."""
+    return _card(prompt_map, embedded(_figure(prompt_map), _alt(prompt_map)))
 
 
-def attention_view(prompt_map: AttributionMap) -> LiveView:
+def attention_view(prompt_map: "AttributionMap") -> LiveView:
     """circuitsvis' attention pattern, with predictions for destinations and tokens for sources.
 
-    Departure: circuitsvis takes a square whose rows and columns are the same tokens, so that those set aside by
-    `without` leave blank rows and columns, and predictions left out by a slice blank rows.
+    Departure: circuitsvis takes a square whose rows and columns are the same tokens. So tokens that `without` set aside
+    leave blank rows and columns, and predictions that a slice left out leave blank rows.
 
     Raises:
         ValueError: for more than 400 tokens.
@@ -53,7 +54,7 @@ def attention_view(prompt_map: AttributionMap) -> LiveView:
             attention[answer.position][position] = Written(scale.strength(share), text)
     texts = _texts(prompt_map)
     props = {
-        "tokens": [heat_map.shortened(texts[i]) if i in texts else "–" for i in range(size)],
+        "tokens": [isolated(shortened(texts[i])) if i in texts else "–" for i in range(size)],
         "attention": attention,
         "minValue": -1,
         "maxValue": 1,
@@ -66,13 +67,13 @@ def attention_view(prompt_map: AttributionMap) -> LiveView:
     return LiveView(
         "AttentionPattern",
         props,
-        heat_map.embedded(figure, _alt(prompt_map)),
+        embedded(figure, _alt(prompt_map)),
         lambda live: _card(prompt_map, tag("div", width, live)),
         repr(prompt_map),
     )
 
 
-def _card(prompt_map: AttributionMap, picture: str) -> str:
+def _card(prompt_map: "AttributionMap", picture: Html) -> Html:
     last = prompt_map.answers[-1]
     about = f"{last.model} · {last.dtype} · {last.wrt} → {last.of} · {_count(prompt_map)}"
     legend = f"score in {last.unit}; colour: square root of the share"
@@ -80,15 +81,15 @@ def _card(prompt_map: AttributionMap, picture: str) -> str:
         legend += ", the darkest is over the scale"
     return markup.card(
         last.scope,
-        tag("div", SMALL, escape(about)),
+        tag("div", SMALL, about),
         picture,
-        tag("div", SMALL, escape(legend)),
+        tag("div", SMALL, legend),
         notes=dict.fromkeys(note for answer in prompt_map for note in answer.notes),
         width="max-content",
     )
 
 
-def _alt(prompt_map: AttributionMap) -> str:
+def _alt(prompt_map: "AttributionMap") -> str:
     last = prompt_map.answers[-1]
     cells = [(row, answer) for answer in prompt_map for row in answer.top(1) if len(answer.scores) > 1]
     row, answer = max(cells, key=lambda cell: abs(cell[0].share), default=(last.top(1)[0], last))
@@ -99,30 +100,28 @@ def _alt(prompt_map: AttributionMap) -> str:
     )
 
 
-def _figure(prompt_map: AttributionMap, title: str = "") -> "Figure":
+def _figure(prompt_map: "AttributionMap", title: str = "") -> "Figure":
     values, texts = _values(prompt_map), _texts(prompt_map)
     rows = []
     for answer in prompt_map:
-        read = heat_map.shortened(texts[answer.position]) if answer.position in texts else f"({answer.position})"
-        rows.append(
-            " → ".join(filter(None, (read, heat_map.shortened(_explained(answer)) if _explained(answer) else "")))
-        )
+        read = shortened(texts[answer.position]) if answer.position in texts else f"({answer.position})"
+        rows.append(arrowed(read, shortened(_explained(answer)) if _explained(answer) else ""))
     return heat_map.heat_map(
         values,
         _scale(values),
         rows,
-        [heat_map.shortened(text) for text in prompt_map.str_tokens],
+        [shortened(text) for text in prompt_map.str_tokens],
         names=("after token → prediction", "token", "share of the scores"),
         title=title,
     )
 
 
-def _count(prompt_map: AttributionMap) -> str:
+def _count(prompt_map: "AttributionMap") -> str:
     return f"{len(prompt_map)} prediction{'s' * (len(prompt_map) > 1)}"
 
 
-def _values(prompt_map: AttributionMap) -> Float[Tensor, "position token"]:
-    """Shares; NaN after each position."""
+def _values(prompt_map: "AttributionMap") -> Float[Tensor, "position token"]:
+    """The shares, NaN for the tokens after each position."""
     values = prompt_map.share
     for line, answer in zip(values, prompt_map, strict=True):
         line[len(answer.scores) :] = torch.nan
@@ -130,14 +129,14 @@ def _values(prompt_map: AttributionMap) -> Float[Tensor, "position token"]:
 
 
 def _scale(values: Float[Tensor, "position token"]) -> Scale:
-    """One scale for all predictions, that ends below the sinks, columns that most predictions rest on.
+    """One scale for all predictions, which ends below the sinks, the columns that most predictions rest on.
 
-    One value in fifty may lie over it too, so that a few do not wash out the rest. Predictions from fewer than five
-    tokens do not count where there are others: their shares must be large.
+    One value in fifty may lie over the scale too, so that a few do not wash out the rest. Predictions from fewer than
+    five tokens do not count where there are others, because their shares must be large.
     """
     long = values[values.isfinite().sum(1) >= 5]
     sizes = (long if len(long) else values).abs()
-    # Of tokens t, a share of 1/t is as much as any other's: times t it can be averaged over predictions.
+    # Among t tokens an even share is 1/t; shares times t can be averaged over predictions.
     parts = sizes / sizes.nansum(1, keepdim=True).clamp(min=1e-30) * sizes.isfinite().sum(1, keepdim=True)
     means = parts.nanmean(0).nan_to_num().sort(descending=True)
     rest = sizes[:, means.indices[sinks(means.values.tolist()) :]]
@@ -146,12 +145,12 @@ def _scale(values: Float[Tensor, "position token"]) -> Scale:
     return Scale(end, 0.8 if values.abs().nan_to_num().max().item() > end else 1.0)
 
 
-def _texts(prompt_map: AttributionMap) -> dict[int, str]:
+def _texts(prompt_map: "AttributionMap") -> dict[int, str]:
     last = prompt_map.answers[-1]
     return dict(zip(last.positions, last.str_tokens, strict=True))
 
 
-def _explained(answer: Attribution) -> str:
+def _explained(answer: "Attribution") -> str:
     """The token explained, or the most likely one; empty where neither is known."""
     if answer.target is not None:
         return answer.target.text

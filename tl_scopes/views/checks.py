@@ -1,31 +1,32 @@
-"""The picture of `Checks`: a static card, for beside an answer's own."""
+"""The picture of `Checks`: a static card, to stand beside that of an answer."""
 
-from html import escape
+from typing import TYPE_CHECKING
 
-from tl_scopes.diagnostics.check_report import Check, Checks
 from tl_scopes.views import markup
-from tl_scopes.views.markup import MUTED, rows, tag
+from tl_scopes.views.markup import MUTED, Html, tag
 from tl_scopes.views.palette import color
 
-_TOP = "vertical-align:top;text-align:left"
+if TYPE_CHECKING:
+    from tl_scopes.diagnostics.check_report import Check, Checks
+
+_BLOCK = "display:inline-block;vertical-align:top"
+# The finding stands beside the verdict, or in a narrow card below it, as wide as the card.
+_LEFT, _RIGHT = f"{_BLOCK};width:220px", f"{_BLOCK};width:calc(100% - 220px);min-width:min(100%, 400px)"
 
 
-def fragment(checks: Checks) -> str:
-    """A card to put into a page."""
+def fragment(checks: "Checks") -> Html:
+    """The static card, to be put into another page."""
     return markup.card(
-        f"Checks of {checks.scope}",
-        tag("div", markup.SMALL, escape(f"{checks.model} · predicts after position {checks.position}")),
-        tag("div", "margin-top:10px;font-size:12px", rows(map(_row, checks))),
+        f"Checks of {checks.answer.scope}",
+        tag("div", markup.SMALL, f"{checks.answer.model} · predicts after position {checks.answer.position}"),
+        tag("div", "margin-top:4px;font-size:12px", *map(_line, checks)),
     )
 
 
-def _row(check: Check) -> list[tuple[str, str]]:
-    # The word says it; the colour only helps to find it.
-    ground = f"background-color:{color(-0.5)};" if check.verdict == "look" else f"color:{MUTED};"
-    verdict = tag("span", f"{ground}padding:1px 6px;border-radius:3px", check.verdict)
-    return [
-        (f"{_TOP};font-weight:600;white-space:nowrap", escape(check.name)),
-        (f"{_TOP};white-space:nowrap", verdict),
-        (_TOP, escape(check.finding)),
-        (f"{_TOP};width:130px;color:{MUTED}", escape(check.cost)),
-    ]
+def _line(check: "Check") -> Html:
+    # The verdict is written in a word; the colour only helps to find it.
+    ground = f"background-color:{color(-0.5)}" if check.verdict == "look" else f"color:{MUTED}"
+    name = tag("b", f"{_BLOCK};font-weight:600;width:110px", check.name)
+    verdict = tag("span", f"{ground};padding:1px 6px;border-radius:3px", check.verdict)
+    cost = "" if check.cost == "none" else tag("span", f"color:{MUTED}", f" [{check.cost}]")
+    return tag("div", "margin-top:6px", tag("div", _LEFT, name, verdict), tag("div", _RIGHT, check.finding, cost))

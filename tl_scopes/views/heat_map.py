@@ -1,17 +1,14 @@
 """Heat maps: matrices of scores between tokens, on the colours of `palette`."""
 
-from base64 import b64encode
 from collections.abc import Sequence
-from functools import cache, partial
-from html import escape
-from io import BytesIO
 from math import ceil, floor, log10
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.views.markup import INK, MUTED, visible
+from tl_scopes.views.figure import default_style, drawable, new_figure
+from tl_scopes.views.markup import INK, MUTED
 from tl_scopes.views.palette import Scale, color, text_color
 
 if TYPE_CHECKING:
@@ -21,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 LEGIBLE = 60
-"""Tokens along an edge that are all labelled; of more, every other one is, or every third, and so on."""
-_VOID = "#f3f5f7"  # no white, for that is a score of zero
+"""How many tokens along an edge are all labelled. Of more than these every other one is, or every third, and so on."""
+_VOID = "#f3f5f7"  # not white, which is a score of zero
 _RIM = "#d8dee4"
 
 
@@ -38,19 +35,19 @@ def heat_map(
     """One large map of shares.
 
     Args:
-        values: NaN where there is none.
+        values: the shares, NaN where there is none.
         scale: from values to colours.
-        rows: their labels.
-        columns: their labels.
+        rows: the labels of the rows.
+        columns: the labels of the columns.
         names: what the rows, the columns and the values are.
-        title: set over it.
+        title: written over the map.
     """
     size = max(len(rows), len(columns))
     annotated = size <= 16
     cell = 0.36 if annotated else min(0.2, 0.2 * LEGIBLE / size)
     width, height = len(columns) * cell, len(rows) * cell
     tall = min(max(height, 1.2), 2.4)
-    with _default_style():
+    with default_style():
         figure, (axes, bar) = _figure((0.0, 0.0, width, height), (width + 0.2, height - tall, 0.13, tall))
         image = _cells(axes, values, scale, grid=size <= LEGIBLE)
         _label(axes, rows, columns, every=ceil(size / LEGIBLE), turned=45 if annotated else 90)
@@ -58,7 +55,8 @@ def heat_map(
             _annotate(axes, values, scale)
         axes.set_ylabel(names[0], fontsize=8, color=MUTED)
         axes.set_xlabel(names[1], fontsize=8, color=MUTED)
-        axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
+        (title,), style = drawable([title], 10)
+        axes.set_title(title, loc="left", **style)
         _color_bar(figure, bar, image, scale, names[2], percent=True)
         return _fitted(figure)
 
@@ -66,13 +64,13 @@ def heat_map(
 def small_multiples(
     matrices: Float[Tensor, "panel row column"], scale: Scale, tokens: Sequence[str], titles: Sequence[str], name: str
 ) -> "Figure":
-    """Many small maps between the same tokens.
+    """Many small maps of the same tokens against themselves.
 
     Args:
-        matrices: NaN where there is no value.
-        scale: from values to colours, the same in all.
-        tokens: labels of the rows and of the columns.
-        titles: one per panel.
+        matrices: the values, NaN where there is none.
+        scale: from values to colours, the same in all panels.
+        tokens: the labels of the rows and of the columns.
+        titles: one for each panel.
         name: what the values are.
     """
     side = min(max(0.12 * len(tokens), 1.3), 2.4)
@@ -83,7 +81,7 @@ def small_multiples(
         for i in range(len(matrices))
     ]
     top = down * (side + 0.35) - 0.35
-    with _default_style():
+    with default_style():
         figure, (*panels, bar) = _figure(*places, (across * (side + 0.2) + 0.1, top - side, 0.13, side))
         for i, (axes, matrix, title) in enumerate(zip(panels, matrices, titles, strict=True)):
             image = _cells(axes, matrix, scale, grid=False)
@@ -95,45 +93,18 @@ def small_multiples(
         return _fitted(figure)
 
 
-def embedded(figure: "Figure", alt: str) -> str:
-    """The figure as an HTML image that holds its own data, twice as fine as the screen's pixels; wide ones scroll."""
-    width, height = (round(96 * inches) for inches in figure.get_size_inches())
-    data = b64encode(_png(figure)).decode()
-    return (
-        '<div style="overflow-x:auto;margin:12px 0 4px">'
-        f'<img alt="{escape(alt)}" width="{width}" height="{height}" style="max-width:none;display:block" '
-        f'src="data:image/png;base64,{data}"></div>'
-    )
-
-
-def _png(figure: "Figure") -> bytes:
-    data = BytesIO()
-    figure.savefig(data, format="png", dpi=192, facecolor="auto", metadata={"Software": None})
-    return data.getvalue()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of a figure
 
 
-def _default_style() -> Any:
-    from matplotlib import style
-
-    return style.context("default")  # whatever style is in force: the colours of text and ground belong together
-
-
 def _figure(*places: tuple[float, float, float, float]) -> tuple["Figure", list["Axes"]]:
-    """Axes at places in inches, of a figure of one inch until it is `_fitted`; pyplot knows nothing of it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1, 1), facecolor="white")
-    # A notebook draws a figure at the end of a cell only if pyplot was imported, or by this method.
-    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+    """Axes at places in inches, in a figure of one inch until it is `_fitted`."""
+    figure = new_figure(figsize=(1, 1))
     return figure, [figure.add_axes(place) for place in places]
 
 
 def _fitted(figure: "Figure") -> "Figure":
-    """Make the figure as large as what is in it."""
+    """The figure, made as large as what is in it."""
     box, rim = figure.get_tightbbox(), 0.08
     width, height = box.width + 2 * rim, box.height + 2 * rim
     places = [axes.get_position().bounds for axes in figure.axes]
@@ -159,11 +130,8 @@ def _cells(axes: "Axes", values: Tensor, scale: Scale, *, grid: bool) -> "AxesIm
 def _label(
     axes: "Axes", rows: Sequence[str], columns: Sequence[str], *, every: int, turned: int, size: int = 8
 ) -> None:
-    fonts = _fonts(frozenset("".join((*rows, *columns))))
-    # A dollar sign begins no formula.
-    style: dict[str, Any] = {"fontsize": size, "family": [*fonts], "color": INK, "parse_math": False}
-    known = frozenset().union(*fonts.values())
-    rows, columns = ([_spelled(text, known) for text in texts] for texts in (rows, columns))
+    texts, style = drawable([*rows, *columns], size)
+    rows, columns = texts[: len(rows)], texts[len(rows) :]
     axes.set_yticks(range(0, len(rows), every), rows[::every], **style)
     aligned: dict[str, Any] = {
         "rotation": turned,
@@ -198,7 +166,7 @@ def _color_bar(figure: "Figure", axes: "Axes", image: "AxesImage", scale: Scale,
 
 
 def _ticks(scale: Scale, apart: float) -> list[float]:
-    """Zero and round numbers, no two of them closer than a part of the scale."""
+    """Zero and round numbers, no two of them closer than this part of the scale."""
     if scale.end == 0:
         return [0.0]
     ticks, above = [0.0], scale.top
@@ -216,38 +184,3 @@ def _colormap(low: float, top: float) -> "Colormap":
 
     steps = [low + (top - low) * i / 255 for i in range(256)]
     return ListedColormap([color(step) for step in steps]).with_extremes(over=color(1.0), under=color(-1.0), bad=_VOID)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Labels
-
-
-def shortened(text: str, length: int = 16) -> str:
-    """A token's visible text, cut where it is long."""
-    shown = visible(text)
-    return shown if len(shown) <= length else shown[: length - 1] + "…"
-
-
-def _spelled(text: str, known: frozenset[str]) -> str:
-    """The text, with characters that no font here has as their code points."""
-    return "".join(char if char in known else f"U+{ord(char):04X}" for char in text)
-
-
-@cache
-def _fonts(characters: frozenset[str]) -> dict[str, frozenset[str]]:
-    """Fonts that have these characters, as far as any here has, and what each of them adds."""
-    from matplotlib import font_manager
-
-    fonts: dict[str, frozenset[str]] = {}
-    missing = set(characters)
-    upright = (font for font in font_manager.fontManager.ttflist if (font.style, font.weight) == ("normal", 400))
-    # matplotlib's own fonts for formulas and for nothing have other signs at the code points of letters.
-    files = {font.name: font.fname for font in upright if not font.name.startswith(("Last Resort", "STIX", "cm"))}
-    for name in ("DejaVu Sans", *sorted(files)):
-        added = {char for char in missing if ord(char) in font_manager.get_font(files[name]).get_charmap()}
-        if added or not fonts:
-            fonts[name] = frozenset(added)
-        missing -= added
-        if not missing:
-            break
-    return fonts

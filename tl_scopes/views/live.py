@@ -11,6 +11,8 @@ from importlib.resources import files
 from typing import Any
 from uuid import uuid4
 
+from tl_scopes.views.markup import Html, joined, tag
+
 _SCRIPT = """<script>{
   const source = "%(source)s", props = %(props)s;
   if (source) window.tlScopesCircuitsVis ??= new Response(
@@ -31,9 +33,10 @@ _carrier = ""  # the last run of a cell in which a view carried the script
 
 
 class Written:
-    """A number of which a component shows another text.
+    """A number that a component shows as another text.
 
-    circuitsvis colours by a value and writes the same value into the tooltip: a strength, written as the score.
+    circuitsvis colours by a value and writes the same value into the tooltip. Here the value is a strength and the text
+    tells the score.
     """
 
     def __init__(self, number: float, text: str) -> None:
@@ -44,23 +47,25 @@ class Written:
 class LiveView:
     """One of circuitsvis' components in a live notebook, and a static picture wherever no script runs.
 
-    circuitsvis' script comes from the installed package, without asking any web site, and is evaluated once in a page,
-    by the first view that needs it. Compressed (0.5 MB instead of 1.3 MB) it is part of every view that is asked for by
-    itself, so that each works alone: saved, reopened, beside a cleared cell, or where every cell has a frame of its own
-    (Colab). Of the views that one run of a notebook cell displays, only the first carries it. Where no script runs
-    (GitHub, PDF, a notebook that is not trusted) the static picture stays in its place.
+    circuitsvis' script comes from the installed package, and no web site is asked for it. The first view in a page that
+    needs the script evaluates it, once. Every view that is asked for by itself carries the script (0.5 MB compressed,
+    1.3 MB as it is), so that each works alone: saved, reopened, beside a cleared cell, or where every cell has a frame
+    of its own (Colab). Where one run of a notebook cell displays several views, only the first carries it. Where no
+    script runs (GitHub, PDF, a notebook that is not trusted) the static picture stays in its place.
+
+    Attributes:
+        component: the component's name in circuitsvis.
+        props: its properties by their JavaScript names. The values are what JSON knows, and `Written`.
+        static: the static picture, whose place the component takes.
+        frame: a function that puts the component into what surrounds it.
+        about: what the component shows, in words, for where there is no HTML.
     """
 
     component: str
-    """The component's name in circuitsvis."""
     props: Mapping[str, Any]
-    """Its properties by their JavaScript names, of what JSON has, and `Written`."""
-    static: str
-    """HTML that the component takes the place of."""
-    frame: Callable[[str], str] = str
-    """Puts the component, as HTML, into what surrounds it."""
+    static: Html
+    frame: Callable[[Html], Html] = joined
     about: str = ""
-    """What it shows, where no HTML can be."""
 
     def __repr__(self) -> str:
         return f"LiveView({self.component}: {self.about})"
@@ -69,7 +74,7 @@ class LiveView:
         return self._html(_compressed_script())
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        """What a notebook asks for."""
+        """The forms in which a notebook may show the view."""
         global _carrier
         shell = getattr(sys.modules.get("IPython"), "get_ipython", object)()
         parent: dict[str, Any] = getattr(shell, "get_parent", dict)()
@@ -82,11 +87,11 @@ class LiveView:
         # "</script>" would end the script from within a string, and "<!--" hide its end.
         props = json.dumps(self.props, default=lambda written: written.fields).replace("<", "\\u003c")
         fields = {"props": props, "source": source, "id": name, "component": self.component}
-        return self.frame(f'<div id="{name}">{self.static}</div>') + _SCRIPT % fields
+        return self.frame(tag("div", "", self.static, id=name)) + _SCRIPT % fields
 
 
 def as_html(text: str) -> str:
-    """Text for the components that take it for HTML: a word joiner, which cannot be seen, keeps it from being any."""
+    """Text for components that read it as HTML: word joiners, which cannot be seen, keep it from becoming markup."""
     return text.replace("<", "<\u2060").replace("&", "&\u2060")
 
 
@@ -94,7 +99,7 @@ def require_drawable(count: int) -> None:
     """Refuse a heat map of so many cells that a browser would stand still.
 
     Raises:
-        ValueError: for more than 160,000, on which Chromium spends half a minute.
+        ValueError: for more than 160,000 cells, which take Chromium half a minute.
     """
     if count > 160_000:
         raise ValueError(

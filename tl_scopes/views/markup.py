@@ -1,8 +1,14 @@
-"""HTML of the static pictures: tables and inline styles only, which notebook previews and mail clients keep."""
+"""HTML of the pictures: elements with inline styles only, which notebook previews and mail clients keep.
+
+What is put into an element is plain text, and is escaped, unless it is `Html`. Only this file makes `Html`, so that no
+picture can forget to escape a token, a number that is none, or the name of a model.
+"""
 
 import unicodedata
-from collections.abc import Iterable
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
 from html import escape
+from typing import NamedTuple
 
 from tl_scopes.views.palette import color, text_color
 
@@ -11,14 +17,158 @@ SMALL = f"font-size:12px;color:{MUTED};margin-top:4px"
 _PAPER = f"background-color:#ffffff;color:{INK};border:0"
 _CARD = (
     f"{_PAPER};border:1px solid #d8dee4;border-radius:8px;padding:16px 20px;margin:4px 0;"
-    "box-sizing:border-box;color-scheme:light;text-align:left;line-height:1.5;overflow-wrap:anywhere;"
+    "box-sizing:border-box;color-scheme:light;direction:ltr;text-align:left;line-height:1.5;overflow-wrap:anywhere;"
     "font-family:system-ui,-apple-system,Segoe UI,Roboto,Helvetica,Arial,sans-serif;"
     "-webkit-print-color-adjust:exact;print-color-adjust:exact"  # else printers leave backgrounds out
 )
 _TITLE = "font:600 15px ui-monospace,SFMono-Regular,Menlo,Consolas,DejaVu Sans Mono,monospace"
-_CHIP = "padding:2px;margin:0 1px;border-radius:3px"
+# A token keeps its place in the text, whichever way its letters and those beside it are written.
+_TOKEN = "unicode-bidi:isolate;border-radius:3px"
 _TABLE = f"{_PAPER};margin:0;border-collapse:collapse;table-layout:auto;font-size:inherit"
-_CELL = "border:0;padding:1px 14px 1px 0;vertical-align:middle;text-align:left;max-width:none;line-height:1.6"
+# Numbers and names stay on one line; a narrow card wraps tokens and sentences.
+_CELL = (
+    "border:0;padding:1px 14px 1px 0;vertical-align:middle;text-align:left;max-width:none;line-height:1.6;"
+    "white-space:nowrap"
+)
+_TOKEN_CELL = "text-align:left;white-space:normal;min-width:60px"
+_EMPTY = ("br", "wbr", "meta", "img")
+"""Elements that hold nothing and are not closed."""
+
+
+class Html(str):
+    """Text that is markup. Any other text is escaped where it enters an element.
+
+    So is what `+`, `join` and f-strings make of `Html`, for they return a plain `str`: see `joined`.
+    """
+
+    __slots__ = ()
+
+
+def joined(*parts: str, by: str = "") -> Html:
+    """The parts that are not empty, one after another: `Html` as it is, other text escaped."""
+    return Html(_escaped(by).join(_escaped(part) for part in parts if part))
+
+
+def _escaped(text: str) -> Html:
+    return text if isinstance(text, Html) else Html(escape(text))
+
+
+def tag(name: str, style: str = "", /, *parts: str, **attributes: str) -> Html:
+    """An element around its parts. Attributes without a value are left out.
+
+    Example:
+        >>> from tl_scopes.views.markup import tag
+        >>> tag("b", "color:red", "1 < 2", tag("br"), title="a 'b'")
+        '<b style="color:red" title="a &#x27;b&#x27;">1 &lt; 2<br></b>'
+    """
+    given = {"style": style} | attributes
+    start = name + "".join(f' {key}="{escape(value)}"' for key, value in given.items() if value)
+    return Html(f"<{start}>" if name in _EMPTY else f"<{start}>{joined(*parts)}</{name}>")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The frame
+
+
+def page(title: str, *cards: str) -> Html:
+    """A complete page: no script, no network."""
+    head = tag(
+        "head",
+        "",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width"),
+        tag("title", "", title),
+    )
+    body = tag("body", "margin:24px;background-color:#ffffff", "\n", joined(*cards, by="\n"), "\n")
+    return joined(Html("<!doctype html>\n"), tag("html", "", head, "\n", body, lang="en"), "\n")
+
+
+def card(title: str, *parts: str, notes: Iterable[str] = (), width: str = "860px") -> Html:
+    """The frame of every picture, with its own ground and text colours, for light and dark notebooks."""
+    noted = [tag("div", SMALL, "Note: ", note) for note in notes]
+    return tag("div", f"{_CARD};max-width:{width}", joined(tag("div", _TITLE, title), *parts, *noted, by="\n"))
+
+
+def image(png: bytes, alt: str, width: int, height: int) -> Html:
+    """A picture that holds its own data; a wide one scrolls."""
+    source = f"data:image/png;base64,{b64encode(png).decode()}"
+    drawn = tag("img", "max-width:none;display:block", alt=alt, width=str(width), height=str(height), src=source)
+    return tag("div", "overflow-x:auto;margin:12px 0 4px", drawn)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+class Cell(NamedTuple):
+    """One cell of a table, which may span several columns."""
+
+    content: str
+    style: str = ""
+    columns: int = 1
+
+
+def rows(lines: Iterable[Iterable[Cell]]) -> Html:
+    """A table."""
+    # Every element has a ground of its own, for notebooks give one to rows.
+    return tag("table", _TABLE, *(tag("tr", _PAPER, *map(_cell, line)) for line in lines))
+
+
+def _cell(cell: Cell) -> Html:
+    columns = str(cell.columns) if cell.columns > 1 else ""
+    return tag("td", f"{_CELL};{cell.style}", cell.content, colspan=columns)
+
+
+def table(title: str, head: Sequence[str], lines: Sequence[tuple[Sequence[str], float]], hue: str) -> Html:
+    """Rows of cells, each with its part of the whole at the end, as a number and as a bar; nothing for no rows."""
+    if not lines:
+        return Html()
+    longest = max((abs(part) for _, part in lines)) or 1.0
+    styles = [_TOKEN_CELL if name == "token" else "text-align:right" for name in head]
+    drawn = [[Cell(name, f"{style};color:{MUTED}") for name, style in zip(head, styles, strict=True)]]
+    for cells, part in lines:
+        bar = f"width:{72 * abs(part) / longest:.0f}px;height:9px;background-color:{hue if part >= 0 else color(-1.0)}"
+        drawn.append([*map(Cell, [*cells, f"{part:.1%}"], styles), Cell(tag("div", bar))])
+    style = "display:inline-block;vertical-align:top;margin-top:12px;font-size:12px"
+    style += ";box-sizing:border-box;padding-right:28px;max-width:100%;overflow-x:auto"  # a wide one scrolls
+    return tag("div", style, tag("b", "font-weight:600", title), rows(drawn))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def chip(text: str, strength: float = 0.0, title: str = "", mark: str = "", outlined: bool = False) -> Html:
+    """A token on the colour of its strength."""
+    style = f"background-color:{color(strength)};color:{text_color(strength)};padding:2px;margin:0 1px;{_TOKEN}"
+    style += f";outline:2px solid {INK};outline-offset:-1px" if outlined else ""
+    return tag("span", style, _told(text), mark and tag("span", "font-size:11px;margin-left:3px", mark), title=title)
+
+
+def boxed(text: str, title: str = "", line: str = "solid", arrow: str = "") -> Html:
+    """A token that is predicted, in a frame."""
+    style = f"color:{INK};border:1.5px {line} {INK};padding:1px 4px;{_TOKEN}"
+    return joined(arrow and f"\u2002{arrow}\u2002", tag("span", style, _told(text), title=title))
+
+
+def _told(text: str) -> Html:
+    """`visible(text)`, in which what stands for something else is fainter or smaller."""
+    return joined(
+        *(
+            shown if shown == char else tag("span", "font-size:.75em" if len(shown) > 2 else "opacity:.5", shown)
+            for char, shown in zip(text, _shown(text), strict=True)
+        )
+    ) or tag("span", "opacity:.5", visible(text))
+
+
+def is_right_to_left(text: str) -> bool:
+    """Whether any of its letters is written from right to left, and so may reorder what stands beside it."""
+    return any(unicodedata.bidirectional(char) in ("R", "AL", "AN") for char in text)
+
+
+def isolated(text: str) -> str:
+    """Plain text that does not reorder what stands beside it, for where no style can see to that."""
+    return f"\u2068{text}\u2069" if is_right_to_left(text) else text
 
 
 def visible(text: str) -> str:
@@ -33,7 +183,7 @@ def visible(text: str) -> str:
 
 
 def _shown(text: str) -> Iterable[str]:
-    """What is shown for each character: itself, where it can be seen."""
+    """The text that is shown for each character: itself, where it can be seen."""
     for i, char in enumerate(text):
         category = unicodedata.category(char)
         if char in " \n\t":
@@ -45,65 +195,3 @@ def _shown(text: str) -> Iterable[str]:
             yield f"U+{ord(char):04X}" if "\ufe00" <= char <= "\ufe0f" else "◌" + char
         else:
             yield char
-
-
-def page(title: str, body: str) -> str:
-    """A complete page: no script, no network."""
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title></head>\n'
-        f'<body style="margin:24px;background-color:#ffffff">\n{body}\n</body></html>\n'
-    )
-
-
-def card(title: str, *parts: str, notes: Iterable[str] = (), width: str = "860px") -> str:
-    """The frame of every picture; ground and text colours are its own, for light and dark notebooks."""
-    noted = (tag("div", SMALL, f"Note: {escape(note)}") for note in notes)
-    body = "\n".join([tag("div", _TITLE, escape(title)), *filter(None, parts), *noted])
-    return tag("div", f"{_CARD};max-width:{width}", body)
-
-
-def table(title: str, head: tuple[str, ...], lines: list[tuple[list[str], float]], hue: str) -> str:
-    """Rows of cells, each with its part of the whole at the end, as a number and as a bar."""
-    if not lines:
-        return ""
-    longest = max((abs(part) for _, part in lines)) or 1.0
-    styles = [f"text-align:{'left' if name == 'token' else 'right'}" for name in head]
-    drawn = [[(f"{style};color:{MUTED}", name) for style, name in zip(styles, head, strict=True)]]
-    for cells, part in lines:
-        bar = f"width:{72 * abs(part) / longest:.0f}px;height:9px;background-color:{hue if part >= 0 else color(-1.0)}"
-        drawn.append([*zip(styles, [*cells, f"{part:.1%}"], strict=True), ("", tag("div", bar, ""))])
-    style = "display:inline-block;vertical-align:top;margin:12px 28px 0 0;font-size:12px"
-    return tag("div", style, tag("b", "font-weight:600", title) + rows(drawn))
-
-
-def rows(lines: Iterable[Iterable[tuple[str, str]]]) -> str:
-    """A table of styles and contents."""
-    drawn = ("".join(tag("td", f"{_CELL};{style}", cell) for style, cell in line) for line in lines)
-    return tag("table", _TABLE, "".join(tag("tr", _PAPER, line) for line in drawn))
-
-
-def chip(text: str, strength: float = 0.0, title: str = "", mark: str = "", outlined: bool = False) -> str:
-    """A token on the colour of its strength."""
-    style = f"background-color:{color(strength)};color:{text_color(strength)};{_CHIP}"
-    style += f";outline:2px solid {INK};outline-offset:-1px" if outlined else ""
-    return tag("span", style, _markup(text) + (mark and tag("span", "font-size:11px;margin-left:3px", mark)), title)
-
-
-def boxed(text: str, title: str = "", line: str = "solid", arrow: str = "") -> str:
-    """A token that is predicted, in a frame."""
-    style = f"color:{INK};border:1.5px {line} {INK};border-radius:3px;padding:1px 4px"
-    return (arrow and f"<wbr>&ensp;{arrow}&ensp;") + tag("span", style, _markup(text), title)
-
-
-def _markup(text: str) -> str:
-    """`visible(text)`, in which what stands for something else is fainter or smaller."""
-    return "".join(
-        escape(shown) if shown == char else tag("span", "font-size:.75em" if len(shown) > 2 else "opacity:.5", shown)
-        for char, shown in zip(text, _shown(text), strict=True)
-    ) or tag("span", "opacity:.5", visible(text))
-
-
-def tag(name: str, style: str, body: str, title: str = "") -> str:
-    """An element with its style, around HTML."""
-    return f'<{name} style="{style}"' + (title and f' title="{escape(title)}"') + f">{body}</{name}>"

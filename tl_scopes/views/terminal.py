@@ -1,4 +1,4 @@
-"""An answer as it is printed by the `tl-scopes` command."""
+"""An answer as the `tl-scopes` command prints it."""
 
 import sys
 from io import TextIOWrapper
@@ -10,29 +10,29 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-# Functions import what needs torch, so that --help does not wait for it.
+# Nothing here imports torch: `tl-scopes --help` would wait for it.
+from tl_scopes.views.attribution import strengths
+from tl_scopes.views.markup import visible
+from tl_scopes.views.palette import color, text_color
+
 if TYPE_CHECKING:
     from tl_scopes.diagnostics.check_report import Checks
     from tl_scopes.results.attribution import Attribution
 
 
 def report(answer: "Attribution", subject: str, score: str, top: int, checks: "Checks | None") -> None:
-    """Print the prediction, the question, the coloured prompt and its most influential tokens; and the checks.
+    """Print the prediction, the question, the coloured prompt with its most influential tokens, and the checks.
 
     Args:
-        answer: with a prediction.
-        subject: what the scores are about; the target follows, where there is one.
-        score: what a score is, with {what} for the number explained.
+        answer: an answer that has predictions.
+        subject: what the scores are about; the target is written after it, where there is one.
+        score: what a score is, with {what} in place of the number explained.
         top: how many tokens to list.
-        checks: of the answer, or None.
+        checks: the checks of the answer, or None.
     """
-    from tl_scopes.views.attribution import strengths
-    from tl_scopes.views.markup import visible
-    from tl_scopes.views.palette import color, text_color
-
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # every text is shown as it is
     console.width = min(console.width, 100)
     bar_width = min(24, max(4, console.width - 44))
 
@@ -97,7 +97,7 @@ def _verdicts(checks: "Checks") -> Table:
 
 
 def _table(*columns: Literal["left", "right"]) -> Table:
-    """A table without lines; its last column is for bars."""
+    """A table without lines."""
     table = Table.grid(padding=(0, 2))
     for justify in columns:
         table.add_column(justify=justify, no_wrap=True, overflow="ellipsis")
@@ -105,7 +105,7 @@ def _table(*columns: Literal["left", "right"]) -> Table:
 
 
 def _number_format(largest: float) -> str:
-    """How to write numbers up to this one, with three digits and the same decimals for all."""
+    """The format of numbers up to this one: three digits of the largest, and as many decimals in all of them."""
     if largest and not 1e-3 <= abs(largest) < 1e6:
         return ".2e"
     return f".{max(0, 2 - floor(log10(abs(largest) or 1)))}f"

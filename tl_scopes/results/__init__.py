@@ -1,0 +1,1 @@
+"""What comes back: answers, alone, as a map, side by side."""
