@@ -2,38 +2,32 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.api import linearize, require_scope
 from tl_scopes.diagnostics.linearity_report import KINDS, LinearityReport
 from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
-from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.jacobian.metric import LocalObservable, Rays
-from tl_scopes.models import Model, Prompt
-from tl_scopes.scopes.scope import Scope, as_written
+from tl_scopes.jacobian.linearization import Linearization, require_linearization
+from tl_scopes.jacobian.metric import LocalMetric, Rays
+from tl_scopes.jacobian.randomness import require_generator
+from tl_scopes.models.arguments import as_number
+from tl_scopes.scopes.scope import Scope, as_written, require_scope
 
 _ROUNDING_DRAWS = 8
 
 
 def linearity(
-    model: Model,
-    prompt: Prompt,
+    lin: Linearization,
     scope: Scope,
-    position: SupportsIndex = -1,
     *,
-    wrt: str = "hook_embed",
-    of: str = models.READOUT,
     positions: Sequence[int] | None = None,
     tolerance: float = 0.1,
     sizes: Sequence[float] | None = None,
     directions: int = 3,
     generator: torch.Generator | None = None,
-    prepend_bos: bool | None = None,
 ) -> LinearityReport:
     """How far the linear picture behind a score holds: the relative error of the first-order prediction,
 
@@ -41,14 +35,14 @@ def linearity(
 
     against the size s of a perturbation, and the radius where it passes `tolerance`. For each token, and for all of
     them together, the unit directions u are the steepest one (the score's own), random ones, and those towards the
-    nearest other tokens' embeddings ("swap"). Each kind has its curve: errors are pooled over its directions, lest one
-    along which q happens to be flat decide.
+    embeddings of the nearest other tokens ("swap"). Each kind has its curve. Errors are pooled over its directions, so
+    that one along which q happens to be flat does not decide.
 
-    q is the scope's `observable`: the logit, log-probability or difference of `SemanticScope` and of
+    q is the `metric` of the scope: the logit, log-probability or difference of `SemanticScope` and of
     `PathIntegratedScope`, the target's log-probability for `HetaScope`, the inverse temperature of `TemperatureScope`,
-    c·y at frozen cotangents c for another `JacobianScope`. For `FisherScope`, and `SpectralScope` of the distribution,
-    it is the logits as the prediction weighs them, √p (z − p·z), where ½‖Δq‖² is the KL divergence to second order; for
-    `SpectralScope` of the readout, the readout.
+    c·y at the cotangents c of the prompt for another `JacobianScope`. For `FisherScope` and
+    `SpectralScope(space="distribution")` it is the logits as the prediction weighs them, √p (z − p·z), where ½‖Δq‖² is
+    the KL divergence to second order; for `SpectralScope(space="readout")` it is the readout.
 
     Curvature predicts the radius without a single perturbation: for a number q with Hessian H it is
     2 · tolerance · |Ju| / |uᵀHu| to leading order, from a Hessian-vector product. At a tolerance of 10% that is a rule
@@ -57,51 +51,55 @@ def linearity(
     0.8 and 1.4, 0.8 and 1.8, and the logarithms correlate with 0.86, 0.98 and 0.97.
 
     Args:
-        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
-        prompt: text, a list of token ids, or a tensor of them.
+        lin: a linearisation. Where it does not begin at the embedding, the other tokens are those of the prompt.
         scope: the question.
-        position: where the prediction is read.
-        wrt, of: the ends of the Jacobian, as for `linearize`. Anywhere but at the embedding the "other tokens" are
-            those of the prompt.
         positions: the tokens to perturb; None is all of them.
         tolerance: the relative error that is still called linear.
         sizes: norms of the perturbations, increasing. None is 1/64 to 2 times the median norm of the embeddings, each
             twice the one before.
-        directions: how many random ones, and how many other tokens.
-        generator: source of the random numbers, on the model's device. None is a new one each time, always the same.
-        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+        directions: how many random directions, and how many other tokens, to try.
+        generator: source of the random numbers, on the model's device. By default every call draws the same numbers.
 
     Unit: sizes and radii in units of embedding norm.
-    Cost: (tokens + 1) · (1 + 2 · directions) rays: for each, one forward pass per size and a Hessian-vector product;
-        in batches. For a vector q the products are replaced by Jacobian-vector products.
+    Cost: (tokens + 1) · (1 + 2 · directions) rays, for each one forward pass per size and a Hessian-vector product, in
+        batches. For a vector q the products are Jacobian-vector products.
     Raises:
-        TypeError: for a scope that is none; for `positions` that are no integers.
-        ValueError: for a scope without an `observable`, and for a tolerance, sizes, directions, positions or a
-            generator that cannot be used. Else as `linearize` and the scope do.
+        TypeError: for something that is not a Linearization, a scope, or a torch.Generator; for `positions` or
+            `directions` that are not integers.
+        ValueError: for a scope without a `metric`, or with one that is not finite or cannot be differentiated; for a
+            tolerance, sizes, directions, positions or a generator that cannot be used; when the model's hooks or
+            weights have changed since it was linearised.
         RuntimeError: for a vector q under an attention kernel that has no double backward.
     Source: the model trusted to first order in the sense of trust-region methods (Conn, Gould and Toint 2000,
         chapter 6); the pooled error and the criterion of `LinearityReport.saturated` are ours.
 
     Example:
-        >>> report = tls.linearity(model, "The keys to the old cabinet near the door", tls.SemanticScope())
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> report = tls.linearity(lin, tls.SemanticScope())
         >>> report
         LinearityReport(SemanticScope(): within 10% up to 0.08..., nearest other token at 0.78 (medians of 10 tokens))
         >>> bool(report.reaches_a_token.any()), report.saturated
         (False, False)
     """
+    require_linearization(lin, "linearity")
     require_scope(scope)
-    lin = linearize(model, prompt, position, wrt=wrt, of=of, prepend_bos=prepend_bos)
     chosen, steps = _positions(positions, len(lin.tokens)), _sizes(sizes, lin.embeddings)
-    _check_options(tolerance, directions, generator, lin.embeddings)
-    observable = scope.observable(lin)
-    if observable is None:
+    rule = "tolerance is a relative error between 0 and 1"
+    tolerance = as_number(tolerance, rule, lambda error: 0 < error < 1)
+    directions = models.as_int(directions, "directions must be an integer")
+    if directions < 1:
+        raise ValueError(f"directions is how many to try of each kind, 1 at least, got {directions}.")
+    require_generator(generator, lin.readout.device)
+    metric = scope.metric(lin)
+    if metric is None:
         raise ValueError(
-            f"{as_written(scope)} has no quantity whose change could be predicted and measured: ask about a "
-            "SemanticScope, or give your scope the method `observable`."
+            f"{as_written(scope)} has no metric whose change could be predicted and measured: ask about a "
+            "SemanticScope, or give your scope the method `metric`."
         )
-    q = LocalObservable(lin, observable)
+    lin.require_unchanged()
+    q = LocalMetric(lin, metric)
     if not q.value.isfinite().all():
-        raise ValueError(f"the observable of {as_written(scope)} is not finite at this prompt: {q.value.tolist()[:5]}.")
+        raise ValueError(f"the metric of {as_written(scope)} is not finite at this prompt: {q.value.tolist()[:5]}.")
     draw = generator or torch.Generator(lin.readout.device).manual_seed(0)
 
     x, (others, own) = lin.embeddings, others_at(lin)
@@ -138,7 +136,7 @@ def linearity(
         slope=kept(slope[:-1, 0]),
         nearest_distance=kept(distances[chosen, 0]),
         nearest_token=tuple(
-            models.token_text(model, id) if wrt == "hook_embed" else lin.str_tokens[id]
+            models.token_text(lin.model, id) if lin.wrt == models.EMBEDDING else lin.str_tokens[id]
             for id in nearest[chosen, 0].tolist()
         ),
         removal_change=kept((q.replaced(chosen, average) - q.value).norm(dim=-1)),
@@ -149,8 +147,14 @@ def linearity(
 
 
 def others_at(lin: Linearization) -> tuple[Tensor, Tensor]:
-    """The values that other tokens have at the `wrt` hook, and which of them are the prompt's own."""
-    if lin.wrt == "hook_embed":
+    """The values [row d_model] that tokens have at the `wrt` hook, and the rows of the prompt's own tokens.
+
+    At the embedding they are those of the vocabulary, elsewhere those of the prompt.
+
+    Raises:
+        ValueError: where there is no other token.
+    """
+    if lin.wrt == models.EMBEDDING:
         return models.embedding_matrix(lin.model), lin.tokens
     if len(lin.tokens) < 2:
         raise ValueError(
@@ -161,7 +165,7 @@ def others_at(lin: Linearization) -> tuple[Tensor, Tensor]:
 
 
 def _rays(
-    q: LocalObservable, chosen: list[int], near: Tensor, count: int, generator: torch.Generator
+    q: LocalMetric, chosen: list[int], near: Tensor, count: int, generator: torch.Generator
 ) -> tuple[Rays, Int[Tensor, " ray"]]:
     """The directions of each token, and of all of them together, and which of `KINDS` each is."""
     x = q.lin.embeddings
@@ -182,37 +186,23 @@ def _rays(
 def _positions(positions: Sequence[int] | None, count: int) -> list[int]:
     if positions is not None and not isinstance(positions, Iterable):
         raise TypeError(f"positions are several, got {positions!r}: write [{positions!r}].")
-    chosen = [
-        models.as_int(i, "positions must be integers") for i in (range(count) if positions is None else positions)
-    ]
-    outside = [i for i in chosen if not -count <= i < count]
-    if outside:
-        raise ValueError(f"position {outside[0]} is out of range: the prediction is made from {count} tokens.")
-    chosen = [i % count for i in chosen]
+    chosen = [models.as_position(i, count) for i in (range(count) if positions is None else positions)]
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"positions must be at least one, and each only once, got {list(positions or ())}.")
     return chosen
 
 
 def _sizes(sizes: Sequence[float] | None, x: Tensor) -> Float[Tensor, " size"]:
-    precise = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have none
+    precise = models.precise_dtype(x.device)
     if sizes is None:
         return x.norm(dim=-1).to(precise).median() * 2.0 ** torch.arange(-6, 2, device=x.device, dtype=precise)
-    given = [float(size) for size in sizes]
-    if not given or given[0] <= 0 or not all(map(math.isfinite, given)) or sorted(set(given)) != given:
-        raise ValueError(f"sizes are norms of perturbations, positive and increasing, at least one, got {given}.")
+    rule = "sizes are norms of perturbations, positive and increasing, at least one"
+    if not isinstance(sizes, Iterable) or isinstance(sizes, str):
+        raise ValueError(f"{rule}, got {sizes!r}.")
+    given = [as_number(size, rule, lambda size: 0 < size < math.inf) for size in sizes]
+    if not given or sorted(set(given)) != given:
+        raise ValueError(f"{rule}, got {given}.")
     return torch.tensor(given, device=x.device, dtype=precise)
-
-
-def _check_options(tolerance: float, directions: int, generator: torch.Generator | None, x: Tensor) -> None:
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance is a relative error between 0 and 1, got {tolerance!r}.")
-    if models.as_int(directions, "directions must be an integer") < 1:
-        raise ValueError(f"directions is how many to try of each kind, 1 at least, got {directions}.")
-    if generator is not None and generator.device.type != x.device.type:
-        raise ValueError(
-            f"the generator is on {generator.device}, the model on {x.device}: take torch.Generator({x.device.type!r})."
-        )
 
 
 def _notes(length: int, curvatures: Tensor | None) -> tuple[str, ...]:

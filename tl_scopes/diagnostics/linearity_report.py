@@ -3,69 +3,74 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from tl_scopes.views import linearity as linearity_views
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 KINDS = ("steepest", "random", "swap")
-"""The directions tried: the gradient's, random ones, those towards other tokens."""
-_NAMES = {"steepest": "steepest", "random": "random", "swap": "towards other tokens"}
-
+"""The kinds of directions tried: the gradient's, random ones, and those towards other tokens."""
 _UNDERSTATED, CONFIDENT = 10.0, 0.9
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearityReport:
-    """How far the first-order prediction holds, per token and for all of them together.
+    """How far the first-order prediction holds, for each token and for all of them together.
 
-    Axes: `kind` is the directions tried, in the order of `KINDS`: "steepest", "random", "swap" (towards the nearest
-    other tokens). All tensors are on the CPU, in float64.
+    The axis `kind` is the kind of direction in which the tokens were perturbed, in the order of `KINDS`: "steepest"
+    (the gradient's), "random", and "swap" (towards the nearest other tokens). The quantity is what the scope is about.
+    All tensors are on the CPU, in float64.
+
+    Attributes:
+        str_tokens: the text of each token that was perturbed.
+        positions: where each of these tokens stands in the prompt, counted from 0.
+        scope: the question, as it is written in Python.
+        unit: the unit of sizes, radii and distances, in words.
+        tolerance: the relative error that is still called linear.
+        sizes: [size], the norms of the perturbations tried, in `unit`.
+        error: [kind token size], the relative error of the first-order prediction; NaN where rounding hides it.
+        radius: [kind token], the size where the error passes the tolerance, in `unit`; infinite where it passes it at
+            none of the sizes.
+        predicted_radius: [kind token], the radius that the curvature at the prompt predicts, in `unit`; NaN where the
+            curvature could not be taken (see `notes`).
+        joint_error: [kind size], the error where all tokens are perturbed together, by the norm of the whole
+            perturbation.
+        joint_radius: [kind], the radius of all tokens together, in `unit`.
+        joint_predicted_radius: [kind], the predicted radius of all tokens together, in `unit`.
+        slope: [token], how much the quantity changes per `unit` along the steepest direction: for a number the norm of
+            its gradient, the score of a first-order scope; for a vector (`FisherScope`, `SpectralScope`) the largest
+            singular value of its Jacobian, as far as a few power iterations find it.
+        nearest_distance: [token], how far away the nearest other token's embedding is, in `unit`.
+        nearest_token: the text of that token.
+        removal_change: [token], how much the quantity changes where the average embedding takes the token's place.
+        removal_distance: [token], how far away the average embedding is, in `unit`.
+        probability: the probability of the most likely next token; None where the linearisation ends before the logits.
+        notes: what a reader of the numbers should know.
     """
 
     str_tokens: tuple[str, ...]
-    """The tokens perturbed."""
     positions: tuple[int, ...]
-    """Where each of them stands in the prompt."""
     scope: str
-    """The question, as it is written in Python."""
     unit: str
-    """Of sizes, radii and distances."""
     tolerance: float
-    """The relative error that is still called linear."""
     sizes: Float[Tensor, " size"]
-    """Norms of the perturbations tried."""
     error: Float[Tensor, "kind token size"]
-    """Relative error of the first-order prediction; NaN where rounding hides it."""
     radius: Float[Tensor, "kind token"]
-    """The size where the error passes the tolerance; infinite where it does at none of the sizes."""
     predicted_radius: Float[Tensor, "kind token"]
-    """The same from the curvature at the prompt alone; NaN where it could not be taken (see `notes`)."""
     joint_error: Float[Tensor, "kind size"]
-    """As `error`, of all tokens perturbed together, by the norm of the whole perturbation."""
     joint_radius: Float[Tensor, " kind"]
-    """As `radius`, of all tokens together."""
     joint_predicted_radius: Float[Tensor, " kind"]
-    """As `predicted_radius`, of all tokens together."""
     slope: Float[Tensor, " token"]
-    """Change of the quantity per unit of size along the steepest direction: of a number the norm of its gradient, the
-    score of a first-order scope; of a vector (`FisherScope`, `SpectralScope`) the largest singular value of its
-    Jacobian, as far as a few power iterations find it."""
     nearest_distance: Float[Tensor, " token"]
-    """How far the nearest other token's embedding is."""
     nearest_token: tuple[str, ...]
-    """Which one it is."""
     removal_change: Float[Tensor, " token"]
-    """How much the quantity changes when the average embedding takes the token's place."""
     removal_distance: Float[Tensor, " token"]
-    """How far away that is."""
     probability: float | None
-    """Of the most likely next token; None where the linearisation ends before the logits."""
     notes: tuple[str, ...] = field(default=())
-    """What a reader of the numbers should know."""
 
     def __repr__(self) -> str:
         return (
@@ -76,8 +81,11 @@ class LinearityReport:
 
     @property
     def understated(self) -> Float[Tensor, " token"]:
-        """How many times more the removal of a token changes the quantity than any first-order change that far can:
-        |Δq| / (slope · distance). Above 1 the score is too small for what the token does.
+        """How many times more the removal of a token changes the quantity than any first-order change that far can.
+
+            |Δq| / (slope · distance)
+
+        Above 1 the score is too small for what the token does.
         """
         return self.removal_change / (self.slope * self.removal_distance)
 
@@ -88,14 +96,14 @@ class LinearityReport:
 
         By Cauchy-Schwarz a first-order change over a distance is at most slope · distance, so no direction explains
         such a change. Ask for a logit or a difference of logits, which flatten less, or integrate along a path. On the
-        bundled model's tasks the log-probabilities of all 10 answers tried with p > 0.9 were understated 48 to 20,000
+        bundled model's tasks 10 answers with p > 0.9 were tried. Their log-probabilities were understated 48 to 20,000
         times, their logits and temperatures 0.3 to 5 times.
         """
         return is_saturated(self.probability, self.removal_change, self.understated)
 
     @property
     def reaches_a_token(self) -> Bool[Tensor, " token"]:
-        """Whether the linear picture holds all the way to the nearest other token, in its kind "swap"."""
+        """Whether the first-order prediction holds all the way to the nearest other token, in the kind "swap"."""
         return self.radius[KINDS.index("swap")] >= self.nearest_distance
 
     def summary(self) -> str:
@@ -125,7 +133,7 @@ class LinearityReport:
         return "\n".join([*lines, *(f"Note: {note}." for note in self.notes)])
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per token."""
+        """One row for each token: its slope, its radii of each kind, its nearest token, and its removal."""
         import pandas as pd
 
         columns = {"position": self.positions, "token": self.str_tokens, "slope": self.slope.tolist()}
@@ -143,51 +151,16 @@ class LinearityReport:
 
     def plot(self) -> "Figure":
         """Error against size, the middle half of the tokens shaded, and each token's radii beside its nearest token."""
-        import matplotlib.pyplot as plt
-
-        figure, (curves, radii) = plt.subplots(
-            1, 2, figsize=(11, max(4.0, 1.2 + 0.24 * len(self.positions))), layout="constrained", width_ratios=(5, 6)
-        )
-        colors, near = ("#1b6ca8", "#d1731f", "#3f8f4f"), "#555555"
-        sizes, heights = self.sizes.tolist(), list(range(len(self.positions)))
-        for kind, errors, of_token, predicted, hue in zip(
-            KINDS, self.error, self.radius, self.predicted_radius, colors, strict=True
-        ):
-            low, middle, high = errors.nanquantile(torch.tensor([0.25, 0.5, 0.75], dtype=errors.dtype), dim=0)
-            curves.fill_between(sizes, low, high, color=hue, alpha=0.15, linewidth=0)
-            curves.plot(sizes, middle, color=hue, marker="o", markersize=3, label=_NAMES[kind])
-            radii.plot(of_token, heights, "o", color=hue, markersize=5)
-            radii.plot(predicted, heights, "x", color=hue, markersize=5)
-        curves.plot(sizes, self.joint_error[0], color=colors[0], linestyle="--", label="steepest, all tokens together")
-        for mark, name in (("o", "measured"), ("x", "from curvature")):
-            radii.plot([], [], mark, color=near, markersize=5, label=name)
-        curves.axhline(self.tolerance, color=near, linewidth=0.8)
-        curves.axvline(_median(self.nearest_distance), color=near, linestyle=":", label="nearest other token")
-        radii.plot(self.nearest_distance, heights, "|", color=near, markersize=10, label="nearest other token")
-        curves.set(
-            xscale="log", yscale="log", xlabel=f"size of the perturbation ({self.unit})", ylabel="relative error"
-        )
-        radii.set(xscale="log", xlabel=f"radius of {self.tolerance:.0%} error ({self.unit})")
-        radii.set_yticks(heights, [repr(token)[1:-1] for token in self.str_tokens], fontsize=8)
-        radii.invert_yaxis()
-        radii.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        curves.legend(fontsize=8, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-        for axes in (curves, radii):
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"How far is it linear? {self.scope}", fontsize=10)
-        plt.close(figure)  # else a notebook would show it twice
-        return figure
+        return linearity_views.plot(self)
 
     def _repr_html_(self) -> str:
-        from tl_scopes.views import linearity as linearity_card
-
-        return linearity_card.fragment(self)
+        return linearity_views.fragment(self)
 
 
 def is_saturated(
     probability: float | None, removal_change: Float[Tensor, " token"], understated: Float[Tensor, " token"]
 ) -> bool:
-    """The criterion of `LinearityReport.saturated`, whose docstring gives the reason."""
+    """The criterion of `LinearityReport.saturated`, which gives the reason."""
     return (
         probability is not None
         and probability > CONFIDENT
@@ -196,6 +169,6 @@ def is_saturated(
 
 
 def _median(values: Tensor) -> float:
-    """Of what is known."""
+    """The median of the values that are not NaN; NaN where all are."""
     known = values[~values.isnan()]
     return float(known.sort().values[len(known) // 2]) if len(known) else float("nan")

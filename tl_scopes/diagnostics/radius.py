@@ -1,8 +1,10 @@
-"""From changes to radii: functions of plain tensors."""
+"""From measured changes to radii of validity: functions of plain tensors, which `linearity` and the checks share."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tl_scopes import models
 
 
 def relative_error(
@@ -12,9 +14,9 @@ def relative_error(
     tolerance: float,
     rounding: float = 0.0,
 ) -> Float[Tensor, "*batch size"]:
-    """√(Σ_u residual(s, u)² / Σ_u (s · slope(u))²), of residual(s, u) = ‖q(x + su) − q(x) − s Ju‖.
+    """√(Σ_u residual(s, u)² / Σ_u (s · slope(u))²), with residual(s, u) = ‖q(x + su) − q(x) − s Ju‖.
 
-    NaN at the sizes where changes of the size of `rounding` hide whether the error is within the tolerance.
+    It is NaN at the sizes where changes as small as `rounding` hide whether the error is within the tolerance.
     """
     found = residuals.square().mean(-2).sqrt()
     predicted = sizes * slopes.square().mean(-1, keepdim=True).sqrt()
@@ -27,8 +29,8 @@ def radius(
 ) -> Float[Tensor, "*batch"]:
     """The size at which the error first passes the tolerance.
 
-    Between two sizes the error goes as a power of the size, below the smallest in proportion to it. Infinite where it
-    passes at no size, NaN where it is NaN at all of them.
+    Between two sizes the error is taken to be a power of the size, below the smallest size to be proportional to it.
+    The radius is infinite where the error does not pass at any size, and NaN where it is NaN at all sizes.
     """
     return torch.stack([_radius(sizes, e, tolerance) for e in errors.reshape(-1, len(sizes))]).reshape(
         errors.shape[:-1]
@@ -51,7 +53,10 @@ def _radius(sizes: Tensor, errors: Tensor, tolerance: float) -> Tensor:
 def curvature_radius(
     slopes: Float[Tensor, "*batch direction"], curvatures: Float[Tensor, "*batch direction"], tolerance: float
 ) -> Float[Tensor, "*batch"]:
-    """2 · tolerance · |Ju| / |uᵀHu|, pooled over directions: where the second order is `tolerance` of the first."""
+    """2 · tolerance · |Ju| / |uᵀHu|, pooled over directions: where the second order is `tolerance` of the first.
+
+    It is infinite where there is no second order.
+    """
     slope, bend = (values.square().mean(-1).sqrt() for values in (slopes, curvatures))
     return (2 * tolerance * slope / bend).where((slope > 0) | (bend != 0), torch.inf)
 
@@ -59,8 +64,8 @@ def curvature_radius(
 def nearest_rows(
     x: Float[Tensor, "token d_model"], table: Float[Tensor, "row d_model"], own: Int[Tensor, "token"], count: int
 ) -> tuple[Float[Tensor, "token near"], Int[Tensor, "token near"]]:
-    """Distances and indices of each token's nearest rows of the table, but for its own one and what equals it."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    """Distances and indices of each token's nearest rows of the table, without its own row and rows equal to it."""
+    dtype = models.sum_dtype(x)
     exact = "donot_use_mm_for_euclid_dist"
     distances = torch.cat(
         [torch.cdist(x.to(dtype), some.to(dtype), compute_mode=exact) for some in table.split(2**14)], dim=1

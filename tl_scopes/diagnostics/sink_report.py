@@ -3,80 +3,98 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Model
+from tl_scopes import models
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.results.attribution import Attribution, Prediction
+from tl_scopes.views import sinks as sink_views
+from tl_scopes.views.live import LiveView
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 INTERVENTIONS = ("removed", "masked", "replaced")
-"""What is done to a token."""
+"""What is done to a token, to see whether the prediction changes: see `sink_report`."""
 
 
 class SinkHead(NamedTuple):
-    """A head, and a token that it rests on."""
+    """A head, and a token that it rests on.
+
+    Attributes:
+        layer: the layer of the head, counted from 0.
+        head: which head of the layer it is, counted from 0.
+        position: where the token stands in the prompt.
+        token: the text of the token.
+        mass: the attention that the token draws from a later one, on average, from 0 to 1.
+        value_norm: the norm of what the head writes from this token, over the median of the other tokens' norms.
+    """
 
     layer: int
     head: int
     position: int
     token: str
     mass: float
-    """The attention that the token draws from a later one, on average."""
     value_norm: float
-    """The norm of what the head writes from this token, over the median of the other tokens'."""
 
 
 def uniform_mass(tokens: int) -> Float[Tensor, "token"]:
     """The masses of a head that attends to all tokens alike."""
-    parts = 1 / torch.arange(2, tokens + 1, dtype=torch.float64)  # query i shares its attention out among i + 1
+    parts = 1 / torch.arange(
+        2, tokens + 1, dtype=torch.float64, device="cpu"
+    )  # query i divides its attention among i + 1 keys
     sums = parts.flip(0).cumsum(0).flip(0)
-    return torch.cat([sums / torch.arange(tokens - 1, 0, -1), sums.new_zeros(1)])
+    return torch.cat([sums / torch.arange(tokens - 1, 0, -1, device="cpu"), sums.new_zeros(1)])
 
 
 def can_be_sinks(tokens: int, threshold: float) -> Bool[Tensor, "token"]:
     """Which tokens are followed by enough others for a sink: a quarter of the prompt, and more than 1/threshold."""
-    after = torch.arange(tokens - 1, -1, -1)
+    after = torch.arange(tokens - 1, -1, -1, device="cpu")
     return (after > 1 / threshold) & (4 * after >= tokens)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SinkReport:
-    """Attention sinks at one prompt, and whether they matter. All tensors are on the CPU."""
+    """Attention sinks at one prompt, and whether they matter. All tensors are on the CPU.
+
+    Attributes:
+        model: the name of the model.
+        tokens: [token], the ids of the tokens up to the position.
+        str_tokens: the text of each token.
+        position: the position after which the prediction was read.
+        threshold: the mass from which on a token is a head's sink.
+        mass: [layer head token], the mean attention that each token draws from those after it, from 0 to 1.
+        value_norms: [layer head token], ‖value · W_O‖: the norm of what a head would write into the stream if it
+            attended to this token alone.
+        answers: the answer of each scope, by name.
+        prediction: the most likely next token and its probability.
+        kl: [intervention early], KL(p ‖ p') in nats after each of `INTERVENTIONS` on each of the first tokens; NaN
+            where an intervention could not be made (see `notes`).
+        likeliest: for each intervention and early token, the text of the token that is then the most likely; empty
+            where it is not known.
+        patterns: by layer and head the attention pattern [query key] of the few heads with the strongest sinks, the
+            strongest first; none for very long prompts.
+        notes: what a reader of the numbers should know.
+    """
 
     model: str
-    """Name of the model."""
     tokens: Int[Tensor, "token"]
-    """Token ids up to the position."""
     str_tokens: tuple[str, ...]
-    """Their text."""
     position: int
-    """Where the prediction was read."""
     threshold: float
-    """The mass from which on a token is a head's sink."""
     mass: Float[Tensor, "layer head token"]
-    """Mean attention that each token draws from those after it."""
     value_norms: Float[Tensor, "layer head token"]
-    """‖value · W_O‖: the norm of what a head that attends to this token alone writes into the stream."""
     answers: Mapping[str, Attribution]
-    """Each scope's answer."""
     prediction: Prediction
-    """The most likely next token."""
     kl: Float[Tensor, "intervention early"]
-    """KL(p ‖ p') in nats for `INTERVENTIONS` on the first tokens; NaN where one could not be made (see `notes`)."""
     likeliest: tuple[tuple[str, ...], ...]
-    """Text of the then most likely next token, for each intervention and early token; empty where it is not known."""
     patterns: Mapping[tuple[int, int], Float[Tensor, "_ _"]] = field(default_factory=dict)
-    """Attention patterns [query key] by layer and head, of the few heads with the strongest sinks, strongest first; of
-    very long prompts none."""
     notes: tuple[str, ...] = field(default=())
-    """What a reader of the numbers should know."""
 
     def __repr__(self) -> str:
         heads, named = self._having_sinks(), ", ".join(repr(self.str_tokens[i]) for i in self.sinks[:3])
@@ -96,17 +114,17 @@ class SinkReport:
 
     @property
     def mean_mass(self) -> Float[Tensor, "token"]:
-        """The attention each token draws, on average over all heads."""
+        """The attention that each token draws from a later one, on average over all heads; from 0 to 1."""
         return self.mass.mean((0, 1))
 
     @property
     def uniform(self) -> Float[Tensor, "token"]:
-        """What it would be if all heads attended to all tokens alike."""
+        """What `mean_mass` would be if all heads attended to all tokens alike."""
         return uniform_mass(len(self.tokens))
 
     @property
     def sink_heads(self) -> tuple[SinkHead, ...]:
-        """Heads with their sinks, strongest first; a head may have several."""
+        """The heads with their sinks, the strongest first; a head may have several sinks."""
         found = (self.mass > self.threshold) & can_be_sinks(len(self.tokens), self.threshold)
         places = [tuple(place) for place in found.nonzero().tolist()]
         heads = [
@@ -117,12 +135,12 @@ class SinkReport:
 
     @property
     def sinks(self) -> tuple[int, ...]:
-        """Positions that are a sink of one head at least."""
+        """The positions of the tokens that are a sink of at least one head."""
         return tuple(sorted({head.position for head in self.sink_heads}))
 
     @property
     def share(self) -> Mapping[str, Float[Tensor, "token"]]:
-        """Each token's share of each scope's influence."""
+        """Each token's share of the influence, for each scope by name."""
         return {name: answer.share for name, answer in self.answers.items()}
 
     @property
@@ -133,7 +151,7 @@ class SinkReport:
         return len({(head.layer, head.head) for head in self.sink_heads})
 
     def _norm(self, layer: int, head: int, position: int) -> float:
-        """The norm of what is written from a token over the median of the other tokens'."""
+        """The norm of what a head writes from a token, over the median of the other tokens' norms."""
         norms = self.value_norms[layer, head]
         return float(norms[position] / torch.cat([norms[:position], norms[position + 1 :]]).median())
 
@@ -179,8 +197,9 @@ class SinkReport:
         return [f"The most likely next token is {token.text!r}, with {p:.0%}.", *lines]
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row per early token: position, token, attention (its mean mass), uniform, sink_heads (how many),
-        value_norm (median over these; NaN without), a share for each scope, and kl_removed, kl_masked, kl_replaced."""
+        """One row for each early token: position, token, attention (its mean mass), uniform, sink_heads (how many),
+        value_norm (the median over these heads, NaN where there are none), a share for each scope, and kl_removed,
+        kl_masked and kl_replaced."""
         import pandas as pd
 
         n, heads = self.early, self.sink_heads
@@ -204,31 +223,55 @@ class SinkReport:
         """A heat map: how much attention a token draws in each layer and head.
 
         Args:
-            position: which token; None is the one with the strongest sink head, or the first.
+            position: which token; None is the one with the strongest sink head, or the first token where there is none.
 
         Raises:
             ValueError: for a position outside of the prompt.
         """
-        from tl_scopes.views import sinks as sink_views
-
         return sink_views.plot(self, position)
 
-    def show(self, layer: int | None = None, model: Model | None = None) -> Any:
-        """circuitsvis' attention heads, for a live notebook: of the heads with the strongest sinks, or of a layer.
+    def show(self, layer: int | None = None, lin: Linearization | None = None) -> LiveView:
+        """circuitsvis' attention heads, for a live notebook: the heads with the strongest sinks, or those of a layer.
 
         Args:
             layer: which one; None is the strongest sink heads, whose patterns the report keeps.
-            model: the model of the report, which has to run again for the patterns of a layer.
+            lin: the linearisation that the report is about, whose model has to run again for the patterns of a layer.
+
+        Cost: none, or for a layer what `models.attention_layers` costs: one forward pass.
 
         Raises:
-            ValueError: for a layer without its model, one that there is not, a model whose attention is not that of
-                the report; a prompt that is too long to draw.
+            ValueError: for a layer that there is not, or without its linearisation; for the linearisation of another
+                model or prompt; when the model's hooks or weights have changed since it was linearised; for a prompt
+                that is too long to draw.
+            TypeError: for a layer that is not an integer, and something that is not a Linearization.
         """
-        from tl_scopes.views import sinks as sink_views
+        if layer is None:
+            return sink_views.attention(self, self.patterns, "Heads with the strongest sinks")
+        layer, layers = models.as_int(layer, "layer must be an integer"), len(self.mass)
+        if not 0 <= layer < layers:
+            raise ValueError(f"there is no layer {layer}: the model has layers 0 to {layers - 1}.")
+        if lin is None:
+            raise ValueError(
+                f"the report keeps the patterns of the strongest sink heads alone: show({layer}, lin), with the "
+                "linearisation that it is about, runs the model again for those of a layer."
+            )
+        return sink_views.attention(self, self._patterns_of(layer, lin), f"Heads of layer {layer}")
 
-        return sink_views.attention(self, layer, model)
+    def _patterns_of(self, layer: int, lin: Linearization) -> dict[tuple[int, int], Tensor]:
+        """The patterns [query key] of all heads of a layer, from another run of the model."""
+        if not isinstance(lin, Linearization):
+            raise TypeError(
+                f"show({layer}, lin) takes the Linearization that the report is about, got {type(lin).__name__}: write "
+                "lin = tls.linearize(model, prompt)."
+            )
+        if not torch.equal(lin.tokens.cpu(), self.tokens) or models.model_name(lin.model) != self.model:
+            raise ValueError(
+                f"this is the report of {len(self.tokens)} tokens on {self.model!r}, and {lin!r} is of another prompt "
+                "or model: give the linearisation that the report was made from."
+            )
+        lin.require_repeatable()
+        pattern = next(each.pattern for each in models.attention_layers(lin.model, lin.tokens) if each.layer == layer)
+        return {(layer, head): one for head, one in enumerate(pattern.cpu().to(self.mass.dtype))}
 
     def _repr_html_(self) -> str:
-        from tl_scopes.views import sinks as sink_views
-
         return sink_views.fragment(self)

@@ -1,4 +1,4 @@
-"""Attention sinks: tokens that most attention rests on, whatever they say."""
+"""Attention sinks: tokens on which most attention rests, whatever they say."""
 
 from collections.abc import Callable, Iterable, Mapping
 from heapq import nlargest
@@ -9,19 +9,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.api import linearize, names
 from tl_scopes.diagnostics.sink_report import INTERVENTIONS, SinkReport, can_be_sinks, uniform_mass
-from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.jacobian.replacement import divergence, substitute
-from tl_scopes.models import AttentionOutOfReachError, Model, Prompt
+from tl_scopes.jacobian.linearization import Linearization, require_linearization
+from tl_scopes.jacobian.replacement import divergence, predictions, substitute
+from tl_scopes.models import AttentionOutOfReachError, Model
+from tl_scopes.models.arguments import as_number
 from tl_scopes.results.attribution import Prediction
 from tl_scopes.scopes.fisher import FisherScope
-from tl_scopes.scopes.scope import Scope
+from tl_scopes.scopes.scope import Scope, names
 from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.temperature import TemperatureScope
 
 _HEADS, _CELLS = 6, 160_000
-"""How many patterns a report keeps, and of how many numbers: what circuitsvis can draw."""
+"""How many patterns a report keeps, and how many numbers they may have in all: what circuitsvis can draw."""
 
 
 def attention_mass(model: Model, tokens: Int[Tensor, "token"]) -> Float[Tensor, "layer head token"]:
@@ -29,16 +29,16 @@ def attention_mass(model: Model, tokens: Int[Tensor, "token"]) -> Float[Tensor, 
 
         α_k = mean over queries i > k of A[i, k]
 
-    The last token has none after it: its mass is 0. In float32 (float64 for a float64 model), on the model's device.
+    No token comes after the last one, whose mass is 0. In float32 (float64 for a float64 model), on the model's device.
 
     Args:
         model: a checked model.
         tokens: the prompt.
 
     Unit: a part of a query's attention, from 0 to 1.
-    Cost: as `models.attention_layers`: one forward pass, of long prompts one for each group of layers whose patterns
-        fit into 1 GiB. Nothing but the result is kept of a layer.
-    Raises: ValueError for a model without attention patterns, as `models.attention_layers`.
+    Cost: that of `models.attention_layers`: one forward pass; for a long prompt one for each group of layers whose
+        patterns fit into 1 GiB. Of each layer only the result is kept.
+    Raises: ValueError for a model without attention patterns, as `models.attention_layers` does.
     Source: Gu et al. 2024 (arXiv:2410.10781), the importance score of their sink metric.
     Departure: there the token's own query counts too (i ≥ k). The first token can only attend to itself, which has
         nothing to do with a sink, and in a prompt of 10 tokens would lift its mass from 0 to 0.1.
@@ -53,76 +53,81 @@ def attention_mass(model: Model, tokens: Int[Tensor, "token"]) -> Float[Tensor, 
 
 
 def mass_of(pattern: Float[Tensor, "head query key"]) -> Float[Tensor, "head key"]:
-    """The mean attention that each key gets from the queries after it, 0 where there are none."""
-    dtype = torch.promote_types(pattern.dtype, torch.float32)
+    """The mean attention that each key gets from the queries after it; 0 where there are none."""
+    dtype = models.sum_dtype(pattern)
     after = torch.arange(pattern.shape[-1] - 1, -1, -1, device=pattern.device)
     return pattern.tril(-1).sum(1, dtype=dtype) / after.clamp(min=1)
 
 
 def sink_report(
-    model: Model,
-    prompt: Prompt,
+    lin: Linearization,
     scopes: Scope | Iterable[Scope] | Mapping[str, Scope] | None = None,
-    position: SupportsIndex = -1,
     *,
     early: SupportsIndex = 4,
     threshold: float = 0.3,
-    prepend_bos: bool | None = None,
 ) -> SinkReport:
     """Where attention rests at a prompt, what is written from there, how much of each scope's influence the first
     tokens get, and whether the prediction changes without them.
 
-    A head has a *sink* where a token's mass α_k (see `attention_mass`), the attention it draws from a later token on
-    average, is above `threshold`. Any position can be one that is followed by a quarter of the prompt, and by more than
-    1/threshold tokens: else each head that looks back at the token before it would make sinks of the last ones.
+    A head has a *sink* where a token's mass α_k, the attention that it draws from a later token on average (see
+    `attention_mass`), is above `threshold`. A position can be a sink if a quarter of the prompt follows it, and more
+    than 1/threshold tokens; without that rule, each head that looks back at the token before would have its sinks among
+    the last ones.
 
-    For each of the first tokens three interventions, and what they do to the prediction, KL(p ‖ p') in nats:
+    Each of the first tokens is changed in three ways, and the report says by how much the prediction changes,
+    KL(p ‖ p') in nats:
 
-        removed   the token is taken out of the prompt, all after it move up
+        removed   the token is taken out of the prompt, and those after it move up
         masked    no later token attends to it, in any layer or head (`models.masked_attention`)
         replaced  the mean embedding of the vocabulary takes the place of its own
 
-    Removing and masking the first token are the same where only distances between tokens count (rotary positions).
+    For the first token, removing and masking are the same where only distances between tokens count (rotary positions).
 
     Args:
-        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. It is left as found.
-        prompt: text, a list of token ids, or a tensor of them.
-        scopes: whose influence is shared out: one, several, or several by name. None is `SemanticScope`,
-            `TemperatureScope` where the final norm has a gain, and `FisherScope`.
-        position: where the prediction is read; tokens after it are not run.
-        early: how many tokens from the start; at most those before the position.
-        threshold: the mass from which on a token is a head's sink.
-        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+        lin: a linearisation at the prompt, from the embedding to the readout.
+        scopes: the scopes whose influence is shared out: one, several, or several by name. By default they are
+            `SemanticScope`, `TemperatureScope` where the final norm has a gain, and `FisherScope`.
+        early: how many tokens from the start to change; at most those before the position.
+        threshold: the mass above which a token is a head's sink.
 
     Unit: masses and shares are parts of a whole; KL in nats.
-    Cost: two forward passes (of long prompts more, see `attention_mass`), the scopes, three forward passes for each of
+    Cost: one forward pass (for a long prompt more, see `attention_mass`), the scopes, three forward passes for each of
         the early tokens, and the embedding of the whole vocabulary. Memory for the patterns of one layer at a time (of
-        short prompts for several, up to 1 GiB), beside the graph of the linearisation.
+        a short prompt for several, up to 1 GiB), beside the graph of the linearisation.
     Raises:
-        TypeError: for a scope that is none; an `early` or a `position` that is no integer.
-        ValueError: for fewer than two tokens up to the position; an `early` below 1, a threshold that is not between 0
-            and 1; a model in which tokens mix other than by attention patterns. Else as `linearize` and the scopes do.
+        TypeError: for something that is not a Linearization or not a scope; for an `early` that is not an integer.
+        ValueError: for fewer than two tokens up to the position; for an `early` below 1, and a threshold that is not a
+            number between 0 and 1; for a linearisation that does not run from the embedding to the readout, that `at`
+            moved, or whose model has other hooks or weights by now; for a model in which tokens mix other than by
+            attention patterns. Else as the scopes do.
     Source: sinks of Xiao et al. 2023 (arXiv:2309.17453); the threshold of Gu et al. 2024 (arXiv:2410.10781).
-    Departure: Gu et al. look at the first token, of prompts of 64; which others may be sinks is our rule. In short
-        prompts even uniform attention rests on the first tokens (a fifth on the first of 11): `uniform` tells.
+    Departure: Gu et al. look at the first token of prompts of 64 tokens; which others may be sinks is our rule. In
+        short prompts even uniform attention rests on the first tokens (a fifth on the first of 11): see
+        `SinkReport.uniform`.
 
     Example:
-        >>> report = tls.sink_report(model, "The keys to the old cabinet near the door", tls.SemanticScope())
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> report = tls.sink_report(lin, tls.SemanticScope())
         >>> report
         SinkReport(tiny: 5 of 24 heads have a sink above 30%, at '<|bos|>', 'The', ' keys'; uniform attention puts
         21% on the first of 10 tokens, 1 scope)
         >>> report.to_dataframe()["share SemanticScope()"].round(2).tolist()
         [0.1, 0.19, 0.22, 0.07]
     """
-    models.check_model(model)
+    require_linearization(lin, "sink_report")
     named = None if scopes is None else names(scopes)
     count = models.as_int(early, "early is a number of tokens, an integer")
     if count < 1:
         raise ValueError(f"early is how many tokens from the start to look at, 1 at least, got {count}.")
-    if not 0 < threshold < 1:
-        raise ValueError(f"threshold is a part of the attention between 0 and 1, got {threshold!r}.")
-    lin = linearize(model, prompt, position, prepend_bos=prepend_bos)
-    tokens = len(lin.tokens)
+    rule = "threshold is a part of the attention between 0 and 1"
+    threshold = as_number(threshold, rule, lambda mass: 0 < mass < 1)
+    lin.require_readout()
+    if lin.wrt != models.EMBEDDING:
+        raise ValueError(
+            f'sinks are looked for from the embedding on, not from {lin.wrt!r}: linearise with wrt="hook_embed".'
+        )
+    lin.require_repeatable()
+    model, tokens = lin.model, len(lin.tokens)
     if tokens < 2:
         raise ValueError(
             f"the prompt has one token up to the position, {lin.str_tokens[0]!r}: nothing comes after it that could "
@@ -136,7 +141,7 @@ def sink_report(
             del named["TemperatureScope()"]
             notes.append(
                 "no TemperatureScope: the final norm has no gain, so that the readout's norm is constant; name "
-                'TemperatureScope(of="logits") among the scopes for the spread of the logits'
+                'TemperatureScope(norm="logits") among the scopes for the spread of the logits'
             )
     answers = {name: scope(lin) for name, scope in named.items()}
     kl, likeliest, refusals = _interventions(lin, min(count, tokens - 1))
@@ -173,7 +178,7 @@ def _attention(
         strengths = mass[-1][:, eligible if eligible.any() else slice(1)].amax(-1).tolist()
         found = [(strength, layer.layer, head, layer.pattern[head]) for head, strength in enumerate(strengths)]
         strongest = nlargest(count, [*kept, *found], key=lambda of_one: of_one[0])
-        # Copies, for a view of one head would keep the patterns of all.
+        # They are copies, since a view of one head would keep the patterns of all.
         kept = [(s, at, head, pattern.to(mass[-1], copy=True)) for s, at, head, pattern in strongest]
     return torch.stack(mass), torch.stack(norms), {(layer, head): pattern for _, layer, head, pattern in kept}
 
@@ -183,7 +188,7 @@ def _interventions(lin: Linearization, early: int) -> tuple[Tensor, tuple[tuple[
 
     Cost: three forward passes per token, and the embedding of the vocabulary.
     """
-    model, tokens, mean = lin.model, lin.tokens[None], substitute(lin, "mean")[0]
+    model, tokens, mean = lin.model, lin.tokens[None], substitute(lin, "mean")
 
     def removed(i: int) -> Tensor:
         return models.predict(model, torch.cat([tokens[:, :i], tokens[:, i + 1 :]], dim=1))
@@ -193,12 +198,11 @@ def _interventions(lin: Linearization, early: int) -> tuple[Tensor, tuple[tuple[
             return models.predict(model, tokens)
 
     def replaced(i: int) -> Tensor:
-        values = lin.embeddings[None].clone()
-        values[:, i] = mean.to(values)
-        return models.predict(model, tokens, values=values)
+        kept = torch.arange(len(lin.tokens), device=lin.tokens.device) != i
+        return next(predictions(lin, mean, kept[None, :, None]))
 
     ways: dict[str, Callable[[int], Tensor]] = {"removed": removed, "masked": masked, "replaced": replaced}
-    kl = torch.full((len(INTERVENTIONS), early), torch.nan, dtype=torch.float64)
+    kl = torch.full((len(INTERVENTIONS), early), torch.nan, dtype=torch.float64, device="cpu")
     likeliest, refusals = [], dict[str, None]()
     for row, name in zip(kl, INTERVENTIONS, strict=True):
         texts = [""] * early
