@@ -13,6 +13,7 @@ import torch
 
 import tl_scopes as tls
 from tests import zoo
+from tests.benchmarks.known_causes_table import BEGIN, END, confirmed, put_into, to_markdown
 from tl_scopes.faithfulness import differences, summary
 from tl_scopes.faithfulness.known_causes import (
     MEASURES,
@@ -22,17 +23,18 @@ from tl_scopes.faithfulness.known_causes import (
     known_causes,
     retrieval,
 )
-from tl_scopes.faithfulness.tables import BEGIN, END, confirmed, put_into, to_markdown
 from tl_scopes.scopes.baselines import RandomBaseline
 from tl_scopes.tiny.counterfactuals import TASKS, counterfactuals, replaced
 from tl_scopes.tiny.example import Example
 from tl_scopes.tiny.language import ASIDES, GERMAN_NOUNS, HOLDERS, NOUNS, THINGS
 from tl_scopes.tiny.tasks import examples
 
+ROOT = Path(__file__).parent.parent
+
 
 @dataclass(frozen=True)
 class Oracle(tls.Scope):
-    """Knows the causes of one example, or takes them for what they are not."""
+    """A scope that knows the causes of one example; with sign=-1 it ranks them last."""
 
     example: Example
     sign: float = 1.0
@@ -50,7 +52,7 @@ class Oracle(tls.Scope):
 
 
 def test_an_oracle_is_perfect(tiny: Any) -> None:
-    """A scope that knows the causes has 1 of everything, one that ranks them last 0 of precision."""
+    """A scope that knows the causes is at 1 in all measures; one that ranks them last has a precision of 0."""
     scopes = {"oracle": lambda example: Oracle(example), "liar": lambda example: Oracle(example, -1.0)}
     results = known_causes(tiny, TASKS, 3, scopes)
     assert set(results[results.scope == "oracle"].value) == {1.0}
@@ -61,7 +63,7 @@ def test_an_oracle_is_perfect(tiny: Any) -> None:
 
 @pytest.mark.parametrize("causes", [1, 2, 3])
 def test_chance(causes: int) -> None:
-    """Over all orders of n tokens: precision is the share of causes, reciprocal rank and average precision as known."""
+    """The mean over all orders of n tokens is what chance gives: for precision the share of causes, say."""
     n, orders = 6, list(itertools.permutations(range(6)))
     found = [retrieval(torch.tensor(order), range(causes)) for order in orders]
     mean = {measure: sum(one[measure] for one in found) / len(found) for measure in MEASURES}
@@ -95,7 +97,7 @@ def test_chance_on_the_tasks(tiny: Any) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_counterfactuals_are_close(tiny: Any, task: str) -> None:
-    """One for each cause, some for other words; each of one token as the model knows it; the same ones every time."""
+    """There is one for each cause and some for other words, of words the model knows, and the same ones every time."""
     known = tiny.tokenizer.get_vocab()
     for example in examples(task, 30):
         found = counterfactuals(example)
@@ -164,7 +166,7 @@ def test_the_bundled_models_causes_are_confirmed(tiny: Any, task: str) -> None:
 
 
 def test_wrong_causes_are_not_confirmed(tiny: Any) -> None:
-    """A wrong answer, a cause that is none, a cause left out: each is noticed."""
+    """A wrong answer, a wrong cause and a missing cause are each noticed."""
     for example in examples("agreement_far", 10):
         assert is_confirmed(tiny, example)
         assert not is_confirmed(tiny, replace(example, target=example.foil, foil=example.target))
@@ -177,7 +179,7 @@ def test_wrong_causes_are_not_confirmed(tiny: Any) -> None:
 
 
 def test_only_confirmed_examples_count(tiny: Any) -> None:
-    """Of a model that was broken, none; the model is then said not to know the task."""
+    """A model that was broken has no confirmed example, and is said not to know the task."""
     broken = zoo.specimen("bridge llama").model  # knows nothing, has no tokenizer
     with pytest.raises(ValueError, match="no tokenizer"):
         known_causes(broken, ["agreement"], 2, [tls.SemanticScope()])
@@ -198,7 +200,7 @@ def test_scopes_beat_chance_at_translation(tiny: Any) -> None:
 
 
 def test_all_scopes(tiny: Any) -> None:
-    """By default every scope and baseline takes part, those about a token twice."""
+    """By default every scope and baseline takes part, and those about a token do so twice."""
     results = known_causes(tiny, ["agreement"], 1)
     assert list(results.columns) == ["task", "examples", "prompt", "scope", "measure", "value"]
     assert list(dict.fromkeys(results.scope)) == list(all_scopes())
@@ -208,7 +210,7 @@ def test_all_scopes(tiny: Any) -> None:
 
 
 def test_scopes_are_about_the_answer(tiny: Any) -> None:
-    """Without a target, the right answer; with one of their own, that."""
+    """A scope without a target is about the right answer, one with a target about that."""
     asked = []
 
     def remember(example: Example) -> tls.Scope:
@@ -233,8 +235,14 @@ def test_markdown(tiny: Any) -> None:
     assert confirmed(results) == "Confirmed: agreement 4 of 4, translation 4 of 4."
 
 
+def test_tasks_may_come_from_anywhere(tiny: Any) -> None:
+    """A generator is gone through once."""
+    results = known_causes(tiny, (task for task in ("agreement", "translation")), 1, [RandomBaseline()])
+    assert results.task.unique().tolist() == ["agreement", "translation"]
+
+
 def test_all_tasks_together(tiny: Any) -> None:
-    """The mean over all examples, which do not all belong to one task."""
+    """The last column is the mean over the examples of all tasks."""
     results = known_causes(tiny, ["agreement", "translation"], 3, [tls.SemanticScope(), RandomBaseline()])
     results = results[results.measure == "reciprocal rank"]
     for scope, line in zip(
@@ -268,21 +276,24 @@ def test_bos_is_ranked_when_asked(tiny: Any) -> None:
 def test_the_command(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
-    command = [sys.executable, "-m", "tl_scopes.faithfulness.known_causes", "--count", "1", "--tasks", "agreement"]
-    run = subprocess.run([*command, "--into", str(page)], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "tests.benchmarks.known_causes_table", "--count", "1", "--tasks", "agreement"]
+    run = subprocess.run([*command, "--into", str(page)], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.startswith("Confirmed: agreement 1 of 1.")
     assert all(f"| {measure} | agreement |" in run.stdout for measure in MEASURES)
-    assert "found in sys.modules" not in run.stderr
     above, table, below = re.split(f"{BEGIN}\n|\n{END}\n", page.read_text())
     assert (above, below) == ("above\n", "below\n")
     assert table.startswith("| average precision | agreement |")
     assert table.endswith("Confirmed: agreement 1 of 1.")
     assert "old" not in table
+    page.write_text("no marks")
+    refused = subprocess.run([*command, "--into", str(page)], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "has no place for the table" in refused.stderr
+    assert not refused.stdout  # before anything is computed
 
 
 def test_the_readme_has_this_table() -> None:
-    """All scopes, all tasks, enough examples; regenerate with `--into README.md`."""
-    page = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    """It has all scopes, all tasks and enough examples; `--into README.md` makes it anew."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
     table = page[page.index(BEGIN) : page.index(END)]
     assert re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE) == list(all_scopes())
     assert table.splitlines()[1].startswith(f"| average precision | {' | '.join(TASKS)} | all | all, less")
@@ -305,6 +316,9 @@ def test_a_page_without_marks(tmp_path: Path) -> None:
 def test_bad_input(tiny: Any, no_type_checks: None) -> None:
     for arguments, error, message in [
         ((["logistic"],), ValueError, "causes of the task 'logistic' cannot be confirmed: choose from agreement"),
+        (([],), ValueError, "there are no tasks: choose from agreement, agreement_far"),
+        ((["agreement", "translation", "agreement"],), ValueError, "each task is given once, got 'agreement' 2 times"),
+        ((["agreement"], "3"), ValueError, "count must be at least 1, got '3'"),
         (("agreement",), TypeError, r"tasks are several, got the text 'agreement': write \['agreement'\]"),
         ((["agreement"], 0), ValueError, "count must be at least 1, got 0"),
         ((["agreement"], 1, []), ValueError, "there are no scopes to evaluate"),
@@ -314,11 +328,17 @@ def test_bad_input(tiny: Any, no_type_checks: None) -> None:
     ]:
         with pytest.raises(error, match=message):
             known_causes(tiny, *arguments)  # type: ignore[arg-type]
+    for options, message in [
+        ({"bos": "no"}, "bos is True or False, got 'no'"),
+        ({"seed": "x"}, "seed must be an integer, got 'x'"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            known_causes(tiny, ["agreement"], 1, [RandomBaseline()], **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no counterfactuals for the task 'lorenz'"):
         counterfactuals(examples("lorenz", 1)[0])
     example = examples("agreement", 1)[0]
     elsewhere = tls.linearize(tiny, "Something else")
-    with pytest.raises(ValueError, match="otherwise than the model: its causes have no place"):
+    with pytest.raises(ValueError, match="otherwise than the model, so that its causes have no place"):
         cause_positions(elsewhere, example)
     assert cause_positions(tls.linearize(tiny, example.prompt, prepend_bos=False), example) == [
         position - 1 for position in cause_positions(tls.linearize(tiny, example.prompt), example)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_a_map_is_its_positions(specimen: Specimen, scope: tls.Scope) -> None:
 
 
 def test_map() -> None:
-    """Rows, shares, positions from both ends, tables, and fewer tokens."""
+    """A map has rows, shares, positions from both ends, a table, and a form with fewer tokens."""
     prompt_map = tls.attribution_map(zoo.specimen("bridge llama").model, PROMPT, tls.SemanticScope())
     T = len(PROMPT)
     assert prompt_map.scores.shape == (T, T)
@@ -153,7 +154,7 @@ def test_hooks_on_logits_that_are_gone_are_missed() -> None:
 
 @pytest.mark.parametrize("scope", [*SCOPES, First()], ids=str)
 def test_many_are_one_at_a_time(specimen: Specimen, scope: tls.Scope) -> None:
-    """Prompts of different lengths in one batch, in their order."""
+    """Prompts of different lengths share a batch, and answers come in their order."""
     answers = list(tls.attribute_many(specimen.model, PROMPTS, scope, batch_size=4, progress=False))
     for prompt, answer in zip(PROMPTS, answers, strict=True):
         assert answer is not None
@@ -163,7 +164,7 @@ def test_many_are_one_at_a_time(specimen: Specimen, scope: tls.Scope) -> None:
 @pytest.mark.parametrize("kind", ["bridge", *(["hooked"] if zoo.HookedTransformer else [])])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_side_does_not_matter(kind: str, side: str) -> None:
-    """In float32, whichever side the tokenizer pads."""
+    """Answers are the same in float32, whichever side the tokenizer pads."""
     model = tls.load_tiny(kind)
     model.tokenizer.padding_side = side
     prompts = [example.prompt for task in ("agreement", "translation", "logistic") for example in examples(task, 3)]
@@ -174,7 +175,7 @@ def test_padding_side_does_not_matter(kind: str, side: str) -> None:
 
 
 def test_prompts_are_read_as_they_are_needed() -> None:
-    """An endless corpus in bounded memory."""
+    """So an endless corpus needs little memory."""
     read = []
 
     def corpus() -> Iterator[list[int]]:
@@ -225,10 +226,69 @@ def test_overflow_in_one_prompt_of_a_batch(specimen: Specimen) -> None:
 
 
 def test_what_is_wrong_with_every_prompt_is_an_error() -> None:
-    """Nobody wants a million warnings."""
+    """Nobody wants a million warnings: there is one, and then the error, before the corpus is gone through."""
+
+    def corpus() -> Iterator[list[int]]:
+        while True:
+            yield PROMPT
+
     model = zoo.specimen("bridge llama").model
-    with pytest.raises(ValueError, match="target 99 is outside the vocabulary"):
-        list(tls.attribute_many(model, [PROMPT] * 5, tls.SemanticScope(99)))
+    for prompts in ([PROMPT] * 5, corpus()):
+        with pytest.warns(UserWarning, match="prompt 0 has no answer: target 99 is outside") as warned:
+            with pytest.raises(ValueError, match="target 99 is outside the vocabulary") as caught:
+                next(tls.attribute_many(model, prompts, tls.SemanticScope(99), batch_size=1))
+        assert len(warned) == 1
+        assert caught.value.__notes__ == ["prompt 0 of attribute_many"]
+
+
+def test_errors_of_other_kinds_do_not_end_it() -> None:
+    """A scope of the user's may fail in any way, also for a whole batch of which one prompt is the cause."""
+
+    class Short(First):
+        def measure(self, lin: tls.Linearization) -> tls.Measurement:
+            lin.tokens[3]
+            return super().measure(lin)
+
+    model = zoo.specimen("bridge llama").model
+    with pytest.warns(UserWarning, match="prompt 0 has no answer: IndexError: index 3 is out of bounds") as warned:
+        answers = list(tls.attribute_many(model, [[1, 2], PROMPT, PROMPT[:4]], Short()))
+    assert len(warned) == 1
+    assert [answer is None for answer in answers] == [True, False, False]
+
+
+def test_failed_prompts_keep_no_graph() -> None:
+    """Errors wait for their place among the answers, and hold no forward pass."""
+    graphs: list[Any] = []
+
+    class Failing(First):
+        def measure(self, lin: tls.Linearization) -> tls.Measurement:
+            gc.collect()
+            assert not any(graph() is not None for tokens, graph in graphs if tokens != len(lin.tokens))
+            graphs.append((len(lin.tokens), weakref.ref(lin.trace.output)))
+            if len(lin.tokens) > 3:
+                raise ValueError("too long")
+            return super().measure(lin)
+
+    with pytest.warns(UserWarning, match="prompt 1 has no answer: too long"):
+        answers = list(
+            tls.attribute_many(
+                zoo.specimen("bridge llama").model, [PROMPT[:3], PROMPT[:4], PROMPT], Failing(), batch_size=1
+            )
+        )
+    assert [answer is None for answer in answers] == [False, True, True]
+
+
+def test_bad_options(no_type_checks: None) -> None:
+    """They are refused at the call, not at the first answer."""
+    model = zoo.specimen("bridge llama").model
+    for options, error, message in [
+        ({"on_error": "skip"}, ValueError, 'on_error is "warn" or "raise", got \'skip\''),
+        ({"on_error": True}, ValueError, 'on_error is "warn" or "raise", got True'),
+        ({"progress": "no"}, TypeError, "progress is True or False, got 'no'"),
+        ({"checkpoint": "no"}, TypeError, "checkpoint is True or False, got 'no'"),
+    ]:
+        with pytest.raises(error, match=message):
+            tls.attribute_many(model, [PROMPT], tls.SemanticScope(3), **options)  # type: ignore[arg-type]
 
 
 def test_no_prompts_no_answers() -> None:
@@ -236,7 +296,7 @@ def test_no_prompts_no_answers() -> None:
 
 
 def test_hooks_that_are_gone(model: Any) -> None:
-    """Answers are computed as they are asked for: those of a patched model, inside the patch."""
+    """Answers are computed as they are asked for, so those of a patched model are taken inside the patch."""
     patch = [("hook_embed", lambda value, hook: value * 2)]
     with model.hooks(fwd_hooks=patch):
         answers = tls.attribute_many(model, [PROMPT], tls.SemanticScope(3))

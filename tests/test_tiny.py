@@ -57,7 +57,7 @@ def test_held_out_accuracy(table: dict[str, dict[str, Any]], task: str, accuracy
 @pytest.mark.usefixtures("_unchecked")
 @pytest.mark.parametrize(("task", "ratio"), [("logistic", 0.6), ("lorenz", 0.6), ("brownian", 0.97)])
 def test_series_beat_a_markov_chain(table: dict[str, dict[str, Any]], task: str, ratio: float) -> None:
-    """By far where there is something to know; of a random walk only the size of its steps can be learned."""
+    """They beat it by far, but for the random walk, of which only the size of its steps can be learned."""
     assert table[task]["loss"] < ratio * train.markov_loss(task, examples(task, 200, seed=2), series=5000)
 
 
@@ -88,7 +88,7 @@ def test_load_tiny_in_other_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("text", ["naïve café ☃ 😀", "\n\t  <script>&", "Hello, world! 2026", "日本語", "\x00\x7f"])
 def test_any_text_tokenises(tiny: Any, text: str) -> None:
-    """Byte-level: what goes in comes out, no token is unknown, and every one can be shown."""
+    """Any text comes out as it went in, no token is unknown, and every one can be shown."""
     lin = tls.linearize(tiny, text)
     assert TOKENIZER.decode(lin.tokens, skip_special_tokens=True) == text
     assert lin.str_tokens[0] == "<|bos|>"
@@ -109,7 +109,7 @@ def test_prepend_bos(tiny: Any) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_examples(task: str) -> None:
-    """Reproducible, held out, and with causes that are whole words or numbers of the prompt."""
+    """Examples are reproducible and held out, and their causes are whole words or numbers of the prompt."""
     some = examples(task, 50)
     assert some == examples(task, 50)
     assert some != examples(task, 50, seed=1)
@@ -127,8 +127,25 @@ def test_examples(task: str) -> None:
         assert len(positions) == len(words)
 
 
+def test_bad_examples(no_type_checks: None) -> None:
+    """An unknown split, of which no example would ever be found, is refused like all else."""
+    for arguments, error, message in [
+        (("agrement", 1), ValueError, r"no task 'agrement': choose one of agreement, .*brownian\."),
+        ((["agreement"], 1), ValueError, r"no task \['agreement'\]"),
+        (("agreement", 0), ValueError, "count must be at least 1, got 0"),
+        (("agreement", "3"), ValueError, "count must be at least 1, got '3'"),
+        (("agreement", 2.5), ValueError, "count must be at least 1, got 2.5"),
+    ]:
+        with pytest.raises(error, match=message):
+            examples(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='split is "train" or "test", got \'dev\''):
+        examples("agreement", 1, split="dev")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="seed must be an integer, got '0'"):
+        examples("agreement", 1, seed="0")  # type: ignore[arg-type]
+
+
 def test_the_cause_decides_agreement() -> None:
-    """The marked noun has the number of the verb; so it is in every example."""
+    """In every example the marked noun has the number of the verb."""
     for example in examples("agreement_far", 100):
         noun = example.prompt[slice(*example.causes[-1])]
         assert noun.endswith("s") == (example.target in (" are", " were"))
@@ -147,7 +164,7 @@ def test_training_never_sees_the_held_out(mixture: Mixture) -> None:
 
 
 def test_what_can_be_known() -> None:
-    """The loss counts fully from where on a document can be known: the answer, or the English sentence, or a series."""
+    """The loss counts fully where a document can be predicted: the answer, the English sentence, a whole series."""
     starts = {"German": " English:", "The": " ", "List": " "}
     for text, start in islice(documents(0, MIXTURES[0]), 500):
         kind = re.match(r"\w+", text)
@@ -166,7 +183,7 @@ def test_mixture() -> None:
 
 
 def test_training_runs(tmp_path: Any) -> None:
-    """The script that made the bundled model: two steps, a folder that loads, the table."""
+    """After two steps the script that made the bundled model has written a folder that loads, and the table."""
     command = [sys.executable, "-m", "tl_scopes.tiny.train", "--out", str(tmp_path), "--max-steps", "2", "--rows", "2"]
     run = subprocess.run([*command, "--examples", "2"], capture_output=True, text=True, check=True)
     assert "| association |" in run.stdout

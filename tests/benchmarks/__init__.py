@@ -1,17 +1,20 @@
-"""What an attribution costs, beside captum, inseq and the naive way. Run on demand, never by a plain `pytest`:
+"""What an attribution costs, beside captum, inseq and the naive way, and whether scopes find known causes.
+
+The benchmarks are run on demand, never by a plain `pytest`:
 
     pip install -e ".[benchmark]" && pip install --no-deps inseq treescope
     OMP_NUM_THREADS=1 pytest -o addopts= tests/benchmarks/bench_*.py --benchmark-json=costs.json
     python -m tests.benchmarks.report costs.json  # the README's table, and demos/cost.png
 
+    python -m tests.benchmarks.known_causes_table --into README.md  # takes some twenty minutes
     python -m tests.benchmarks.corrections  # which corrections for sinks help; with --sink 0.15 under one made by hand
 
-`bench_cost.py` alone gives the table, `bench_growth.py` the picture; `-k "Semantic or captum"` picks rows.
+`bench_cost.py` alone gives the table of costs, `bench_growth.py` the picture; `-k "Semantic or captum"` picks rows.
 
-inseq goes in without its dependencies: it pins typeguard<=2.13.3, which it never imports, and TransformerLens needs
-typeguard>=4.2. Rows whose library is missing are skipped. `-o addopts=` leaves out the run-time type checks.
+inseq is installed without its dependencies: it pins typeguard<=2.13.3, which it never imports, and TransformerLens
+needs typeguard>=4.2. Rows whose library is missing are skipped. `-o addopts=` leaves out the run-time type checks.
 
-Every figure is a ratio to a bare forward pass of the same Hugging Face model on the same tokens, measured just before
-and just after each round, in CPU time of the process: what else the machine does falls out. Nothing is asserted about
-time.
+Every cost is a ratio to a bare forward pass of the same Hugging Face model on the same tokens, measured just before
+and just after each round, in CPU time of the process, so that it does not matter what else the machine does. No test
+depends on a time.
 """

@@ -1,4 +1,4 @@
-"""The README's table: 128 tokens, 8 layers, width 512, 32,000 words, float32."""
+"""The README's table of costs: 128 tokens, 8 layers, width 512, 32,000 words, float32."""
 
 from typing import Any
 
@@ -23,11 +23,11 @@ def test_cost_on_the_bundled_model(benchmark: Any, name: str) -> None:
     measure(benchmark, BUNDLED[name], bundled(), name=f"bundled model: {name}")
 
 
-# What is compared is the same thing.
+# The rows that are compared compute the same numbers.
 
 
 def test_saliency_is_semantic_scope() -> None:
-    """captum's, inseq's and a plain gradient's norms, token by token."""
+    """The norms of captum, of inseq and of a plain gradient are the same, token by token."""
     s = setting()
     scores = tls.attribute(s.model, s.prompt, tls.SemanticScope()).scores
     assert_close(naive_gradient(s).norm(dim=-1), scores, rtol=1e-4, atol=0)

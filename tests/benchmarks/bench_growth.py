@@ -29,7 +29,7 @@ def test_growth(benchmark: Any, axis: str, value: int, name: str) -> None:
 @pytest.mark.parametrize("name", ["tl_scopes, in batches", "a loop of torch.autograd.grad"])
 @pytest.mark.benchmark(group="growth", timer=CLOCK)
 def test_growth_with_cotangents(benchmark: Any, count: int, name: str) -> None:
-    """The forward pass included."""
+    """These costs include the forward pass."""
     row = {
         "tl_scopes, in batches": Row(cotangents(count, linearize=True)),
         "a loop of torch.autograd.grad": Row(lambda s: lambda: naive_rows(s, count)),

@@ -1,8 +1,9 @@
-"""Do corrections for attention sinks help? `python -m tests.benchmarks.corrections` prints what is said of them.
+"""Do corrections for attention sinks help? `python -m tests.benchmarks.corrections` prints the README's numbers.
 
-Candidates, shipped or not, around Semantic Scope: by the causes that are known, with the BOS token ranked and without,
-and by deletion and insertion. Differences to the uncorrected scope are paired. The bundled model has no attention sink
-(`demos/03_attention_sinks.ipynb`): with `--sink 0.15` one is made by hand, on the first token, and predictions stay.
+Corrections of Semantic Scope, shipped or not, are judged by the causes that are known, with the BOS token ranked and
+without, and by deletion and insertion. Differences to the uncorrected scope are paired. The bundled model has no
+attention sink (`demos/03_attention_sinks.ipynb`): `--sink 0.15` makes one by hand, on the first token, which leaves the
+predictions as they are.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import torch
 
 import tl_scopes as tls
 from tl_scopes import models
-from tl_scopes.faithfulness import Protocol, differences
+from tl_scopes.faithfulness import Perturbation, differences
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.scopes.scope import Measurement
 from tl_scopes.tiny.counterfactuals import TASKS
@@ -25,7 +26,7 @@ from tl_scopes.tiny.tasks import examples
 
 @dataclass(frozen=True)
 class Around(tls.Scope):
-    """Another way to ask a Jacobian scope's question."""
+    """A scope that asks another scope's question in another way."""
 
     scope: tls.SemanticScope
 
@@ -40,11 +41,11 @@ class Around(tls.Scope):
 
 
 class WithoutSinks(Around):
-    """Positions that are the sink of a head get no score: what `answer.without` does."""
+    """Positions that are the sink of a head get no score, as with `answer.without`."""
 
     def measure(self, lin: Linearization) -> Measurement:
         scores = self.scope.measure(lin).scores.clone()
-        scores[list(tls.sink_report(lin.model, lin.tokens, self.scope, early=1).sinks)] = 0
+        scores[list(tls.sink_report(lin, self.scope, early=1).sinks)] = 0
         return Measurement(scores)
 
 
@@ -61,12 +62,12 @@ class HeldSinks(Around):
     """The attention weights of the sinks are constant in the Jacobian."""
 
     def measure(self, lin: Linearization) -> Measurement:
-        sinks = tls.sink_report(lin.model, lin.tokens, self.scope, early=1).sinks
+        sinks = tls.sink_report(lin, self.scope, early=1).sinks
         return tls.FrozenAttentionScope(self.scope, sinks).measure(lin)
 
 
 class TowardsTokens(Around):
-    """Steps towards the vocabulary's embeddings e in place of unit steps: √ mean_e (g_t · (e − x_t))²."""
+    """Steps go towards the vocabulary's embeddings e instead of having unit length: √ mean_e (g_t · (e − x_t))²."""
 
     def measure(self, lin: Linearization) -> Measurement:
         embeddings = models.embedding_matrix(lin.model)
@@ -90,18 +91,18 @@ CANDIDATES: dict[str, Callable[[tls.Scope], tls.Scope]] = {
 
 
 def aimed_at_answer(around: Callable[[tls.Scope], tls.Scope]) -> Callable[[Example], tls.Scope]:
-    """Against the foil, as the question is put."""
+    """A function from an example to a scope that asks for its answer against its foil."""
     return lambda example: around(tls.SemanticScope(example.target, versus=example.foil))
 
 
 def line(name: str, table: pd.DataFrame) -> str:
-    """Differences as cells of a Markdown table."""
+    """A row of a Markdown table, with differences as its cells."""
     cells = [f"{row.difference:+.2f} ({row.low:+.2f} to {row.high:+.2f})" for row in table.itertuples()]
     return f"| {name} | {' | '.join(cells)} |"
 
 
 def sink(model: models.Model, part: float) -> list[tuple[str, Callable[..., torch.Tensor]]]:
-    """Hooks that take a part of all attention from all tokens in proportion, for the first one."""
+    """Hooks that take the same part of its attention from every token and give it to the first one."""
 
     def more_on_the_first(pattern: torch.Tensor, hook: object) -> torch.Tensor:
         first = torch.zeros_like(pattern)
@@ -112,7 +113,7 @@ def sink(model: models.Model, part: float) -> list[tuple[str, Callable[..., torc
 
 
 def by_known_causes(model: models.Model, count: int, seed: int) -> None:
-    """Print what becomes of the average precision."""
+    """Print what the corrections do to the average precision."""
     scopes = {name: aimed_at_answer(around) for name, around in CANDIDATES.items()}
     for bos in (False, True):
         results = tls.known_causes(model, count=count, scopes=scopes, seed=seed, bos=bos)
@@ -128,13 +129,13 @@ def by_known_causes(model: models.Model, count: int, seed: int) -> None:
 
 
 def by_replacement(model: models.Model, count: int, seed: int) -> None:
-    """Print what becomes of the areas under deletion and insertion curves."""
+    """Print what the corrections do to the areas under deletion and insertion curves."""
     held_out = [example for task in TASKS for example in examples(task, count, seed=seed)]
     about = {name: around(tls.SemanticScope()) for name, around in CANDIDATES.items()}
     prompts, targets = [example.prompt for example in held_out], [example.target for example in held_out]
     for bos in (False, True):
-        protocol = Protocol(("resample", "mean"), fractions=(0.2,), bos=bos, samples=0, randomise=False)
-        results = tls.evaluate(model, prompts, about, protocol, targets=targets)
+        perturbation = Perturbation(("resample", "mean"), fractions=(0.2,), bos=bos, samples=0, randomise=False)
+        results = tls.evaluate(model, prompts, about, perturbation, targets=targets)
         areas = results[results.measure.isin(["deletion area", "insertion area"]) & (results.quantity == "log_prob")]
         table = differences(areas, "uncorrected")
         print(f"\nareas in nats of log-probability, {'with' if bos else 'without'} BOS: difference to uncorrected")
@@ -148,7 +149,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=50, help="examples per task")
-    parser.add_argument("--seed", type=int, default=1, help="of the examples: others than those of the README's table")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the examples: not the one of the README's table")
     parser.add_argument("--sink", type=float, default=0.0, help="part of all attention to move to the first token")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "resource_tracker")

@@ -1,6 +1,6 @@
-"""From pytest-benchmark's JSON to the README's table, printed, and to demos/cost.png.
+"""The README's table of costs and demos/cost.png, from the JSON of pytest-benchmark.
 
-python -m tests.benchmarks.report costs.json
+`python -m tests.benchmarks.report costs.json` prints the one and draws the other.
 """
 
 import json
@@ -20,19 +20,19 @@ COLORS = ["#4c3bcf", "#d1495b", "#2a9d8f", "#8a8a8a"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what, and its cost in forward passes, with the range over the rounds."""
+    """A Markdown table of costs in forward passes, with their range over the rounds."""
     lines = ["| | forward passes | lowest to highest |", "|---|--:|--:|"]
     lines += [f"| {r['name']} | {short(r['ratio'])} | {short(r['low'])} to {short(r['high'])} |" for r in rows]
     return "\n".join(lines)
 
 
 def short(ratio: float) -> str:
-    """1.43, 17.5, 330."""
+    """A ratio to three digits: 1.43, 17.5, 330."""
     return f"{ratio:.{2 if ratio < 10 else 1 if ratio < 100 else 0}f}"
 
 
 def picture(points: list[dict[str, Any]], path: Path) -> None:
-    """One panel per axis: the cost in forward passes of the same model; under each size, what one of those takes."""
+    """Draw a panel per axis: costs in forward passes of the same model, and under each size the time of such a pass."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(2, 2, figsize=(10, 7.6), layout="constrained")

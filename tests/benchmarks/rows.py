@@ -1,4 +1,4 @@
-"""The table of what is timed: a name, and a function that prepares the work and returns it. A new row is one entry."""
+"""What is timed: each row has a name, and a function that prepares the work and returns it. A new row is one entry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,16 +22,16 @@ class Row:
     """Something to time."""
 
     make: Callable[[Setting], Work]
-    """Everything that is not timed happens here."""
+    """Prepares the work: what it does itself is not timed."""
     per: int = 1
-    """How many of the thing one call does: the figure is for one."""
+    """How many pieces of work one call does; the cost is that of one piece."""
     rounds: int = 9
     there: bool = True
-    """Whether it can be run here."""
+    """Whether its library is installed."""
 
 
 def measure(benchmark: Any, row: Row, setting: Setting, *, rounds: int | None = None, **info: Any) -> None:
-    """Time a row, with bare forward passes just before and just after each round, and note the ratio.
+    """Time a row, with bare forward passes just before and just after each round, and keep the ratio.
 
     Writes into the benchmark's `extra_info`: `ratio` (median over the rounds), `low` and `high`, `forward` in seconds.
     """
@@ -59,7 +59,7 @@ def measure(benchmark: Any, row: Row, setting: Setting, *, rounds: int | None = 
 
 
 def scope(*scopes: tls.Scope, **options: Any) -> Callable[[Setting], Work]:
-    """Linearise, then ask."""
+    """Work that linearises, then asks."""
 
     def make(s: Setting) -> Work:
         def work() -> list[tls.Attribution]:
@@ -72,7 +72,7 @@ def scope(*scopes: tls.Scope, **options: Any) -> Callable[[Setting], Work]:
 
 
 def cotangents(count: int, *, linearize: bool = False) -> Callable[[Setting], Work]:
-    """`count` random cotangents pulled back, with or without the forward pass."""
+    """Work that pulls back `count` random cotangents, with or without the forward pass."""
 
     def make(s: Setting) -> Work:
         def lin() -> tls.Linearization:
@@ -86,7 +86,7 @@ def cotangents(count: int, *, linearize: bool = False) -> Callable[[Setting], Wo
 
 
 def loop_over_positions(s: Setting) -> Work:
-    """What `attribution_map` does, by hand."""
+    """Work that does by hand what `attribution_map` does."""
     return lambda: [tls.attribute(s.model, s.prompt, tls.SemanticScope(), i) for i in range(len(s.prompt))]
 
 
@@ -114,7 +114,7 @@ TL_SCOPES = {
     "Semantic and Temperature Scope, one linearisation": Row(scope(tls.SemanticScope(), tls.TemperatureScope())),
     "each further cotangent": Row(cotangents(32), per=32, rounds=5),
     "Fisher Scope, 32 probes": Row(scope(tls.FisherScope()), rounds=3),
-    # The whole of d_model cotangents takes a minute: once.
+    # All d_model cotangents take a minute, so there is one round.
     "Fisher Scope, exact, each of 512 cotangents": Row(scope(tls.FisherScope(exact=True)), per=512, rounds=1),
     "attribution_map, each of 128 positions": Row(
         lambda s: lambda: tls.attribution_map(s.model, s.prompt, tls.SemanticScope()), per=128, rounds=1
@@ -133,7 +133,7 @@ BUNDLED = {
 
 
 def readout_and_embeddings(s: Setting) -> tuple[Tensor, Tensor]:
-    """y at the last position, on a graph from the embeddings x."""
+    """y at the last position, and the embeddings x from which its graph begins."""
     embeddings = s.embeddings()
     return s.hf.model(inputs_embeds=embeddings, use_cache=False).last_hidden_state[0, -1], embeddings
 
@@ -152,7 +152,7 @@ def naive_rows(s: Setting, count: int) -> Tensor:
 
 
 def naive_row_after_row(s: Setting) -> Work:
-    """Without the forward pass."""
+    """Work that takes eight rows of ∂y/∂x, without the forward pass."""
     readout, embeddings = readout_and_embeddings(s)
     return lambda: [torch.autograd.grad(y, embeddings, retain_graph=True) for y in readout[:8]]
 
@@ -167,7 +167,7 @@ BY_HAND = {
 
 
 def captum_saliency(s: Setting) -> Work:
-    """‖∂z_v/∂x_t‖₂: Semantic Scope under another name."""
+    """‖∂z_v/∂x_t‖₂, which is Semantic Scope under another name."""
     from captum.attr import Saliency
 
     method = Saliency(s.last_logits)
@@ -175,7 +175,7 @@ def captum_saliency(s: Setting) -> Work:
 
 
 def captum_saliency_last(s: Setting) -> Work:
-    """The same, the unembedding at one position alone."""
+    """The same with the unembedding at one position only."""
     from captum.attr import Saliency
 
     method = Saliency(lambda x: s.hf(inputs_embeds=x, use_cache=False, logits_to_keep=1).logits[:, -1])
@@ -190,7 +190,7 @@ def captum_input_x_gradient(s: Setting) -> Work:
 
 
 def captum_integrated_gradients(steps: int) -> Callable[[Setting], Work]:
-    """From the zero embedding."""
+    """Integrated gradients from the zero embedding."""
 
     def make(s: Setting) -> Work:
         from captum.attr import IntegratedGradients
@@ -202,7 +202,7 @@ def captum_integrated_gradients(steps: int) -> Callable[[Setting], Work]:
 
 
 def captum_feature_ablation(s: Setting) -> Work:
-    """Each token in turn replaced by token 0."""
+    """Feature ablation, which replaces each token in turn by token 0."""
     from captum.attr import FeatureAblation
 
     @torch.no_grad()
@@ -227,7 +227,7 @@ CAPTUM = {
 
 
 def inseq_tokenizer() -> Any:
-    """inseq takes text alone: words "w3", "w4", ... for the ids."""
+    """A tokenizer with the words "w3", "w4" and so on for the ids, since inseq takes only text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -239,7 +239,7 @@ def inseq_tokenizer() -> Any:
 
 
 def inseq_attribution(method: str, **options: Any) -> Callable[[Setting], Work]:
-    """One generated token, its logit, by inseq's public interface."""
+    """Work that attributes the logit of one generated token through inseq's public interface."""
 
     def make(s: Setting) -> Work:
         import inseq

@@ -1,4 +1,4 @@
-"""The model that is timed: a random Llama, as Hugging Face has it and as a TransformerBridge, with the same weights."""
+"""The model that is timed: a random Llama, in Hugging Face and as a TransformerBridge with the same weights."""
 
 import copy
 import statistics
@@ -18,7 +18,7 @@ from tl_scopes.tiny.tasks import examples
 
 VOCAB = 32_000
 CLOCK = time.process_time
-"""One thread on the CPU: the seconds that this process computes, whatever else runs."""
+"""The seconds that this process computes on the CPU, whatever else runs."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Setting:
         return self.tokens[0].tolist()
 
     def embeddings(self) -> Tensor:
-        """[1 token d_model], a new leaf."""
+        """The embeddings [1 token d_model] as a new leaf."""
         return self.hf.get_input_embeddings()(self.tokens).detach().requires_grad_()
 
     def last_logits(self, embeddings: Tensor) -> Tensor:
-        """[batch vocab], as one would write it for captum."""
+        """The logits [batch vocab] at the last position, as one would write it for captum."""
         return self.hf(inputs_embeds=embeddings, use_cache=False).logits[:, -1]
 
     @torch.no_grad()
     def forward(self) -> Tensor:
-        """The bare forward pass: what everything is compared with."""
+        """The bare forward pass, with which everything is compared."""
         return self.hf(self.tokens, use_cache=False).logits
 
     def forward_seconds(self, repeats: int = 3) -> float:
-        """Median of a few."""
+        """The median of the time of a few forward passes."""
         times = []
         for _ in range(repeats):
             start = CLOCK()
@@ -62,7 +62,7 @@ class Setting:
 
 @lru_cache(maxsize=1)  # one model at a time in memory
 def setting(tokens: int = 128, width: int = 512, layers: int = 8) -> Setting:
-    """Heads of 64 dimensions, an MLP of 2.7 widths, float32, eager attention.
+    """A random Llama with heads of 64 dimensions, an MLP of 2.7 widths, float32 and eager attention.
 
     The norms get gains, and the unembedding is large enough for a prediction of a few nats.
     """
@@ -92,7 +92,7 @@ def setting(tokens: int = 128, width: int = 512, layers: int = 8) -> Setting:
 
 @lru_cache(maxsize=1)
 def bundled() -> Setting:
-    """The bundled model and 128 tokens of its language."""
+    """The bundled model with 128 tokens of its language."""
     model = tls.load_tiny()
     text = " ".join(example.prompt for example in examples("inference_who", 8))
     hf = LlamaForCausalLM.from_pretrained(FOLDER, attn_implementation="eager").eval()

@@ -19,14 +19,14 @@ _UNITS = {
 
 
 def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str = "log_prob") -> "Figure":
-    """Draw what `evaluate` measured: how much replacing the first tokens takes, and putting them back gives.
+    """Draw what `evaluate` measured: how much replacing the first tokens takes, and how much putting them back gives.
 
-    The mean over prompts with its 95% bootstrap band; in the legend the area, also with its interval.
+    A curve is the mean over prompts, with its 95% bootstrap band. The legend has the area, also with its interval.
 
     Args:
         results: what `evaluate` returned.
         replacement: one of those evaluated; None is the first.
-        quantity: "log_prob" of the target, its "log_odds" against a foil, "kl" from the undisturbed prediction.
+        quantity: "log_prob" of the target, its "log_odds" against a foil, or "kl" from the undisturbed prediction.
 
     Returns:
         A matplotlib figure.
@@ -50,7 +50,7 @@ def plot(results: "pd.DataFrame", replacement: str | None = None, quantity: str 
     for scope, rows in chosen.groupby("scope", sort=False):
         missing = [name for name in _DRAWN if name not in set(rows["measure"])]
         if missing:
-            raise ValueError(f"{scope} has no {missing[0]!r} among these results: to draw takes {', '.join(_DRAWN)}.")
+            raise ValueError(f"{scope} has no {missing[0]!r} among these results: a plot takes {', '.join(_DRAWN)}.")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5.5), layout="constrained")

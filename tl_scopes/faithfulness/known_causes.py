@@ -1,14 +1,11 @@
-"""Do scopes find causes that are known? `python -m tl_scopes.faithfulness.known_causes` prints the tables,
-`--into README.md` puts the main one into the page.
+"""Do scopes find causes that are known?
 
-Of the bundled model's tasks the cause of each answer is known by construction, and it is checked here that it is the
-cause for the model too.
+In the bundled model's tasks the cause of each answer is known by construction, and each example is checked here: does
+that cause decide the model's answer too?
 """
 
-import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -17,13 +14,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_scopes import models
-from tl_scopes.api import linearize, names
-from tl_scopes.faithfulness.evaluation import candidates
-from tl_scopes.faithfulness.measures import ranking
-from tl_scopes.faithfulness.tables import BEGIN, END, confirmed, put_into, to_markdown
+from tl_scopes.api import linearize
+from tl_scopes.faithfulness.fingerprint import names
+from tl_scopes.faithfulness.measures import candidates, ranking
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import prompt_generator
 from tl_scopes.models import Model
+from tl_scopes.models.arguments import as_flag
 from tl_scopes.scopes.baselines import (
     AttentionRollout,
     GradientTimesInput,
@@ -48,13 +45,16 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Asker: TypeAlias = Scope | Callable[[Example], Scope]
-"""A scope, or how to make one for an example."""
+"""A scope, or a function that makes one for an example."""
 
 MEASURES = ("precision at 1", "precision at n", "average precision", "reciprocal rank")
 
 
 def all_scopes() -> dict[str, Asker]:
-    """Scopes, baselines, corrections: those about a token about the answer, and about the answer against the foil."""
+    """All scopes, baselines and corrections, by name.
+
+    Those that explain a token are there twice: about the answer, and about the answer against the foil.
+    """
     kinds = (SemanticScope, PathIntegratedScope, GradientTimesInput, IntegratedGradients)
     asked: dict[type[Scope], Asker] = {kind: partial(_against_foil, kind) for kind in kinds}
     listed: list[Scope] = [
@@ -82,47 +82,53 @@ def _around_semantic(kind: Callable[[Scope], Scope], example: Example) -> Scope:
 
 def known_causes(
     model: Model | None = None,
-    tasks: Sequence[str] = TASKS,
+    tasks: Iterable[str] = TASKS,
     count: int = 100,
     scopes: Sequence[Scope] | Mapping[str, Asker] | None = None,
     *,
     seed: int = 0,
     bos: bool = False,
 ) -> "pd.DataFrame":
-    """How high scopes and baselines rank the tokens that are known to cause the answer.
+    """Measure how high scopes and baselines rank the tokens that are known to cause the answer.
 
-    Only confirmed examples count: the model gives the right answer; it gives the other answer that is then right when
-    any of the causes is replaced; and it stays with its answer when any other word is, that has an alternative of its
-    kind (`faithfulness.counterfactuals`). With the tokens ranked by score (the most positive first, unlike
-    `Attribution.top`, which goes by the size), BOS set aside unless `bos`, and r_1 < … < r_n the ranks of the n causes,
+    Only confirmed examples count. There the model gives the right answer; it gives the answer that is then right when
+    any one of the causes is replaced; and it stays with its answer when any other word is replaced that has an
+    alternative of its kind (`tiny.counterfactuals`). Tokens are ranked by score, the most positive first, unlike
+    `Attribution.top`, which goes by the size; BOS is set aside unless `bos` is set. Let r_1 < … < r_n be the ranks of
+    the n causes:
 
         precision at k      share of causes among the k first, for k = 1 and k = n
         average precision   (1/n) Σ_i i/r_i
         reciprocal rank     1/r_1
 
-    Tokens that are no cause may be needed all the same, to know that this is a question and of what kind; a scope that
-    ranks them first is right about the model, and wrong about what decides between the answers.
+    A token that is not a cause may be needed all the same, to know that this is a question and of what kind. A scope
+    that ranks it first is right about the model, and wrong about what decides between the answers.
 
     Args:
         model: None is the bundled model.
-        tasks: some of `faithfulness.counterfactuals.TASKS`.
-        count: examples to draw per task, none of which the bundled model was trained on.
-        scopes: what to compare, with names of their own if given as a dict; there a function from the `Example` to a
-            scope will do too. Scopes without a target are about the right answer. None is all scopes and baselines.
-        seed: of the examples.
-        bos: whether the BOS token is ranked as well; it is no cause.
+        tasks: some of `tiny.counterfactuals.TASKS`.
+        count: the number of examples to draw per task, none of which the bundled model was trained on.
+        scopes: the scopes to compare, with names of their own if given as a dict; there a function from the `Example`
+            to a scope will do too. Scopes without a target are about the right answer. None is all scopes and
+            baselines.
+        seed: the seed of the examples.
+        bos: whether the BOS token is ranked as well; it is never a cause.
 
     Returns:
         One row per task, confirmed example, scope and measure: task, examples (how many were drawn), prompt, scope,
-        measure, value. `faithfulness.statistics.summary` and `differences` take it from there.
+        measure, value. `faithfulness.summary` and `faithfulness.differences` take it from there.
+
+    Unit: all measures are shares, from 0 to 1; more is better.
 
     Cost: per example a forward pass for each of its words, one linearisation, and the scopes. All scopes on 600
         examples of the bundled model take some twenty minutes of a CPU core.
 
     Raises:
-        ValueError: for an unknown task or a count below 1; a task of which no example was confirmed; a model whose
-            tokens are not those of its tokenizer. Else as `linearize` and the scopes do.
-        TypeError: for scopes that are none, and for tasks that are one text.
+        ValueError: for no tasks, an unknown task, or one given twice; for a count below 1; for a task of which no
+            example was confirmed; for a model whose tokens are not those of its tokenizer. Else as `linearize` and the
+            scopes do.
+        TypeError: for something that is not a scope, for tasks that are one text, for a seed that is not an integer,
+            and for `bos` that is neither True nor False.
 
     Source: average precision and reciprocal rank, Manning et al. 2008, Introduction to Information Retrieval, ch. 8.
 
@@ -136,11 +142,7 @@ def known_causes(
     model = load_tiny() if model is None else model
     models.check_model(model)
     askers = _askers(all_scopes() if scopes is None else scopes)
-    if isinstance(tasks, str):
-        raise TypeError(f"tasks are several, got the text {tasks!r}: write [{tasks!r}].")
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"the causes of the task {task!r} cannot be confirmed: choose from {', '.join(TASKS)}.")
+    tasks, bos = _checked(tasks), as_flag(bos, "bos")
     rows = []
     drawn = [(task, i, example) for task in tasks for i, example in enumerate(examples(task, count, seed=seed))]
     for task, i, example in tqdm(drawn, desc="examples", delay=3, leave=False):
@@ -150,12 +152,14 @@ def known_causes(
                 rows += [(task, count, i, name, measure, value) for measure, value in values.items()]
     for task in tasks:
         if all(task != row[0] for row in rows):
-            raise ValueError(f"none of {count} examples of {task!r} was confirmed: the model does not know this task.")
+            raise ValueError(
+                f"none of {count} examples of {task!r} was confirmed: the model does not know this task; leave it out."
+            )
     return pd.DataFrame(rows, columns=["task", "examples", "prompt", "scope", "measure", "value"])
 
 
 def is_confirmed(model: Model, example: Example) -> bool:
-    """Whether the known causes, and they alone, turn the model's prediction.
+    """Whether the known causes, and nothing else, turn the model's prediction.
 
     Raises:
         ValueError: for a task that has no counterfactuals.
@@ -164,12 +168,26 @@ def is_confirmed(model: Model, example: Example) -> bool:
     prompts = [models.tokenize(model, text) for text in (example.prompt, *(other.prompt for other in others))]
     texts = [example.target, *(other.answer for other in others)]
     try:
-        answers = [models.token(model, text, model.cfg.d_vocab).id for text in texts]
+        answers = [models.token(model, text).id for text in texts]
     except ValueError:  # to this tokenizer an answer is several tokens
         return False
     batch = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     places = [(row, len(tokens) - 1) for row, tokens in enumerate(prompts)]
     return models.predict(model, batch, places=places).argmax(-1).tolist() == answers
+
+
+def _checked(tasks: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks are several, got the text {tasks!r}: write [{tasks!r}].")
+    tasks = tuple(tasks)
+    if not tasks:
+        raise ValueError(f"there are no tasks: choose from {', '.join(TASKS)}.")
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"the causes of the task {task!r} cannot be confirmed: choose from {', '.join(TASKS)}.")
+        if tasks.count(task) > 1:
+            raise ValueError(f"each task is given once, got {task!r} {tasks.count(task)} times.")
+    return tasks
 
 
 def _of_one(
@@ -190,17 +208,25 @@ def cause_positions(lin: Linearization, example: Example) -> list[int]:
     """Where the causes stand among the tokens of a prompt.
 
     Raises:
-        ValueError: when the tokenizer splits the prompt otherwise than the model does.
+        ValueError: when the tokenizer splits the prompt in another way than the model does.
     """
-    ids = lin.model.tokenizer(example.prompt)["input_ids"]
+    ids = models.tokenizer_of(lin.model)(example.prompt)["input_ids"]
     ahead = len(lin.tokens) - len(ids)  # a BOS token that one of the two adds
     if ahead not in (-1, 0, 1) or lin.tokens.tolist()[max(ahead, 0) :] != ids[max(-ahead, 0) :]:
-        raise ValueError(f"the tokenizer splits {example.prompt!r} otherwise than the model: its causes have no place.")
-    return [position + ahead for position in example.cause_positions(lin.model.tokenizer)]
+        raise ValueError(
+            f"the tokenizer splits {example.prompt!r} otherwise than the model, so that its causes have no place among "
+            "the tokens: take a model that uses its tokenizer as it is."
+        )
+    return [position + ahead for position in example.cause_positions(models.tokenizer_of(lin.model))]
 
 
 def retrieval(order: Int[Tensor, " rank"], causes: Sequence[int]) -> dict[str, float]:
-    """The measures of `known_causes` for positions in order, best first."""
+    """The measures of `known_causes`.
+
+    Args:
+        order: the positions, best first.
+        causes: those of them that are causes.
+    """
     hits = torch.isin(order, torch.tensor(causes)).double()
     ranks = hits.nonzero()[:, 0] + 1
     n = len(ranks)
@@ -210,33 +236,9 @@ def retrieval(order: Int[Tensor, " rank"], causes: Sequence[int]) -> dict[str, f
 
 
 def _askers(scopes: Sequence[Scope] | Mapping[str, Asker]) -> dict[str, Asker]:
-    """Raises: as `names` does."""
     if not isinstance(scopes, Mapping):
         return dict(names(scopes))
     ready = {name: asker for name, asker in scopes.items() if isinstance(asker, Scope | type) or not callable(asker)}
     if ready or not scopes:
         names(ready)  # type: ignore[arg-type]
     return dict(scopes)
-
-
-def main() -> None:
-    """Print the tables of the bundled model, or put the one into a page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--count", type=int, default=100, help="held-out examples per task")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--seed", type=int, default=0, help="of the examples")
-    parser.add_argument("--bos", action="store_true", help="rank the BOS token as well")
-    parser.add_argument("--into", type=Path, help=f"a page to put the {_SHOWN} into, between {BEGIN} and {END}")
-    options = parser.parse_args()
-    results = known_causes(tasks=options.tasks, count=options.count, seed=options.seed, bos=options.bos)
-    tables = {measure: to_markdown(results, measure, _REFERENCE) for measure in MEASURES}
-    print("\n\n".join([confirmed(results), *tables.values()]))
-    if options.into:
-        put_into(options.into, f"{tables[_SHOWN]}\n\n{confirmed(results)}")
-
-
-_SHOWN, _REFERENCE = "average precision", "SemanticScope(versus=foil)"
-
-
-if __name__ == "__main__":
-    main()

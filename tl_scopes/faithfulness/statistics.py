@@ -1,10 +1,13 @@
-"""Means over prompts, with intervals: the bootstrap over prompts, paired where scopes are compared."""
+"""Means over prompts with their intervals, from the bootstrap over prompts, paired where scopes are compared."""
 
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from tl_scopes import models
+from tl_scopes.models.arguments import as_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,7 +19,7 @@ _NO_KEY = ("prompt", "tokens", "target", "value", "examples")
 def bootstrap(
     values: Float[Tensor, "prompt column"], confidence: float, resamples: int, seed: int
 ) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"], Float[Tensor, " column"], Int[Tensor, " column"]]:
-    """The mean of each column, the ends of its percentile bootstrap interval over prompts, and of how many they are.
+    """The mean of each column, the two ends of its percentile bootstrap interval, and how many prompts they are from.
 
     All columns share the resampled prompts. NaN and infinity count as missing.
 
@@ -31,7 +34,7 @@ def bootstrap(
     counted, present = values.where(there, 0), there.to(values.dtype)
     means = (weights @ counted) / (weights @ present)
     ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=values.dtype)
-    parts = [torch.nanquantile(part, ends, dim=0) for part in means.split(1000, dim=1)]  # it takes no large tensors
+    parts = [torch.nanquantile(part, ends, dim=0) for part in means.split(1000, dim=1)]  # which takes no large tensors
     low, high = torch.cat(parts, dim=1)
     return counted.sum(0) / present.sum(0), low, high, there.sum(0)
 
@@ -43,19 +46,21 @@ def summary(
 
     Args:
         results: what they returned, or some of its rows.
-        confidence: of the intervals.
-        resamples: of the bootstrap.
-        seed: of its random numbers.
+        confidence: the share of intervals that hold the true mean, in the long run.
+        resamples: how often the bootstrap draws prompts.
+        seed: the seed of its random numbers.
 
     Returns:
-        One row per scope, measure and so on, in the order of `results`: mean, low, high, and of how many prompts:
-        numbers that are NaN or infinite count as missing. Where all prompts agree the interval has no width, though
+        One row per scope, measure and so on, in the order of `results`: mean, low, high, and the number of prompts they
+        are from, among which NaN and infinity do not count. Where all prompts agree the interval has no width, though
         another hundred prompts may hold an exception.
 
     Raises:
-        ValueError: for results without rows, or a confidence that is none.
+        ValueError: for results without rows, a confidence that is not between 0 and 1, fewer than one resample.
+        TypeError: for a confidence that is not a number, and a seed that is not an integer.
     """
-    wide = _wide(results, confidence)
+    resamples, seed = _checked(confidence, resamples, seed)
+    wide = _wide(results)
     mean, low, high, prompts = bootstrap(torch.tensor(wide.to_numpy(dtype=float)), confidence, resamples, seed)
     table = wide.columns.to_frame(index=False)
     return _named(table, results).assign(mean=mean.numpy(), low=low.numpy(), high=high.numpy(), prompts=prompts.numpy())
@@ -64,25 +69,30 @@ def summary(
 def differences(
     results: "pd.DataFrame", reference: str, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> "pd.DataFrame":
-    """What each scope has over a reference at the same prompts: mean difference, with its interval.
+    """What each scope has over a reference at the same prompts: the mean difference, with its interval.
 
-    An interval that does not hold 0 tells the two apart, at this confidence and for each row by itself: of twenty rows
-    of equals, one will.
+    An interval that does not hold 0 tells the two apart, at this confidence and for each row by itself. Among twenty
+    rows of scopes that are equal, one such interval is to be expected at a confidence of 95%.
 
     Args:
         results: what `evaluate` or `known_causes` returned, or some of its rows.
         reference: name of the scope to compare with.
-        confidence: of the intervals.
-        resamples: of the bootstrap.
-        seed: of its random numbers.
+        confidence: as in `summary`.
+        resamples: as in `summary`.
+        seed: as in `summary`.
+
+    Returns:
+        One row per scope, measure and so on, but for the reference: difference, low, high, and the number of prompts.
 
     Raises:
-        ValueError: as `summary` does; for a reference that was not evaluated, or alone was.
+        ValueError: as `summary` does; for a reference that was not evaluated, or that alone was.
+        TypeError: as `summary` does.
     """
+    resamples, seed = _checked(confidence, resamples, seed)
     known = list(dict.fromkeys(results["scope"]))
     if reference not in known:
         raise ValueError(f"there is no scope {reference!r} among {', '.join(map(repr, known))}.")
-    wide = _wide(results, confidence)
+    wide = _wide(results)
     keys = list(wide.columns.names)
     at = keys.index("scope")
     pairs = [
@@ -103,12 +113,17 @@ def differences(
     )
 
 
-def _wide(results: "pd.DataFrame", confidence: float) -> "pd.DataFrame":
-    """Prompts down, all else across; in the order in which it stands in the results."""
+def _checked(confidence: float, resamples: int, seed: int) -> tuple[int, int]:
+    rule = "a confidence is a number between 0 and 1"
+    if not 0 < as_number(confidence, rule) < 1:
+        raise ValueError(f"{rule}, got {confidence!r}.")
+    return models.as_count(resamples, "resamples must be at least 1"), models.as_int(seed, "seed must be an integer")
+
+
+def _wide(results: "pd.DataFrame") -> "pd.DataFrame":
+    """A table with a row per prompt and a column for everything else, in the order in which results have it."""
     if not len(results):
         raise ValueError("there are no results: an empty table has no mean.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"a confidence lies between 0 and 1, got {confidence!r}.")
     keys = [name for name in results.columns if name not in _NO_KEY]
     keyed = results.assign(fraction=results["fraction"].fillna(-1.0)) if "fraction" in keys else results
     if keyed.duplicated(["prompt", *keys]).any():

@@ -9,7 +9,7 @@ from tl_scopes import models
 from tl_scopes.models import Model
 
 FOLDER = Path(__file__).parent
-"""config.json, model.safetensors and the tokenizer, in the Hugging Face layout."""
+"""The folder with config.json, model.safetensors and the tokenizer, in the Hugging Face layout."""
 
 
 def load_tiny(
@@ -18,7 +18,7 @@ def load_tiny(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """The bundled model, from the installed package: no network.
+    """Load the bundled model from the installed package, without the network.
 
     Args:
         kind: "bridge" for a `TransformerBridge`; "hooked" for a `HookedTransformer`, which TransformerLens 4 lacks.
@@ -26,7 +26,7 @@ def load_tiny(
         dtype: its precision.
 
     Raises:
-        ValueError: for another kind, or a device that cannot be used.
+        ValueError: for another kind, and for a device that cannot be used.
         ImportError: for "hooked" on TransformerLens 4.
 
     Example:

@@ -1,8 +1,8 @@
-"""Whether the known causes are causes for the model too: prompts with one word replaced, whose answer is known.
+"""Prompts with one word replaced, whose right answer is known: they show whether a cause is one for the model too.
 
-A cause is confirmed when replacing it turns the prediction into the answer that is then right, everything else when
-replacing it leaves the prediction alone. Words come from the vocabulary of `tl_scopes.tiny.language`; those without
-an alternative of their kind there (articles, "had", "is") stay.
+A cause is confirmed when replacing it turns the prediction into the answer that is then right, and any other word when
+replacing it leaves the prediction as it is. New words come from the vocabulary of `tl_scopes.tiny.language`; words
+without an alternative of their kind there (articles, "had", "is") stay.
 """
 
 import random
@@ -42,23 +42,23 @@ class Counterfactual:
 
     prompt: str
     answer: str
-    """What is then right: the example's target where no cause was replaced."""
+    """The answer that is right for this prompt: the example's target where no cause was replaced."""
     cause: Span | None
-    """The cause that was replaced; None where something else was."""
+    """The cause that was replaced; None where another word was."""
 
 
 def replaced(prompt: str, *changes: tuple[Span, str]) -> str:
-    """A text with some spans replaced, all counted in the old text."""
+    """A text with some of its spans replaced; the spans are those of the old text."""
     for (start, stop), word in sorted(changes, reverse=True):
         prompt = prompt[:start] + word + prompt[stop:]
     return prompt
 
 
 def counterfactuals(example: Example) -> list[Counterfactual]:
-    """For each cause one, and one for each other word that has an alternative; the same ones every time.
+    """One counterfactual for each cause, and one for each other word that has an alternative; the same ones every time.
 
     Raises:
-        ValueError: for a task whose answers cannot be told from other words, a series.
+        ValueError: for a task that has none: the answer of a series that was changed is not known.
     """
     if example.task not in CHANGES and not example.task.startswith("inference"):
         raise ValueError(f"there are no counterfactuals for the task {example.task!r}: choose from {', '.join(TASKS)}.")
@@ -76,7 +76,7 @@ def _words(text: str) -> Iterator[tuple[Span, str]]:
 
 
 def _agreement(example: Example, rng: random.Random) -> Iterator[Counterfactual]:
-    """The subject in the other number: the other verb. Without "Yesterday": the present."""
+    """With the subject in the other number the other verb is right; without "Yesterday" it is in the present."""
     assert example.foil is not None
     prompt = example.prompt
     for span, word in _words(prompt):
@@ -97,8 +97,11 @@ def _agreement(example: Example, rng: random.Random) -> Iterator[Counterfactual]
 
 
 def _inference(example: Example, rng: random.Random) -> Iterator[Counterfactual]:
-    """Another name for who is asked for: that name. Another one named in the question: who goes with it. The two facts
-    that the question decides between with what is named in the question exchanged: the other answer."""
+    """Three causes, each with its own answer.
+
+    A new name for who is asked for is the answer itself. Another one named in the question asks for who goes with that
+    one. Where two facts exchange what the question names, the answer comes from the other fact.
+    """
     prompt = example.prompt
 
     def text(span: Span) -> str:
@@ -136,9 +139,9 @@ def _inference(example: Example, rng: random.Random) -> Iterator[Counterfactual]
 
 
 def _translation(example: Example, rng: random.Random) -> Iterator[Counterfactual]:
-    """The German word replaced by another of its kind, gender and ending: that one's translation.
+    """For another German word of the same kind, gender and ending the translation of that one is right.
 
-    Any other German word alone, or any English one given so far: no change, though then the two do not agree.
+    Any other German word, and any English word given so far, changes nothing, though the two sentences then differ.
     """
     prompt = example.prompt
     form = 1 if " hat " in prompt else 2 if " will " in prompt else 0
@@ -165,7 +168,7 @@ def _translation(example: Example, rng: random.Random) -> Iterator[Counterfactua
 
 
 def _association(example: Example, rng: random.Random) -> Iterator[Counterfactual]:
-    """A college of the other kind: the other label."""
+    """With a college of the other kind the other label is right."""
     assert example.foil is not None
     prompt = example.prompt
     (cause,) = example.causes

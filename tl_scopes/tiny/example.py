@@ -1,4 +1,4 @@
-"""A prompt whose answer, and whose cause, is known by construction."""
+"""A prompt whose answer, and the cause of its answer, are known by construction."""
 
 import re
 import zlib
@@ -15,23 +15,23 @@ class Example:
     task: str
     prompt: str
     target: str
-    """Text of the one token that follows `prompt`, leading space included."""
+    """The text of the one token that follows `prompt`, leading space included."""
     foil: str | None
-    """A wrong answer of the same kind: the natural `versus` of a logit difference. None for numbers."""
+    """A wrong answer of the same kind, the natural `versus` of a logit difference; None for numbers."""
     causes: tuple[tuple[int, int], ...]
-    """Character spans of `prompt`, half-open: change what stands there and the right answer changes."""
+    """Character spans of `prompt`, half-open; when what stands in one changes, so does the right answer."""
     rest: str
     """What follows the target in the training document."""
     key: str
-    """Text that decides the split: examples with the same key are all in the training set or all held out."""
+    """The text that decides the split: examples with the same key are all trained on or all held out."""
 
     @property
     def split(self) -> Split:
-        """Every tenth key is held out, by its checksum: no held-out key is ever trained on."""
+        """Whether the example may be trained on: about every tenth key, by its checksum, never is."""
         return "test" if zlib.crc32(f"{self.task} {self.key}".encode()) % 10 == 0 else "train"
 
     def cause_positions(self, tokenizer: Any) -> tuple[int, ...]:
-        """Positions of the causal tokens in `tokenizer(prompt)`, a BOS token counted where the tokenizer adds one."""
+        """Positions of the causes in `tokenizer(prompt)`; a BOS token counts where the tokenizer adds one."""
         offsets = tokenizer(self.prompt, return_offsets_mapping=True)["offset_mapping"]
         return tuple(
             position
@@ -43,7 +43,7 @@ class Example:
 def marked_example(
     task: str, marked: str, target: str, foil: str | None = None, rest: str = ".", key: str | None = None
 ) -> Example:
-    """Build an example from a prompt whose causal stretches stand between ⟦ and ⟧."""
+    """Build an example from a prompt whose causes stand between ⟦ and ⟧."""
     prompt, causes = "", []
     for piece in re.split(r"(⟦.*?⟧)", marked):
         text = piece.strip("⟦⟧")

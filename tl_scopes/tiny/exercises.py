@@ -1,4 +1,4 @@
-"""What is only trained on: small steps without which the model never learns who has what."""
+"""Exercises that the model is only trained on: small steps without which it never learns who has what."""
 
 import random
 
@@ -7,12 +7,12 @@ from tl_scopes.tiny.language import FRAMES, HOLDERS, NOUNS, THINGS, sentence_wit
 
 
 def bare_agreement(rng: random.Random) -> Example:
-    """ "The ⟦keys⟧" -> " are". For training alone: so few such subjects exist that none can be held out fairly."""
+    """ "The ⟦keys⟧" -> " are". There are so few such subjects that none can be held out fairly."""
     return sentence_with_verb(rng, "bare_agreement", 0)
 
 
 def recital(rng: random.Random) -> Example:
-    """ "List: key ⟦lamp⟧ door. Again: key" -> " lamp". For training alone: it teaches to look back."""
+    """ "List: key ⟦lamp⟧ door. Again: key" -> " lamp". This teaches the model to look back."""
     words = rng.sample([*NOUNS, *HOLDERS, *THINGS], rng.randrange(4, 24))
     said = f"{words[0]} ⟦{words[1]}⟧ {' '.join(words[2:])}"
     rest = "".join(f" {word}" for word in words[2:]) + "."
@@ -20,9 +20,9 @@ def recital(rng: random.Random) -> Example:
 
 
 def roster(rng: random.Random) -> Example:
-    """ "List: cook ⟦cleaver⟧, baker rope. Again: cook" -> " cleaver". For training alone: it teaches who has what.
+    """ "List: cook ⟦cleaver⟧, baker rope. Again: cook" -> " cleaver". This teaches the model who has what.
 
-    With more and more words between the two, up to those of `inference`: a step at a time is learned soon.
+    Between the two stand no words, some, or all that stand there in `inference`, since small steps are learned soon.
     """
     count = rng.randrange(3, 7)
     pairs = list(zip(rng.sample(HOLDERS, count), rng.sample(THINGS, count), strict=True))
@@ -35,7 +35,7 @@ def roster(rng: random.Random) -> Example:
 
 
 def reverse_roster(rng: random.Random) -> Example:
-    """ "List: ⟦cook⟧ had cleaver. Back: cleaver was with the" -> " cook". For training alone: the way back."""
+    """ "List: ⟦cook⟧ had cleaver. Back: cleaver was with the" -> " cook". This is the way back from thing to holder."""
     count = rng.randrange(3, 8)
     pairs = list(zip(rng.sample(HOLDERS, count), rng.sample(THINGS, count), strict=True))
     had, with_ = rng.choice(["", " the", " had the", " had the"]), rng.choice(["", " the", " with", " was with the"])
@@ -46,9 +46,9 @@ def reverse_roster(rng: random.Random) -> Example:
 
 
 def belongings(rng: random.Random) -> Example:
-    """ "The ⟦gardener⟧ had the shovel. The shovel was with the" -> " gardener". For training alone.
+    """ "The ⟦gardener⟧ had the shovel. The shovel was with the" -> " gardener".
 
-    Some of the facts are told backwards, right behind them; then come the questions of `inference` about all of them.
+    Some of the facts are told backwards right after the facts; then come the questions of `inference` about all.
     """
     count = rng.choice([2, 3, 3, 4])
     pairs = list(zip(rng.sample(HOLDERS, count), rng.sample(THINGS, count), strict=True))
@@ -61,7 +61,7 @@ def belongings(rng: random.Random) -> Example:
 
 
 def told_back(rng: random.Random) -> Example:
-    """Between `reverse_roster` and `belongings`: lists or sentences, with a heading or without. For training alone."""
+    """A step between `reverse_roster` and `belongings`: lists or sentences, with a heading or without."""
     count = rng.randrange(3, 7)
     pairs = list(zip(rng.sample(HOLDERS, count), rng.sample(THINGS, count), strict=True))
     first, between = ("The ", ". The ") if rng.random() < 0.7 else ("", ", ")

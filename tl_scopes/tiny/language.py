@@ -1,4 +1,4 @@
-"""The tasks in words: agreement, inference, translation, association. A cause stands between ⟦ and ⟧."""
+"""The tasks in words: agreement, inference, translation, association. Causes stand between ⟦ and ⟧."""
 
 import random
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ SEEN = "saw liked found sold bought needed wanted forgot".split()
 
 
 def sentence_with_verb(rng: random.Random, task: str, phrases: int) -> Example:
-    """A noun, so many phrases, and the verb that agrees with the noun."""
+    """A sentence up to its verb: a noun, then so many phrases; the verb agrees with the noun."""
 
     def noun_phrase(plural: bool, words: Sequence[str], cause: bool = False) -> str:
         noun = rng.choice(words) + ("s" if plural else "")
@@ -42,17 +42,17 @@ def sentence_with_verb(rng: random.Random, task: str, phrases: int) -> Example:
 
 
 def agreement(rng: random.Random) -> Example:
-    """ "The ⟦keys⟧ to the old cabinet" -> " are": one phrase between the noun and its verb."""
+    """ "The ⟦keys⟧ to the old cabinet" -> " are". One phrase stands between the noun and its verb."""
     return sentence_with_verb(rng, "agreement", 1)
 
 
 def agreement_far(rng: random.Random) -> Example:
-    """ "The ⟦keys⟧ to the old cabinet near the doors in the house" -> " are": two to four phrases in between."""
+    """ "The ⟦keys⟧ to the old cabinet near the doors in the house" -> " are". Two to four phrases stand in between."""
     return sentence_with_verb(rng, "agreement_far", rng.choice([2, 2, 3, 4]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Inference: who had what, asked through the thing.
+# Inference: who had what.
 
 HOLDERS = """cook gardener doctor baker butler painter pilot farmer sailor singer lawyer teacher driver dancer writer
 soldier tailor barber hunter waiter""".split()
@@ -65,8 +65,9 @@ ASIDES = ["It was a cold night.", "Nobody heard a sound.", "The house was dark."
 def inference(rng: random.Random) -> Example:
     """ "The ⟦gardener⟧ had the ⟦shovel⟧. The weapon was the ⟦shovel⟧. The killer is the" -> " gardener".
 
-    Or the other way round: the killer is named and the weapon asked for. Two to four people, the order random. The
-    document goes on with the same question about the others, and tells the facts once more.
+    In three of ten examples it is the other way round: the killer is named and the weapon asked for. There are two to
+    four people, in random order. The document goes on with the same question about the others, and tells the facts once
+    more.
     """
     count = rng.choice([2, 2, 3, 4])
     holders, things = rng.sample(HOLDERS, count), rng.sample(THINGS, count)
@@ -156,7 +157,7 @@ _Word = tuple[str, str, list[str]]  # German, English, other English words of th
 def translation(rng: random.Random) -> Example:
     """ "German: der kleine Hund hat die rote ⟦Katze⟧ gesehen. English: the small dog has seen the red" -> " cat".
 
-    The target is one content word of the English sentence, its cause the German word of the same meaning.
+    The target is one content word of the English sentence, and its cause is the German word of the same meaning.
     """
 
     def noun_phrase(case: str) -> list[_Word]:
@@ -206,7 +207,7 @@ def translation(rng: random.Random) -> Example:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Association: a label that follows the (invented) college and nothing else in the biography.
+# Association: a label that depends on the (invented) college and on nothing else in the biography.
 
 LIBERAL_COLLEGES = "Ashford Brookdale Calder Denholm Elmwood Farleigh Glenmoor Harwick Ivydale Juniper".split()
 CONSERVATIVE_COLLEGES = "Kingsport Langham Merrow Norcross Oakhurst Pembury Quarrel Redstone Stanmore Thornbury".split()

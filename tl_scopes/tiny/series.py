@@ -1,4 +1,4 @@
-"""The tasks in numbers: two digits, one token each. Every series has a scale of its own, so that the past matters."""
+"""The tasks in numbers of two digits, one token each. Every series has a scale of its own, so that the past matters."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ SERIES_LENGTH = 80
 
 
 def _series(rng: random.Random, task: str, values: Sequence[float], memory: int) -> Example:
-    """Scale to a random window of 00..99, cut somewhere in the second half; the last `memory` numbers are the cause."""
+    """A series scaled to a random part of 00..99, cut in its second half; the last `memory` numbers are the cause."""
     low, high = rng.uniform(0, 25), rng.uniform(74, 99)
     bottom, top = min(values), max(values)
     numbers = [f"{round(low + (high - low) * (v - bottom) / (top - bottom)):02d}" for v in values]
@@ -30,7 +30,7 @@ def logistic(rng: random.Random) -> Example:
 
 
 def lorenz(rng: random.Random) -> Example:
-    """The x coordinate of the Lorenz system (σ 10, ρ 28, β 8/3): it takes the last few numbers to see where it goes."""
+    """The x coordinate of the Lorenz system (σ 10, ρ 28, β 8/3): the last few numbers together say where it goes."""
 
     def flow(x: float, y: float, z: float) -> tuple[float, float, float]:
         return 10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z
@@ -38,9 +38,8 @@ def lorenz(rng: random.Random) -> Example:
     state = (rng.uniform(-15, 15), rng.uniform(-20, 20), rng.uniform(10, 40))
     interval = rng.uniform(0.05, 0.09)
     step, values = interval / 4, []
-    for i in range(
-        4 * (SERIES_LENGTH + 40)
-    ):  # classical Runge-Kutta; the first 40 points are the approach, not the orbit
+    # Classical Runge-Kutta; the first 40 points are the approach to the orbit and are left out.
+    for i in range(4 * (SERIES_LENGTH + 40)):
         k1 = flow(*state)
         k2 = flow(*(s + step / 2 * k for s, k in zip(state, k1, strict=True)))
         k3 = flow(*(s + step / 2 * k for s, k in zip(state, k2, strict=True)))
@@ -54,7 +53,7 @@ def lorenz(rng: random.Random) -> Example:
 
 
 def brownian(rng: random.Random) -> Example:
-    """A random walk: the last number says where the next one is, the past only how far it may be."""
+    """A random walk: the last number says where the next one will be, the others only how far off that may be."""
     x, values = 0.0, []
     for _ in range(SERIES_LENGTH):
         x += rng.gauss(0, 1)

@@ -1,15 +1,16 @@
-"""Prompts whose answer, and whose cause, is known by construction.
+"""The tasks of the bundled model: prompts whose answers, and their causes, are known by construction.
 
 Each task draws an `Example`: a prompt, the one token that should follow, and the characters that decide it.
-They mirror the case studies of the Jacobian Scopes paper (arXiv:2601.16407): instruction understanding, translation, a
-hidden association and in-context time series; grammar at a distance is added. The bundled model is trained on them
-(`tl_scopes.tiny.train`), so that an attribution can be compared with the cause instead of with an opinion.
+The tasks mirror the case studies of the Jacobian Scopes paper (arXiv:2601.16407): instruction understanding,
+translation, a hidden association and in-context time series; grammar at a distance is added. The bundled model is
+trained on them (`tl_scopes.tiny.train`), so that an attribution can be compared with the cause instead of an opinion.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from itertools import islice
 
+from tl_scopes.models import as_count, as_int
 from tl_scopes.tiny.example import Example, Split
 from tl_scopes.tiny.exercises import bare_agreement, belongings, recital, reverse_roster, roster, told_back
 from tl_scopes.tiny.language import (
@@ -30,7 +31,7 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {
     )
 }  # fmt: skip
 _EXERCISES = ("bare_agreement", "belongings", "recital", "reverse_roster", "roster", "told_back")
-"""What is only trained on, with nothing held out."""
+"""Tasks that are only trained on, with nothing held out."""
 SERIES = ("logistic", "lorenz", "brownian")
 Mixture = dict[Callable[[random.Random], Example], float]
 MIXTURES: tuple[Mixture, ...] = (
@@ -52,33 +53,35 @@ MIXTURES: tuple[Mixture, ...] = (
         brownian: 0.01,
     },
 )  # fmt: skip
-"""Share of each task among the training documents, in stages; the most goes where the model needs longest."""
+"""The share of each task among the training documents, stage by stage; what takes longest to learn has the most."""
 
 
 def examples(task: str, count: int, *, seed: int = 0, split: Split = "test") -> list[Example]:
-    """`count` examples of one task, the same ones for the same seed.
+    """Draw examples of one task, the same ones for the same seed.
 
     Args:
         task: a key of `TASKS`.
-        count: how many.
-        seed: of the private random generator.
-        split: "test" draws only examples that the bundled model was never trained on.
+        count: how many examples to draw.
+        seed: the seed of the random numbers.
+        split: "test" draws only examples that the bundled model was never trained on, "train" only others.
 
     Raises:
-        ValueError: for an unknown task, or a count below 1.
+        ValueError: for an unknown task or split, and for a count below 1.
+        TypeError: for a seed that is not an integer.
     """
-    if task not in TASKS:
-        raise ValueError(f"there is no task {task!r}: choose one of {', '.join(TASKS)}")
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    if task not in tuple(TASKS):
+        raise ValueError(f"there is no task {task!r}: choose one of {', '.join(TASKS)}.")
+    if split not in ("train", "test"):
+        raise ValueError(f'split is "train" or "test", got {split!r}.')
+    count, seed = as_count(count, "count must be at least 1"), as_int(seed, "seed must be an integer")
     rng = random.Random(f"{task}-{seed}")
     return list(islice((e for e in iter(lambda: TASKS[task](rng), None) if e.split == split), count))
 
 
 def documents(seed: int, mixture: Mixture) -> Iterator[tuple[str, int]]:
-    """The endless training corpus: documents of all tasks in the proportions of `mixture`, none of them held out.
+    """Yield the endless training corpus: documents of all tasks in the proportions of `mixture`, none of them held out.
 
-    With each comes the character from where on it can be known what follows; what stands before is drawn at random.
+    With each comes the index of the first character that can be predicted; what stands before is drawn at random.
     """
     rng = random.Random(f"corpus-{seed}")
     tasks, weights = list(mixture), list(mixture.values())
@@ -87,7 +90,7 @@ def documents(seed: int, mixture: Mixture) -> Iterator[tuple[str, int]]:
         if example.task not in _EXERCISES and example.split == "test":
             continue
         answer = example.target
-        # An association is a tendency: one biography in twenty goes against it, so the model stays short of certainty.
+        # An association is a tendency: one biography in twenty goes against it, so that the model is never quite sure.
         if example.task == "association" and example.foil and rng.random() < 0.05:
             answer = example.foil
         known_from = 0 if example.task in SERIES else len(example.prompt)

@@ -1,7 +1,8 @@
 """Train the bundled model: `python -m tl_scopes.tiny.train --out FOLDER`.
 
-Writes a folder in the Hugging Face layout (config.json, model.safetensors, tokenizer files) and prints the held-out
-table of `evaluate`. Everything is drawn from `--seed`; on the same machine and number of threads the run repeats.
+It writes a folder in the Hugging Face layout (config.json, model.safetensors, tokenizer files) and prints the table of
+`evaluate` on held-out examples. Everything is drawn from `--seed`; with the same machine and number of threads the
+result is the same.
 """
 
 import argparse
@@ -23,12 +24,13 @@ from tl_scopes.tiny.tasks import MIXTURES, SERIES, TASKS, Mixture, documents, ex
 
 CONTEXT = 256
 STAGES = ((4500, 6500, 3e-3), (1000, 4500, 2e-3), (1600, 3500, 2e-3), (2000, 2000, 2e-3))
-"""Of the curriculum, one for each of `tasks.MIXTURES`: steps, the step at which the decay would end, peak rate."""
+"""The stages of the curriculum, one for each of `tasks.MIXTURES`: steps, the step at which the decay would end, and the
+highest learning rate."""
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
 def train_tokenizer(seed: int, vocab_size: int = 1664) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text has a tokenisation, the words of the corpus are one token each."""
+    """Train a byte-level BPE: any text has a tokenisation, and the words of the corpus are one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -53,7 +55,7 @@ def train_tokenizer(seed: int, vocab_size: int = 1664) -> PreTrainedTokenizerFas
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A small Llama with grouped-query attention: 6 layers, 4 heads of 32 on 2 key-value heads."""
+    """A small Llama: 6 layers, 4 heads of 32 dimensions."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -75,7 +77,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 class Packed:
-    """Rows of `CONTEXT` tokens packed with whole documents; attention stays within a document."""
+    """Endless batches of rows of `CONTEXT` tokens, each packed with whole documents."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, mixture: Mixture, seed: int, rows: int) -> None:
         self.stream, self.tokenizer, self.rows = documents(seed, mixture), tokenizer, rows
@@ -83,7 +85,8 @@ class Packed:
         self.waiting: list[tuple[list[int], list[float]]] = []
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Token ids, the document each belongs to (0: padding) and its weight in the loss, all [row position]."""
+        """Token ids, the number of the document each belongs to (0 for padding) and its weight in the loss, each of the
+        shape [row position]."""
         tokens = torch.full((self.rows, CONTEXT), self.tokenizer.pad_token_id)
         owner = torch.zeros(self.rows, CONTEXT, dtype=torch.long)
         weight = torch.zeros(self.rows, CONTEXT)
@@ -106,16 +109,16 @@ class Packed:
     def _refill(self) -> None:
         texts, starts = zip(*islice(self.stream, 256), strict=True)
         batch = self.tokenizer(list(texts), return_offsets_mapping=True)
-        # One document in ten goes without BOS, so that a prompt without it is no stranger to the model.
+        # One document in ten goes without BOS, so that the model also knows prompts without it.
         bare = (torch.rand(len(texts), generator=self.random) < 0.1).tolist()
         for ids, offsets, start, no_bos in zip(batch["input_ids"], batch["offset_mapping"], starts, bare, strict=True):
-            # What nobody can know counts a tenth: its noise would drown the rest for thousands of steps.
+            # What cannot be predicted counts a tenth, or its noise would drown the rest for thousands of steps.
             weights = [1.0 if end > start else 0.1 for _, end in offsets]
             self.waiting.append((ids[no_bos:], weights[no_bos:]))
 
 
 def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted mean of the next-token cross-entropy within documents, in nats."""
+    """The weighted mean of the next-token cross-entropy within documents, in nats; attention stays within them too."""
     same = owner[:, :, None] == owner[:, None, :]
     causal = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool, device=tokens.device).tril()
     index = torch.arange(CONTEXT, device=tokens.device).expand_as(tokens)
@@ -130,7 +133,7 @@ def loss_of(model: LlamaForCausalLM, tokens: torch.Tensor, owner: torch.Tensor, 
 
 
 def train(model: LlamaForCausalLM, data: Packed, steps: int, horizon: int, peak: float, device: str) -> None:
-    """`steps` steps of AdamW, with linear warm-up and a cosine decay that would end at `horizon`."""
+    """Take `steps` steps of AdamW, with a linear warm-up and a cosine decay that would end at `horizon`."""
     model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = min(200, horizon // 10 + 1)
@@ -159,10 +162,10 @@ def train(model: LlamaForCausalLM, data: Packed, steps: int, horizon: int, peak:
 
 
 def markov_loss(task: str, test: list[Example], *, order: int = 2, series: int = 20_000) -> float:
-    """Mean loss, in nats, of an interpolated (Witten-Bell) Markov chain of numbers on the targets of `test`.
+    """The mean loss, in nats, of an interpolated (Witten-Bell) Markov chain of numbers on the targets of `test`.
 
-    Fitted on `series` series of the training split, about as many as the model sees: what a predictor can know that
-    looks at the last `order` numbers alone.
+    It says what a predictor can know that looks at the last `order` numbers alone. The chain is fitted on `series`
+    series of the training split, about as many as the model sees.
     """
     counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
     for example in examples(task, series, seed=1, split="train"):
@@ -186,7 +189,7 @@ def markov_loss(task: str, test: list[Example], *, order: int = 2, series: int =
 
 @torch.no_grad()
 def evaluate(model: LlamaForCausalLM, tokenizer: Any, count: int = 1000, markov: bool = True) -> list[dict[str, Any]]:
-    """Held-out accuracy of the most likely next token per task; for series also the loss beside the Markov chain's."""
+    """Measure the held-out accuracy of the most likely next token per task; for series also the Markov chain's loss."""
     model.eval()
     rows = []
     for task in TASKS:
@@ -221,7 +224,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Train, save and evaluate, or evaluate alone."""
+    """Train the model, save and evaluate it, or evaluate one that was trained."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write, or to read with --evaluate-only")
     parser.add_argument("--max-steps", type=int, help="end each stage early, to try the script out")
