@@ -1,6 +1,8 @@
 """The tl-scopes command, from the outside: what it prints, where, and how it ends."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html import escape
 from importlib.metadata import version
@@ -101,7 +103,7 @@ def ask(run: Callable[..., Any]) -> Callable[..., tls.Attribution]:
         (["--scope", "temperature"], tls.TemperatureScope()),
         (["--scope", "fisher", "--position", "3"], tls.FisherScope()),
         (["--scope", "path-integrated", "--target", " the", "--versus", "id:42"], tls.PathIntegratedScope(" the", 42)),
-        (["--scope", "spectral"], tls.SpectralScope(of="distribution", rank=16)),
+        (["--scope", "spectral"], tls.SpectralScope(space="distribution", rank=16)),
         (["--scope", "heta", "--target", " the"], tls.HetaScope(" the")),
     ],
 )
@@ -198,7 +200,7 @@ def test_checks_stand_below_the_report(
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith(run(PROMPT).stdout)
     printed = " ".join(result.stdout.split("Can it be trusted?")[1].split())
-    for check in ask(PROMPT).checks(models.load(folder)):
+    for check in tls.check(tls.linearize(models.load(folder), PROMPT), tls.SemanticScope()):
         assert f"{check.name} {check.verdict} {' '.join(check.finding.split())}" in printed
         assert escape(check.finding) in page.read_text(encoding="utf-8")
     assert tls.Attribution.from_json(record.read_text(encoding="utf-8")).to_json() == ask(PROMPT).to_json()
@@ -289,13 +291,13 @@ def test_what_libraries_print_stays_out_of_stdout(
         ([PROMPT, "--device", "cuda:99"], 1, "cuda:99"),
         ([PROMPT, "--model", "no/such-model"], 1, "'no/such-model'"),
         ([PROMPT, "--model", "no model"], 1, "'no model'"),
-        ([PROMPT, "--model", "/"], 1, "is no folder with a config.json"),
+        ([PROMPT, "--model", "/"], 1, "is not a folder with a config.json"),
         (
             [PROMPT, "--html", "/no/such/folder/answer.html"],
-            1,
-            "No such file or directory: '/no/such/folder/answer.html'",
+            2,
+            "there is no folder /no/such/folder. Make it first",
         ),
-        ([PROMPT, "--json", "/"], 1, "Is a directory: '/'"),
+        ([PROMPT, "--json", "/"], 2, "/ is a folder: give the path of a file in it"),
     ],
 )
 def test_an_error_is_one_paragraph_on_stderr(run: Callable[..., Any], args: list[str], code: int, message: str) -> None:
@@ -374,3 +376,61 @@ def test_help(run: Callable[..., Any]) -> None:
 
 def test_version(run: Callable[..., Any]) -> None:
     assert run("--version").stdout == f"tl-scopes {version('tl-scopes')}\n"
+
+
+# -- what a shell does with it ----------------------------------------------------------------------------------------
+
+
+def test_one_document_on_stdout(run: Callable[..., Any]) -> None:
+    result = run(PROMPT, "--html", "-", "--json", "-")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "--html - and --json - would both write to stdout: name a file for one of them" in flat(result.stderr)
+
+
+@pytest.mark.parametrize("option", ["--html", "--json"])
+def test_where_nothing_can_be_written_nothing_is_computed(
+    run: Callable[..., Any], option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(models, "load")
+    result = run(PROMPT, option, str(tmp_path / "nowhere" / "x"))
+    assert result.exit_code == 2
+    assert f"{option} {tmp_path}/nowhere/x: there is no folder {tmp_path}/nowhere. Make it first." in flat(
+        result.stderr
+    )
+    result = run(PROMPT, option, str(tmp_path))
+    assert result.exit_code == 2
+    assert f"{option} {tmp_path} is a folder" in flat(result.stderr)
+
+
+def test_errors_name_the_options(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are written on the command line; and memory that is too small is not a traceback."""
+    result = run(PROMPT, "--device", "cuda:99")
+    assert result.exit_code == 1
+    assert "Use --device cpu" in flat(result.stderr)
+
+    def too_large(*_: Any, **__: Any) -> None:
+        raise MemoryError("the graph would need 99 GiB: try checkpoint=True, a shorter prompt.")
+
+    monkeypatch.setattr(tls, "linearize", too_large)
+    result = run(PROMPT)
+    assert (result.exit_code, result.exception.__class__) == (1, SystemExit)
+    assert "try --checkpoint, a shorter prompt" in flat(result.stderr)
+
+
+def test_checkpoint_changes_no_number(run: Callable[..., Any]) -> None:
+    assert run(PROMPT, "--checkpoint", "--json", "-").stdout == run(PROMPT, "--json", "-").stdout
+
+
+def test_a_reader_that_wants_no_more(folder: Path) -> None:
+    """`| head` ends it without a word."""
+    command = f"{sys.executable} -m tl_scopes 'The keys' --model {folder} --html - | head -c 10"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout == "<!doctype "
+    assert "Broken pipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def flat(text: str) -> str:
+    """Without the line breaks of a terminal."""
+    return " ".join(text.split())

@@ -1,5 +1,6 @@
 """The `tl-scopes` command: one prompt, one question, the answer in the terminal, as a page or as JSON."""
 
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -89,7 +90,7 @@ QUESTIONS = {
         "how far one unit step of the token's embedding can move the prediction, √(2 KL)",
         subject="the whole prediction",
         # The exact answer, and that of the readout, take a backward pass per dimension.
-        options={"of": "distribution", "rank": 16},
+        options={"space": "distribution", "rank": 16},
     ),
     Scope.HETA: Question(
         "HetaScope",
@@ -116,9 +117,20 @@ spectral: how far can each token move the prediction at most? heta: attention, c
 _TARGET = 'The token to explain, as text (" are", mind the space) or as id (id:42).'
 _POSITION = "The token after which the prediction is read: 0 is the first, -1 the last."
 _NAME = "A model on the Hugging Face Hub, or a folder in its layout; any that TransformerLens can load."
+_CHECKPOINT = "For long prompts: keep less in memory, and run each block again on the way back."
 _CHECK = "Add what a careful reviewer would ask: sinks, linearity, saturation, weights, leaving tokens out."
 _JSON = "Write the whole answer, for Attribution.from_json; to - for stdout, in place of the report."
 _HTML = "Write the answer as a web page; to - for stdout, in place of the report."
+
+
+_FLAGS = {
+    r"\btarget=(\d+)": r"--target id:\1",
+    r"\bdevice='(\w+)'": r"--device \1",
+    r"\bcheckpoint=True\b": "--checkpoint",
+    r"\bprepend_bos=True\b": "--bos",
+    r"\bprepend_bos=False\b": "--no-bos",
+}
+"""Arguments in the library's errors, and the options of the command line that they are."""
 
 
 def _show_version(wanted: bool) -> bool:
@@ -146,6 +158,7 @@ def main(
         bool | None,
         _Model("--bos/--no-bos", show_default="as the model expects", help="Put a beginning-of-sequence token first."),
     ] = None,
+    checkpoint: Annotated[bool, _Model("--checkpoint", help=_CHECKPOINT)] = False,
     check: Annotated[bool, _Output("--check", help=_CHECK)] = False,
     top: Annotated[int, _Output(metavar="N", min=1, help="How many of the most influential tokens to list.")] = 8,
     html: Annotated[Path | None, _Output(metavar="FILE", help=_HTML)] = None,
@@ -166,8 +179,12 @@ def main(
             raise ValueError(
                 "--check prints below the report, in place of which --json - and --html - write: name a file."
             )
+        if html == json == Path("-"):
+            raise ValueError("--html - and --json - would both write to stdout: name a file for one of them.")
+        for name, path in (("html", html), ("json", json)):
+            _require_writable(name, path)
 
-    with redirect_stdout(sys.stderr):  # what libraries print is no part of the answer
+    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
         import torch
         from transformers.utils import logging
 
@@ -176,25 +193,52 @@ def main(
         from tl_scopes.views import attribution as card
 
         if model is None or Path(model).is_dir() or not sys.stderr.isatty():
-            logging.disable_progress_bar()  # there is no download to wait for, or nobody waits
+            logging.disable_progress_bar()  # nothing is downloaded, or nobody watches
         with _exits(1, Exception):
             load = tls.load_tiny if model is None else partial(models.load, model)
             loaded = load(device=device, dtype=getattr(torch, dtype))
             models.check_model(loaded)
-        with _exits(2, ValueError), _exits(1, RuntimeError):
+        with _exits(2, ValueError), _exits(1, RuntimeError, MemoryError):
             asked = getattr(tls, question.scope)(
                 **question.options, **{name: _token(token) for name, token in named.items()}
             )
-            answer = tls.attribute(loaded, text, asked, position, prepend_bos=bos)
-            checks = answer.checks() if check else None
+            lin = tls.linearize(loaded, text, position, prepend_bos=bos, checkpoint=checkpoint)
+            checks = tls.check(lin, asked) if check else None
+            answer = checks.answer if checks else asked(lin)
 
-    if Path("-") not in (html, json):
-        report(answer, question.subject, question.score, top, checks)
-    with _exits(1, OSError):
+    with _quiet_pipe(), _exits(1, OSError):
+        if Path("-") not in (html, json):
+            report(answer, question.subject, question.score, top, checks)
         page = partial(card.page, answer, *([checks._repr_html_()] if checks else []))
         for path, render in ((html, page), (json, answer.to_json)):
             if path is not None:
                 _write(path, render())
+
+
+def _require_writable(name: str, path: Path | None) -> None:
+    """Refuse, before anything is computed, a path that cannot be written to.
+
+    Raises:
+        ValueError: for a folder, or a path in a folder that does not exist.
+    """
+    if path is None or path == Path("-"):
+        return
+    if path.is_dir():
+        raise ValueError(f"--{name} {path} is a folder: give the path of a file in it.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--{name} {path}: there is no folder {path.absolute().parent}. Make it first.")
+
+
+@contextmanager
+def _quiet_pipe() -> Iterator[None]:
+    """Inside, a reader that wants no more (`| head`) ends the command without a word, as other commands end."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None  # 128 + SIGPIPE, as in a shell
 
 
 @contextmanager
@@ -205,7 +249,8 @@ def _exits(code: int, *kinds: type[Exception]) -> Iterator[None]:
     except kinds as error:
         console = Console(stderr=True, highlight=False)
         reason = str(error).strip().replace("\n", " ") or type(error).__name__
-        reason = re.sub(r"\btarget=(\d+)", r"--target id:\1", reason)  # as it is written here
+        for pattern, flag in _FLAGS.items():  # options as they are written here
+            reason = re.sub(pattern, flag, reason)
         console.print(Text.assemble(("error: ", "bold red"), reason), soft_wrap=not console.is_terminal)
         raise typer.Exit(code) from None
 
