@@ -1,4 +1,4 @@
-"""An answer to draw, what a picture shows, and a browser that shows it."""
+"""Answers and reports to draw, what a picture shows, and a browser that shows it."""
 
 import json
 import re
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tl_scopes as tls
+from tl_scopes.diagnostics.linearity_report import KINDS
 from tl_scopes.models import Token
 from tl_scopes.results.attribution import Prediction
 
@@ -59,6 +60,59 @@ def answer(tokens: list[str], scores: list[float], **changes: Any) -> tls.Attrib
 
 SENTENCE = answer(
     ["<s>", "The", " keys", " near", " the", " cab", "inet"], [0.9, 0.011, 0.05, 0.005, 0.007, 0.01, 0.017]
+)
+
+
+CHECKS = tls.Checks(
+    (
+        tls.Check(
+            "sinks",
+            "look",
+            "'<|bos|>' at 0 holds 46% of the scores, where an even share is 10%, and 63% of the attention",
+            "1 forward pass",
+        ),
+        tls.Check("leave-one-out", "fine", "replaced, 2 of the top 3 change the prediction", "10 forward passes"),
+        tls.Check("estimation", "not applicable", "nothing was estimated", "none"),
+    ),
+    SENTENCE,
+)
+
+_TWO = torch.tensor([0.5, 1.0], dtype=torch.float64)
+LINEARITY = tls.LinearityReport(
+    str_tokens=(" keys", " door"),
+    positions=(2, 9),
+    scope="SemanticScope()",
+    unit="unit of embedding norm",
+    tolerance=0.1,
+    sizes=_TWO,
+    error=_TWO.expand(len(KINDS), 2, 2),
+    radius=_TWO.expand(len(KINDS), 2),
+    predicted_radius=_TWO.expand(len(KINDS), 2),
+    joint_error=_TWO.expand(len(KINDS), 2),
+    joint_radius=_TWO[:1].expand(len(KINDS)),
+    joint_predicted_radius=_TWO[:1].expand(len(KINDS)),
+    slope=_TWO,
+    nearest_distance=_TWO,
+    nearest_token=(" key", " doors"),
+    removal_change=_TWO.flip(0),
+    removal_distance=_TWO,
+    probability=0.5,
+)
+
+_MASS = torch.tensor([0.9, *[0.1] * 6, 0.0]).expand(1, 1, 8)
+SINKS = tls.SinkReport(
+    model="some-model",
+    tokens=torch.arange(8),
+    str_tokens=(*SENTENCE.str_tokens, " of"),
+    position=7,
+    threshold=0.3,
+    mass=_MASS,
+    value_norms=_MASS + 0.1,
+    answers={"FisherScope()": answer([*SENTENCE.str_tokens, " of"], [1.0] * 8)},
+    prediction=Prediction(ARE, 0.62),
+    kl=torch.tensor([[0.1, 0.2]] * 3, dtype=torch.float64),
+    likeliest=((" is", " are"),) * 3,
+    patterns={(0, 0): torch.ones(8, 8).tril() / torch.arange(1, 9)[:, None]},
 )
 
 

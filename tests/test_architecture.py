@@ -1,9 +1,12 @@
-"""The shape of the package: which module may import which, and what importing it may do."""
+"""The shape of the package: which folder may import which, and what importing it may do."""
 
 import ast
+import inspect
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,65 +14,76 @@ import pytest
 import tl_scopes
 
 ROOT = Path(tl_scopes.__file__).parent
-
-ORDER = """
-    models pullback linearization randomness centering curvature origin attribution maps question api many
-    fisher_information spectrum scopes corrections replacement diagnostics baselines tiny faithfulness views comparison
-    terminal cli __main__
-""".split()
-"""A module imports from those before it. `attribution` also reaches forward, inside functions: it draws itself."""
+PROJECT = Path(__file__).parent.parent
+FILES = sorted(ROOT.rglob("*.py"))
+LINT = [sys.executable, "-c", "import sys; from importlinter.cli import lint_imports_command; lint_imports_command()"]
 
 
-def imports(path: Path, *, top_level_only: bool) -> set[str]:
-    """Modules of this package that a file imports, as layer names."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if top_level_only else list(ast.walk(tree))
-    names: list[str] = []
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("tl_scopes.")}
+def lint(folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LINT, "--no-cache"], cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_the_readme_lists_the_modules() -> None:
-    """In this order."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    listing = readme[readme.index("imports only from those before it") :].split("\n\n")[0]
-    assert re.findall(r"`(\w+)/?`", listing) == ORDER[:-1]
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package and of the contracts."""
+    folder = tmp_path_factory.mktemp("copy")
+    shutil.copytree(ROOT, folder / "tl_scopes", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    shutil.copy(PROJECT / "pyproject.toml", folder)
+    return folder
 
 
-def layer(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def test_imports_run_one_way(copied: Path) -> None:
+    """No circle, at most eight floors, one door to TransformerLens: the contracts in pyproject.toml."""
+    run = lint(copied)
+    assert run.returncode == 0, run.stdout
+    assert "3 kept, 0 broken" in run.stdout
+    [layers] = [c for c in contracts() if c["type"] == "layers"]
+    assert len(layers["layers"]) <= 8
 
 
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+def contracts() -> list[dict[str, object]]:
+    return tomllib.loads((PROJECT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "contract"),
+    [
+        ("models/hooks.py", "from tl_scopes.scopes.semantic import SemanticScope", "Imports run one way"),
+        ("views/markup.py", "import tl_scopes.models", "Imports run one way"),
+        ("models/hooks.py", "from tl_scopes.models.forward import trace", "No folder and no file"),
+        ("scopes/semantic.py", "from transformer_lens import HookPoint", "One door"),
+    ],
+)
+def test_an_import_inside_a_function_is_seen(copied: Path, path: str, line: str, contract: str) -> None:
+    file = copied / "tl_scopes" / path
+    before = file.read_text()
+    file.write_text(f"{before}\n\ndef _late() -> None:\n    {line}\n")
+    try:
+        run = lint(copied)
+    finally:
+        file.write_text(before)
+    assert run.returncode == 1
+    assert re.search(f"{contract}.*BROKEN", run.stdout)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
-    own = layer(path)
-    for name in imports(path, top_level_only=True):
-        assert ORDER.index(name) <= ORDER.index(own), f"{own} imports {name}, which comes after it"
-
-
-def test_scopes_do_not_import_one_another() -> None:
-    for path in (ROOT / "scopes").glob("*.py"):
-        assert "scopes" not in imports(path, top_level_only=False)
+def test_one_door_to_the_models_attributes(path: Path) -> None:
+    """What depends on the kind of model is asked of `models`."""
+    if path.relative_to(ROOT).parts[0] == "models":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("cfg", "tokenizer", "hook_dict"):
+            assert not ast.unparse(node.value).endswith("model"), f"line {node.lineno}: {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_one_door_to_transformer_lens(path: Path) -> None:
+def test_every_file_says_what_it_is(path: Path) -> None:
+    """In a docstring; a short one also says why it stands alone."""
     text = path.read_text()
-    if layer(path) != "models":
-        assert "import transformer_lens" not in text
-        assert "from transformer_lens" not in text
-
-
-def test_files_stay_short() -> None:
-    long = {path.name: lines for path in FILES if (lines := len(path.read_text().splitlines())) > 300}
-    assert not long
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring
+    if path.name not in ("__init__.py", "__main__.py") and len(text.splitlines()) < 60:
+        assert "file of its own" in docstring or path.parent.name in ("scopes", "views", "tiny"), path
 
 
 def test_import_is_quiet() -> None:
@@ -85,12 +99,14 @@ def test_import_is_quiet() -> None:
 
 
 def test_public_names() -> None:
+    """They stand once, in the stub; each has a docstring that says more than its signature."""
     assert sorted(tl_scopes.__all__) == tl_scopes.__all__
-    assert all(getattr(tl_scopes, name).__doc__ for name in tl_scopes.__all__)
-    assert dir(tl_scopes) == tl_scopes.__all__
+    for name in tl_scopes.__all__:
+        assert len(inspect.getdoc(getattr(tl_scopes, name)) or "") > 30, name
+    assert set(tl_scopes.__all__) <= set(dir(tl_scopes))
     modules = {path.stem for path in ROOT.iterdir()}
     assert not modules & set(tl_scopes.__all__)  # importing a module puts it under its name into the package
-    with pytest.raises(AttributeError, match="module 'tl_scopes' has no attribute 'fisher'"):
+    with pytest.raises(AttributeError, match="No tl_scopes attribute fisher"):
         _ = tl_scopes.fisher
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests.pictures import CANVAS, NASTY, PROBE, Reader, browse, canvas, needs_browser
 from tl_scopes.views import attention as attention_views
-from tl_scopes.views import heat_map
+from tl_scopes.views import figure as figure_parts
 from tl_scopes.views.palette import color
 
 TOKENS = ["<s>", "The", " keys", " near"]
@@ -118,7 +118,7 @@ def test_attention_heads_in_a_browser(tmp_path: Path) -> None:
         # On its way to blue circuitsvis' mixture leaves what a screen can show, and is redder than ours by up to 17.
         assert any(all(is_near(a, b, 17) for a, b in zip(area, hues, strict=True) if b) for area in drawn)
     texts = canvas(dom, "texts")
-    assert {f"{heat_map.shortened(token)} ({i})" for i, token in enumerate(NASTY)} <= set(texts)
+    assert {f"{figure_parts.shortened(token)} ({i})" for i, token in enumerate(NASTY)} <= set(texts)
     told = {f"Val: {part:.3g}" for line in pattern[0].tolist() for part in line}
     values = {text for text in texts if text.startswith("Val: ")}
     assert values

@@ -1,8 +1,10 @@
 """The answer: small, frozen, printable, and the same after every journey."""
 
 import dataclasses
+import inspect
 import json
 import pickle
+import re
 from typing import Any
 
 import pytest
@@ -12,9 +14,9 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
-from tl_scopes.centering import is_centered
+from tl_scopes.diagnostics.sink_report import SinkHead
 from tl_scopes.models import Token
-from tl_scopes.results.attribution import Prediction
+from tl_scopes.results.attribution import Influence, Prediction
 from tl_scopes.scopes.baselines import LeaveOneOut
 
 WORDS = ("<|bos|>", "The", " keys", " <b>&\n", " é")
@@ -49,7 +51,7 @@ def same(a: tls.Attribution, b: tls.Attribution) -> bool:
             return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
         return x == y and type(x) is type(y)
 
-    return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a) if f.name != "_origin")
+    return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
 
 
 def test_top_and_share(answer: tls.Attribution) -> None:
@@ -93,6 +95,14 @@ def test_frozen(answer: tls.Attribution) -> None:
         answer.unit = "metre"  # type: ignore[misc]
 
 
+def test_checks_are_asked_of_a_linearization(answer: tls.Attribution) -> None:
+    """An answer is plain data, and knows no model that it could run."""
+    with pytest.raises(AttributeError, match=r"no longer runs the model again: write tls\.check\(lin, scope\)"):
+        answer.checks()
+    assert not hasattr(answer, "checks")
+    assert "checks" not in dir(answer)
+
+
 def test_repr_is_one_line(answer: tls.Attribution) -> None:
     assert repr(answer) == (
         "Attribution(SemanticScope(target=' are'): '<|bos|>' 46%, ' keys' 35%, ' é' 12%; "
@@ -113,7 +123,7 @@ def test_json_has_no_infinity(answer: tls.Attribution) -> None:
     """Strict JSON, whatever the details are; and the same after it, in type and in every bit."""
 
     def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     odd = [torch.inf, -torch.inf, torch.nan, 0.1, -0.0]
     details = {
@@ -177,7 +187,12 @@ def test_to_html_writes_a_file(answer: tls.Attribution, tmp_path: Any) -> None:
 
 @pytest.mark.parametrize(
     "scope",
-    [tls.SemanticScope(target=3), tls.SemanticScope(3, versus=4), tls.TemperatureScope(of="logits"), tls.FisherScope()],
+    [
+        tls.SemanticScope(target=3),
+        tls.SemanticScope(3, versus=4),
+        tls.TemperatureScope(norm="logits"),
+        tls.FisherScope(),
+    ],
 )
 def test_a_scope_says_what_it_asked(scope: tls.Scope) -> None:
     """The question in the answer is the Python that asked it."""
@@ -215,12 +230,15 @@ class LouderStill(Shouting):
     [
         (tls.SemanticScope(), "SemanticScope()"),
         (tls.SemanticScope(" are", versus=" is"), "SemanticScope(target=' are', versus=' is')"),
-        (tls.TemperatureScope(of="logits"), "TemperatureScope(of='logits')"),
+        (tls.TemperatureScope(norm="logits"), "TemperatureScope(norm='logits')"),
         (tls.FisherScope(generator=torch.Generator()), "FisherScope()"),
         (tls.SpectralScope(rank=3), "SpectralScope(rank=3)"),
         (tls.HetaScope(beta=1.0), "HetaScope(beta=1.0)"),
         (tls.PathIntegratedScope(baseline=torch.ones(4)), "PathIntegratedScope(baseline=<4 tensor of norm 2>)"),
-        (tls.DirectionScope(torch.ones(4)), "DirectionScope(direction=<4 tensor of norm 2>)"),
+        (
+            tls.DirectionScope(torch.ones(4), "ln_final"),
+            "DirectionScope(direction=<4 tensor of norm 2>, hook='ln_final')",
+        ),
         (LeaveOneOut(), "LeaveOneOut()"),
         (OwnScope("x"), "OwnScope(name='x')"),
         (Shouting("x"), "OWN"),
@@ -277,8 +295,8 @@ def test_a_centred_unembedding_is_named() -> None:
     plain, centred = zoo.llama(zoo.GOLDEN, "bridge"), zoo.llama(zoo.GOLDEN, "bridge")
     centred.enable_compatibility_mode()
     before, after = tls.linearize(plain, PROMPT), tls.linearize(centred, PROMPT)
-    assert is_centered(after)
-    assert not is_centered(before)
+    assert after.is_centered
+    assert not before.is_centered
     logit = tls.SemanticScope(target=3)
     assert logit(before).notes == ()
     assert logit(after).notes[0].startswith("the unembedding is centred: the logit explained is the logit minus the")
@@ -296,3 +314,40 @@ def test_inner_hooks_name_their_unit() -> None:
     lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, wrt="blocks.1.hook_resid_pre")
     assert tls.FisherScope()(lin).unit == "nat per squared unit of norm at blocks.1.hook_resid_pre"
     assert repr(lin).startswith("Linearization(ln_final at position 7 wrt blocks.1.hook_resid_pre; 8 tokens")
+
+
+# -- what a reader of `tls.Attribution?` sees ------------------------------------------------------------------------
+
+RESULTS = [
+    tls.Attribution,
+    tls.AttributionMap,
+    tls.Check,
+    tls.Checks,
+    tls.Comparison,
+    tls.LinearityReport,
+    tls.SinkReport,
+    Influence,
+    Prediction,
+    SinkHead,
+]
+
+
+@pytest.mark.parametrize("kind", RESULTS, ids=lambda kind: kind.__name__)
+def test_every_field_is_documented(kind: Any) -> None:
+    """In the docstring of the class, a tensor with its shape and its unit."""
+    documentation = inspect.getdoc(kind) or ""
+    entries = dict(
+        re.findall(r"^    (\w+): (.*(?:\n        .*)*)", documentation.split("Attributes:\n")[1], re.MULTILINE)
+    )
+    fields = kind._fields if hasattr(kind, "_fields") else [f.name for f in dataclasses.fields(kind)]
+    assert list(entries) == list(fields)
+    for name, type in kind.__annotations__.items():
+        if hasattr(type, "dim_str"):
+            assert entries[name].startswith(f"[{type.dim_str.strip()}], "), name
+
+
+@pytest.mark.parametrize("kind", RESULTS, ids=lambda kind: kind.__name__)
+def test_signatures_can_be_read(kind: Any) -> None:
+    """Python shows a bare `SupportsIndex` as `<class 'SupportsIndex'>`."""
+    for _, function in [("", kind), *inspect.getmembers(kind, inspect.isfunction)]:
+        assert "<class" not in str(inspect.signature(function))

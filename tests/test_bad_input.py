@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,8 +101,8 @@ def test_positions_of_every_form(model: Any) -> None:
         ({"of": "blocks.0.attn.hook_result"}, "'blocks.0.attn.hook_result' never fired"),
         ({"wrt": "blocks.0.attn.hook_result"}, "'blocks.0.attn.hook_result' did not fire before 'ln_final'"),
         ({"wrt": "blocks.1.hook_resid_pre", "of": "blocks.0.hook_resid_pre"}, "did not fire before 'blocks.0.hook_re"),
-        ({"of": "blocks.0.attn.hook_pattern"}, r"'blocks.0.attn.hook_pattern' has no \[batch pos d\] value but \(1, 4"),
-        ({"wrt": "blocks.0.attn.hook_pattern"}, r"has no \[batch pos d\] value but \(1, 4, 8, 8\)"),
+        ({"of": "blocks.0.attn.hook_pattern"}, r"at the hook 'blocks.0.attn.hook_pattern' is not \[batch pos d"),
+        ({"wrt": "blocks.0.attn.hook_pattern"}, r"is not \[batch pos d\] but \(1, 4, 8, 8\)"),
     ],
 )
 def test_hooks(model: Any, ends: dict[str, str], message: str) -> None:
@@ -136,7 +138,8 @@ def test_no_dependence(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "scope", [tls.SemanticScope(target=3), tls.TemperatureScope(), tls.TemperatureScope(of="logits"), tls.FisherScope()]
+    "scope",
+    [tls.SemanticScope(target=3), tls.TemperatureScope(), tls.TemperatureScope(norm="logits"), tls.FisherScope()],
 )
 def test_scopes_need_the_readout(model: Any, scope: tls.Scope) -> None:
     middle = tls.linearize(model, PROMPT, of="blocks.1.hook_resid_pre")
@@ -166,7 +169,25 @@ def test_verbs_need_the_readout(model: Any, verb: str) -> None:
         ("logits_jvp", torch.ones(2, 5), r"tangents must have the shape \[probe d_of\] = .* got \[2, 5\]"),
         ("cotangent", lambda z: z, "must give one finite number"),
         ("cotangent", lambda z: z.sum() / 0, "must give one finite number"),
-        ("cotangent", lambda z: 3.0, "must give one finite number, got 3.0"),
+        ("cotangent", lambda z: 3.0, "must give one finite number, a real tensor, got 3.0"),
+        (
+            "cotangent",
+            lambda z: torch.tensor(3.0),
+            r"gave tensor\(3.\), which cannot be differentiated with respect to",
+        ),
+        ("cotangent", lambda z: z.detach().max(), "which cannot be differentiated .* without detach, argmax or item"),
+        ("cotangent", lambda z: z.argmax(), "which cannot be differentiated with respect to them"),
+        (
+            "cotangent",
+            lambda z: torch.ones(1, requires_grad=True).sum(),
+            "cannot be differentiated with respect to them",
+        ),
+        (
+            "vjp",
+            torch.ones(1, 16).to_sparse(),
+            "cotangents must be a dense tensor, got one of the layout torch.sparse_c",
+        ),
+        ("vjp", torch.ones(1, 16, device="meta"), "cotangents must have values, got a tensor on the meta device"),
     ],
 )
 def test_verbs(lin: tls.Linearization, verb: str, value: Any, message: str) -> None:
@@ -234,8 +255,22 @@ def test_options(lin: tls.Linearization) -> None:
         tls.SemanticScope(target=3, versus=3)(lin)
     with pytest.raises(ValueError, match="quantity is .* got 'probability'"):
         tls.SemanticScope(quantity="probability")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="of is .* got 'entropy'"):
-        tls.TemperatureScope(of="entropy")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="norm is .* got 'entropy'"):
+        tls.TemperatureScope(norm="entropy")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("versus", "error", "message"),
+    [
+        (VOCAB, ValueError, f"versus {VOCAB} is outside the vocabulary of {VOCAB}"),
+        (1.5, TypeError, "a versus is a token as text or as id, got 1.5"),
+        (" are", ValueError, "pass the versus ' are' as a token id"),
+    ],
+)
+def test_versus(lin: tls.Linearization, versus: Any, error: type[Exception], message: str) -> None:
+    """It is not called a target."""
+    with pytest.raises(error, match=message):
+        tls.SemanticScope(3, versus=versus)(lin)
 
 
 @pytest.mark.parametrize("scope", [tls.SemanticScope(), tls.FisherScope(), tls.PathIntegratedScope()], ids=repr)
@@ -344,10 +379,10 @@ def test_temperature_of_a_folded_norm(kind: str) -> None:
     else:
         model.process_weights_(fold_ln=True, center_unembed=True)
     lin = tls.linearize(model, PROMPT)
-    with pytest.raises(ValueError, match=r'norm constant|constant .* unprocessed .* TemperatureScope\(of="logits"\)'):
+    with pytest.raises(ValueError, match=r'norm constant|constant .* unprocessed .* TemperatureScope\(norm="logits"\)'):
         tls.TemperatureScope()(lin)
     with_gain = tls.linearize(zoo.llama(folder, kind), PROMPT)
-    folded, free = tls.TemperatureScope(of="logits")(lin), tls.TemperatureScope(of="logits")(with_gain)
+    folded, free = tls.TemperatureScope(norm="logits")(lin), tls.TemperatureScope(norm="logits")(with_gain)
     torch.testing.assert_close(folded.scores, free.scores, rtol=1e-4, atol=1e-6)
     # The refused scores would have been noise: see that they are.
     assert lin.squared_norms(lin.readout[None] / lin.readout.norm()).sqrt().max() < 1e-4 * folded.scores.max()
@@ -382,15 +417,53 @@ def test_answers(answer: tls.Attribution) -> None:
     ("text", "message"),
     [
         ("{", "broken JSON"),
-        ("[]", "no Attribution"),
-        ('{"format": "other"}', "no Attribution"),
+        ("[]", "is not an Attribution"),
+        ('{"format": "other"}', "is not an Attribution"),
         ('{"format": "tl_scopes.Attribution", "version": 2}', "written by a later version"),
-        ('{"format": "tl_scopes.Attribution", "version": 1, "colour": 3}', r"lacks or adds the fields \['colour', 'd"),
+        ('{"format": "tl_scopes.Attribution", "version": 1, "colour": 3}', "scores: Field required"),
+        (
+            '{"format": "tl_scopes.Attribution", "version": true}',
+            "has the version True, and versions are numbers from 1 on",
+        ),
+        ("[" * 100_000, "nested too deeply|maximum recursion"),
     ],
 )
 def test_json(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tls.Attribution.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"target": "ab"}, "target: Input should be a valid array, got 'ab'"),
+        ({"target": [-1, "a"]}, r"target.0: Input should be greater than or equal to 0, got -1"),
+        ({"tokens": [1.5] * 8}, "tokens.0: Input should be a valid integer, got 1.5"),
+        ({"tokens": [True] * 8}, "tokens.0: Input should be a valid integer, got True"),
+        ({"str_tokens": "abcdefgh"}, "str_tokens: Input should be a valid array, got 'abcdefgh'"),
+        ({"positions": [0, 1, 2, 3, 4, 5, 6, 6]}, r"positions must increase, got \[0, 1, 2, 3, 4, 5, 6, 6\]"),
+        ({"positions": ["<img src=x onerror=hacked()>", 1, 2, 3, 4, 5, 6, 7]}, "positions.0: .*integer, got '<img"),
+        ({"position": 3}, "the prediction was read at position 3, before 7"),
+        ({"unit": None}, "unit: Input should be a valid string, got None"),
+        ({"predictions": [[["7", "a"], 0.5]]}, "predictions.0.0.0: Input should be a valid integer, got '7'"),
+        ({"predictions": [[[7, "a"], 1.5]]}, "predictions.0.1: Input should be less than or equal to 1, got 1.5"),
+        ({"scores": {"dtype": "float32", "values": [[1.0]] * 8}}, "scores.values.0: Input should be a valid number"),
+        ({"details": {"x": {"dtype": "float32", "values": [[1], [1, 2]]}}}, "the detail 'x' does not hold numbers"),
+        ({"details": {"x": {"dtype": "object", "values": [1]}}}, "the detail 'x' .* dtype: Input should be"),
+        ({"details": {"x": {"a": 1}}}, "the detail 'x' of this Attribution is not .*Field required"),
+        ({"colour": 3}, "colour: Extra inputs are not permitted, got 3"),
+    ],
+)
+def test_json_names_the_field_and_its_value(answer: tls.Attribution, wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tls.Attribution.from_json(json.dumps(json.loads(answer.to_json()) | wrong))
+
+
+def test_json_is_text(answer: tls.Attribution, no_type_checks: None) -> None:
+    with pytest.raises(TypeError, match="read from the text that to_json wrote, got bytes"):
+        tls.Attribution.from_json(answer.to_json().encode())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the detail 'x' cannot be written as JSON: it is a set"):
+        replace(answer, details={"x": {1}}).to_json()
 
 
 @pytest.mark.parametrize(
@@ -427,8 +500,26 @@ def test_json_of_unequal_lengths(answer: tls.Attribution) -> None:
 def test_non_finite_scores(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.full((8,), torch.nan)
     monkeypatch.setattr(tls.FisherScope, "measure_many", lambda self, lins: [tls.Measurement(scores)])
-    with pytest.raises(ValueError, match=r"NaN or infinite scores from FisherScope\(\)"):
+    with pytest.raises(
+        ValueError, match=r"NaN or infinite scores from FisherScope\(\): the model, in float64, overflo"
+    ):
         tls.FisherScope()(lin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_overflows_is_told_of_wider_numbers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a float16 model is sent to bfloat16 and float32: the others have their range already."""
+    model = zoo.llama(zoo.GOLDEN, "bridge", dtype)
+    remedy = "oad .* in float32 or bfloat16, which hold larger numbers than float16"
+    spoil = [("blocks.1.hook_resid_pre", lambda value, hook: value * torch.inf)]
+    with model.hooks(fwd_hooks=spoil), pytest.raises(ValueError, match=f"at 'ln_final', in {dtype}: check th") as met:
+        tls.linearize(model, PROMPT)
+    lin, scores = tls.linearize(model, PROMPT), torch.full((8,), torch.inf)
+    monkeypatch.setattr(tls.FisherScope, "measure_many", lambda self, lins: [tls.Measurement(scores)])
+    with pytest.raises(ValueError, match="overflows on the way back.* Check its weights and your hooks") as answered:
+        tls.FisherScope()(lin)
+    for error in (met, answered):
+        assert bool(re.search(remedy, str(error.value))) == (dtype == torch.float16)
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------
@@ -460,7 +551,7 @@ def test_load(tmp_path: Path) -> None:
         models.load("./nowhere")
     with pytest.raises(ValueError, match="cannot load the model 'nobody/nothing'"):
         models.load("nobody/nothing")
-    with pytest.raises(ValueError, match=r"model.safetensors' is no folder with a config.json"):
+    with pytest.raises(ValueError, match=r"model.safetensors' is not a folder with a config.json"):
         models.load(tmp_path / "model.safetensors")
 
 
@@ -484,6 +575,7 @@ def test_load_on_no_device(device: str) -> None:
         ({"rtol": 0}, "rtol is a relative error between 0 and 1, got 0"),
         ({"rtol": -0.1}, r"rtol is a relative error between 0 and 1, got -0\.1"),
         ({"rtol": 1.5}, r"rtol is a relative error between 0 and 1, got 1\.5"),
+        ({"rtol": float("nan")}, "rtol is a relative error between 0 and 1, got nan"),
         ({"probes": 8, "rank": 8}, "at most one of probes, rtol, exact and rank, got probes=8, rank=8"),
         ({"rtol": 0.1, "exact": True}, r"at most one of probes, rtol, exact and rank, got rtol=0\.1, exact=True"),
     ],
@@ -491,6 +583,37 @@ def test_load_on_no_device(device: str) -> None:
 def test_fisher_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tls.FisherScope(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": "0.1"}, "rtol is a relative error between 0 and 1, got '0.1'"),
+        ({"rtol": True}, "rtol is a relative error between 0 and 1, got True"),
+        ({"exact": "no"}, "exact is True or False, got 'no'"),
+        ({"exact": 1}, "exact is True or False, got 1"),
+        ({"exact": None}, "exact is True or False, got None"),
+    ],
+)
+def test_fisher_options_of_another_type(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        tls.FisherScope(**options)
+
+
+@pytest.mark.parametrize("flag", ["no", 0, None, "False"])
+def test_flags(model: Any, flag: Any) -> None:
+    """A text that means no would count as yes."""
+    for ask in (tls.linearize, lambda *given, **options: tls.attribute(*given, tls.SemanticScope(3), **options)):
+        with pytest.raises(TypeError, match=f"checkpoint is True or False, got {flag!r}"):
+            ask(model, PROMPT, checkpoint=flag)
+        if flag is not None:
+            with pytest.raises(TypeError, match=f"prepend_bos is True or False, got {flag!r}"):
+                ask(model, PROMPT, prepend_bos=flag)
+    with pytest.raises(TypeError, match=f"checkpoint is True or False, got {flag!r}"):
+        tls.attribution_map(model, PROMPT, tls.SemanticScope(3), checkpoint=flag)
+    with pytest.raises(TypeError, match=f"thorough is True or False, got {flag!r}"):
+        tls.check(tls.linearize(model, PROMPT), tls.SemanticScope(3), thorough=flag)
+    assert tls.linearize(model, PROMPT, checkpoint=np.True_).trace.checkpointed  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", ["probes", "rank"])
@@ -600,6 +723,26 @@ def test_details_do_not_hide(lin: tls.Linearization) -> None:
     answer = tls.SemanticScope(3)(lin)
     with pytest.raises(ValueError, match="details may not be called 'scores', 'top': an Attribution has fields or met"):
         dataclasses.replace(answer, details={"scores": torch.ones(8), "fine": 1, "top": 3})
+
+
+@pytest.mark.parametrize(
+    "detail", [{1, 2}, {"a": 1}, np.int64(3), [1, {2}], object(), np.ones(8)], ids=lambda detail: type(detail).__name__
+)
+def test_details_that_cannot_be_kept(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch, detail: Any) -> None:
+    """They are refused when the question is asked, not when the answer is saved."""
+    measured = tls.Measurement(torch.ones(8), {"fine": 1, "seen": detail})
+    monkeypatch.setattr(tls.FisherScope, "measure_many", lambda self, lins: [measured])
+    message = (
+        rf"the detail 'seen' of FisherScope\(\) is a {type(detail).__name__}, which an answer cannot keep: make it a te"
+    )
+    with pytest.raises(TypeError, match=message):
+        tls.FisherScope()(lin)
+
+
+def test_details_that_can_be_kept(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
+    details = {"a": None, "b": [1, (2.5, "c")], "d": torch.ones(3, 8), "e": np.float64(0.5), "f": True}
+    monkeypatch.setattr(tls.FisherScope, "measure_many", lambda self, lins: [tls.Measurement(torch.ones(8), details)])
+    assert tls.Attribution.from_json(tls.FisherScope()(lin).to_json()).e == 0.5
 
 
 def test_measure_gives_a_measurement(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ ALL = (
     GradientTimesInput(),
     IntegratedGradients(steps=3, start=0.5),
     LeaveOneOut(),
-    LeaveOneOut(of="log_prob"),
+    LeaveOneOut(quantity="log_prob"),
 )
 
 
@@ -95,7 +95,7 @@ def test_leave_one_out(lin: tls.Linearization, replacement: Any) -> None:
         divergences.append((lin.log_probs.exp() * (lin.log_probs - after)).sum())
         drops.append(lin.log_probs[TARGET] - after[TARGET])
     assert_close(LeaveOneOut(replacement)(lin).scores, torch.stack(divergences), **EXACT)
-    answer = LeaveOneOut(replacement, of="log_prob", target=TARGET)(lin)
+    answer = LeaveOneOut(replacement, quantity="log_prob", target=TARGET)(lin)
     assert_close(answer.scores, torch.stack(drops), **EXACT)
     assert answer.target is not None
     assert answer.target.id == TARGET
@@ -105,7 +105,7 @@ def test_rows_do_not_depend_on_the_batch(lin: tls.Linearization, monkeypatch: py
     kept = torch.rand(9, len(PROMPT), 1, generator=torch.Generator().manual_seed(0)) < 0.5
     arguments = (lin, torch.zeros_like(lin.embeddings), kept, torch.tensor([TARGET, 3]))
     whole = effects(*arguments)
-    monkeypatch.setattr("tl_scopes.jacobian.replacement._WORKING_BYTES", 1)
+    zoo.batches_of(monkeypatch, 1)
     assert_close(effects(*arguments), whole, **EXACT)
 
 
@@ -166,7 +166,7 @@ def test_batches_leave_room_for_wide_numbers(monkeypatch: pytest.MonkeyPatch) ->
     model = zoo.llama(zoo.GOLDEN, "bridge")
     lin, predict, sizes = tls.linearize(model, [3, 4]), models.predict, []
     budget = 20 * 64 * model.cfg.d_vocab
-    monkeypatch.setattr("tl_scopes.jacobian.replacement._WORKING_BYTES", budget)
+    monkeypatch.setattr(models.Work.PREDICTION, "_value_", (budget, budget))
     monkeypatch.setattr(
         models, "predict", lambda m, tokens, **kw: sizes.append(len(tokens)) or predict(m, tokens, **kw)
     )
@@ -188,14 +188,26 @@ def test_bad_input(no_type_checks: None) -> None:
     late = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, wrt="blocks.1.hook_resid_pre")
     with pytest.raises(TypeError, match="seed must be an integer, got <torch._C.Generator"):
         RandomBaseline(torch.Generator())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match='of is "kl" or "log_prob", got \'logit\''):
-        LeaveOneOut(of="logit")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="has no target, got ' are': take of="):
+    with pytest.raises(ValueError, match='quantity is "kl" or "log_prob", got \'logit\''):
+        LeaveOneOut(quantity="logit")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has no target, got ' are': take quantity="):
         LeaveOneOut(target=" are")
     with pytest.raises(ValueError, match='replaced by "zero", "mean" or "pad", got \'noise\''):
         LeaveOneOut("noise")(lin)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no mean embedding at 'blocks.1.hook_resid_pre'"):
         LeaveOneOut("mean")(late)
+    for mean, error, message in (
+        (
+            torch.ones(3),
+            ValueError,
+            r"mean embedding has the shape \[3\], this model's embeddings have \[16\]: leave it",
+        ),
+        (torch.ones(16) + 1j, ValueError, "the mean embedding must be real, got torch.complex64"),
+        (torch.full((16,), torch.nan), ValueError, "the mean embedding must be finite, got NaN or infinite entries"),
+        ([0.0] * 16, TypeError, r"the mean embedding must be a tensor of the shape \[d_model\], got list"),
+    ):
+        with pytest.raises(error, match=message):
+            LeaveOneOut("mean", mean=mean)(lin)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the model has no padding token"):
         LeaveOneOut("pad")(lin)
     with pytest.raises(ValueError, match="goes back to the embedding, not to 'blocks.1.hook_resid_pre'"):

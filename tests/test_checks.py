@@ -1,8 +1,7 @@
 """The verdict beside the picture: each check beside a closed form or a slower way, and what the checks leave behind."""
 
-import copy
 import gc
-import pickle
+import re
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ from tests import zoo
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
-from tl_scopes.diagnostics.again import linearize_again, read_scope
 from tl_scopes.diagnostics.checks import ROUNDINGS
-from tl_scopes.diagnostics.evidence import TOLERANCE, Checked
+from tl_scopes.diagnostics.evidence import TOLERANCE, Evidence
 from tl_scopes.diagnostics.sinks import attention_mass
-from tl_scopes.jacobian.metric import LocalObservable
+from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.jacobian.replacement import effects, substitute
 from tl_scopes.scopes.baselines import LeaveOneOut, RandomBaseline
-from tl_scopes.scopes.scope import as_written
 from tl_scopes.tiny.tasks import examples
 
 TARGET = 7
@@ -47,12 +44,18 @@ def llama() -> Iterator[Any]:
         yield zoo.specimen("bridge llama").model
 
 
-def verdicts(answer: tls.Attribution, **options: Any) -> dict[str, str]:
-    return {check.name: check.verdict for check in answer.checks(**options)}
+def verdicts(lin: tls.Linearization, scope: tls.Scope, **options: Any) -> dict[str, str]:
+    return {check.name: check.verdict for check in tls.check(lin, scope, **options)}
 
 
-def checked(answer: tls.Attribution, thorough: bool = False) -> Checked:
-    return Checked(answer, *linearize_again(answer, None), thorough)
+def check(model: Any, scope: tls.Scope, name: str, **options: Any) -> tls.Check:
+    """One check at the usual prompt."""
+    return tls.check(tls.linearize(model, PROMPT), scope, **options)[name]
+
+
+def evidence(model: Any, scope: tls.Scope, prompt: Any = PROMPT, thorough: bool = False) -> Evidence:
+    lin = tls.linearize(model, prompt)
+    return Evidence(lin, scope, scope(lin), thorough)
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ class Directions(tls.JacobianScope):
 def test_every_kind_of_model_has_an_answer(specimen: Specimen) -> None:
     """All are asked, one by one, and the model is left as found."""
     for scope in (tls.SemanticScope(target=TARGET, versus=3), tls.FisherScope(probes=8), RandomBaseline()):
-        answer = tls.attribute(specimen.model, PROMPT, scope)
+        lin = tls.linearize(specimen.model, PROMPT)
         with unchanged(specimen.model):
-            checks = answer.checks()
+            checks = tls.check(lin, scope)
         assert [check.name for check in checks] == NAMES
         assert checks["leave-one-out"].verdict in ("fine", "look")
         assert (checks["linearity"].verdict == "not applicable") == isinstance(scope, RandomBaseline)
@@ -95,28 +98,29 @@ def to_the_first(pattern: Tensor, hook: Any) -> Tensor:
 def test_a_sink_is_found(llama: Any) -> None:
     """A model made to have one; set aside, all is well."""
     hooks = [(f"blocks.{layer}.attn.hook_pattern", to_the_first) for layer in range(2)]
-    scope, plain = tls.SemanticScope(target=TARGET), tls.attribute(llama, PROMPT, tls.SemanticScope(target=TARGET))
-    assert plain.checks()["sinks"].verdict == "fine"
+    scope = tls.SemanticScope(target=TARGET)
+    assert check(llama, scope, "sinks").verdict == "fine"
     with llama.hooks(fwd_hooks=hooks):
         lin = tls.linearize(llama, PROMPT, position=6)
-        sunk = scope(lin).without([6])  # which speaks past attention
-        check = sunk.checks()["sinks"]
+        found = tls.check(lin, scope, without=[6])  # which speaks past attention
+        sunk, check_sunk = found.answer, found["sinks"]
         mass = attention_mass(llama, lin.tokens).mean((0, 1))[0]
-        rest = sunk.without([0]).checks()["sinks"]
+        rest = tls.check(lin, scope, without=[6, 0])["sinks"]
     assert mass > 0.9
-    assert check.verdict == "look"
+    assert check_sunk.verdict == "look"
     assert (
-        f"holds {sunk.share[0]:.0%} of the scores, where an even share is {1 / 6:.0%}, and {mass:.0%}" in check.finding
+        f"holds {sunk.share[0]:.0%} of the scores, where an even share is {1 / 6:.0%}, and {mass:.0%}"
+        in check_sunk.finding
     )
-    assert "answer.without([0])" in check.finding
+    assert "answer.without([0])" in check_sunk.finding
     assert (rest.verdict, rest.finding) == ("fine", "'<3>' at 0 is set aside")
 
 
 def test_without_patterns_there_are_no_sinks() -> None:
     with zoo.Float64():
-        check = tls.attribute(zoo.specimen("bridge mamba").model, PROMPT, tls.FisherScope()).checks()["sinks"]
-    assert check.verdict == "not applicable"
-    assert "MambaForCausalLM has layers in which tokens mix other than by attention" in check.finding
+        found = check(zoo.specimen("bridge mamba").model, tls.FisherScope(), "sinks")
+    assert found.verdict == "not applicable"
+    assert "MambaForCausalLM has layers in which tokens mix other than by attention" in found.finding
 
 
 # -- linearity --------------------------------------------------------------------------------------------------------
@@ -126,7 +130,7 @@ def test_what_is_linear_is_linear_all_the_way(some_specimen: Specimen) -> None:
     """Up to the first block everything is, numbers and vectors."""
     of = next(n for n in ("blocks.0.hook_resid_pre", "blocks.0.hook_in") if n in some_specimen.model.hook_dict)
     lin = tls.linearize(some_specimen.model, PROMPT, of=of)
-    number, vector = (Directions(count)(lin).checks()["linearity"] for count in (1, 2))
+    number, vector = (tls.check(lin, Directions(count))["linearity"] for count in (1, 2))
     assert number.verdict == vector.verdict == "fine"
     assert "within 10% all the way to the nearest other token" in number.finding
     assert "10% of the way to the nearest other token" in vector.finding  # no longer step is tried
@@ -135,16 +139,16 @@ def test_what_is_linear_is_linear_all_the_way(some_specimen: Specimen) -> None:
 def test_a_linear_logit() -> None:
     with zoo.Float64():
         toy = zoo.linear_toy(TARGET)
-        answer = tls.attribute(toy.model, PROMPT, tls.SemanticScope(TARGET))
-        assert verdicts(answer)["linearity"] == "fine"
-        assert verdicts(answer)["saturation"] == "fine"
+        found = verdicts(tls.linearize(toy.model, PROMPT), tls.SemanticScope(TARGET))
+    assert found["linearity"] == "fine"
+    assert found["saturation"] == "fine"
 
 
 def test_the_predicted_radius_is_that_of_linearity(some_specimen: Specimen) -> None:
-    for scope in (tls.SemanticScope(target=TARGET), tls.TemperatureScope(of="logits")):
-        answer = tls.attribute(some_specimen.model, PROMPT, scope)
-        reach, top = checked(answer).reach, [row.position for row in answer.top(3)]
-        report = tls.linearity(some_specimen.model, PROMPT, scope, positions=top, directions=1, sizes=[1.0])
+    for scope in (tls.SemanticScope(target=TARGET), tls.TemperatureScope(norm="logits")):
+        one = evidence(some_specimen.model, scope)
+        reach, top = one.reach, [row.position for row in one.answer.top(3)]
+        report = tls.linearity(one.lin, scope, positions=top, directions=1, sizes=[1.0])
         assert_close(reach.radius, report.predicted_radius[0], **EXACT)
         assert_close(reach.distance, report.nearest_distance, **EXACT)
 
@@ -152,8 +156,8 @@ def test_the_predicted_radius_is_that_of_linearity(some_specimen: Specimen) -> N
 def test_the_radius_of_a_vector_by_its_definition(llama: Any) -> None:
     """error(s) = ‖q(x + su) − q(x) − sJu‖ / ‖sJu‖, in proportion to s below the step."""
     scope = tls.FisherScope(exact=True)
-    one = checked(tls.attribute(llama, PROMPT, scope))
-    reach, q, lin = one.reach, scope.observable(one.lin), one.lin
+    one = evidence(llama, scope)
+    reach, q, lin = one.reach, scope.metric(one.lin), one.lin
     table = models.embedding_matrix(llama)
     step = TOLERANCE * reach.distance.median()
     for token, found in zip(one.top(3), reach.radius, strict=True):
@@ -161,7 +165,7 @@ def test_the_radius_of_a_vector_by_its_definition(llama: Any) -> None:
         u = torch.zeros_like(lin.embeddings)
         nearest = away.norm(dim=-1).where(away.norm(dim=-1) > 0, torch.inf).argmin()
         u[token] = away[nearest] / away[nearest].norm()
-        moved, slope = lin.at(lin.embeddings + step * u), LocalObservable(lin, q).push(u[None])[0]
+        moved, slope = lin.at(lin.embeddings + step * u), LocalMetric(lin, q).push(u[None])[0]
         first = step * slope
         error = (q(moved.readout, moved.logits) - q(lin.readout, lin.logits) - first).norm() / first.norm()
         assert_close(found, step * min(1.0, float(TOLERANCE / error)), rtol=1e-6, atol=1e-9)
@@ -173,24 +177,24 @@ def test_the_radius_of_a_vector_by_its_definition(llama: Any) -> None:
 def test_saturation_is_that_of_linearity(tiny: Any) -> None:
     """On a sure prediction the log-probability is saturated, the logit is not, and `linearity` says the same."""
     for quantity, expected in (("log_prob", "look"), ("logit", "fine")):
-        answer = tls.attribute(tiny, examples("inference_who", 1)[0].prompt, tls.SemanticScope(quantity=quantity))
-        check, one = answer.checks()["saturation"], checked(answer)
-        report = tls.linearity(
-            tiny, answer.tokens, tls.SemanticScope(quantity=quantity), positions=one.effects.positions, directions=1
-        )
-        assert check.verdict == expected == ("look" if report.saturated else "fine")
+        scope = tls.SemanticScope(quantity=quantity)
+        one = evidence(tiny, scope, examples("inference_who", 1)[0].prompt)
+        found = tls.check(one.lin, scope)["saturation"]
+        report = tls.linearity(one.lin, scope, positions=one.effects.positions, directions=1)
+        assert found.verdict == expected == ("look" if report.saturated else "fine")
         assert_close(one.understated(one.effects).double(), report.understated, rtol=1e-2, atol=0.0)
 
 
 def test_an_unsure_prediction_is_not_saturated(tiny: Any) -> None:
-    answer = tls.attribute(tiny, "The keys to the old cabinet near the door", tls.SemanticScope(quantity="log_prob"))
-    assert answer.checks()["saturation"].finding == "p(' are') = 86.5%, which leaves the gradients room"
+    lin = tls.linearize(tiny, "The keys to the old cabinet near the door")
+    found = tls.check(lin, tls.SemanticScope(quantity="log_prob"))
+    assert found["saturation"].finding == "p(' are') = 86.5%, which leaves the gradients room"
 
 
 def test_a_slope_of_a_vector_is_no_less_than_its_steepest(llama: Any) -> None:
     """On average over the signs: the Frobenius norm, whose square Fisher Scope is."""
     scope = tls.FisherScope(exact=True)
-    one = checked(tls.attribute(llama, PROMPT, scope))
+    one = evidence(llama, scope)
     every = list(range(len(PROMPT)))
     squares = torch.stack([one.slopes(every).square() for _ in range(400)]).mean(0)
     assert_close(squares, one.answer.scores, rtol=0.15, atol=0.0)
@@ -209,11 +213,11 @@ def test_processed_weights_are_named() -> None:
         (tls.SemanticScope(target=3, versus=4), False),
         (tls.FisherScope(), False),
         (tls.FisherScope(rank=2), True),
-        (tls.DirectionScope(direction), True),
+        (tls.DirectionScope(direction, "ln_final"), True),
         (tls.SpectralScope(rank=2), True),
-        (tls.SpectralScope(of="distribution", rank=2), False),
+        (tls.SpectralScope(space="distribution", rank=2), False),
     ):
-        before, after = (tls.attribute(m, PROMPT, scope).checks()["weights"] for m in (plain, processed))
+        before, after = (check(m, scope, "weights") for m in (plain, processed))
         assert (before.verdict, before.finding) == ("fine", "neither folded, centred nor capped, in float32")
         assert after.verdict == ("look" if matters else "fine")
         assert "no gain (folded, or untrained)" in after.finding
@@ -225,13 +229,12 @@ def test_a_soft_cap_is_named() -> None:
     with zoo.Float64():
         model = zoo.specimen("native soft cap").model
         for target in range(4):
-            answer = tls.attribute(model, PROMPT, tls.SemanticScope(target))
             logits = tls.linearize(model, PROMPT).logits
             slopes = 1 - (logits / 3).square()
             left = float(slopes[target] / slopes.max())
-            check = answer.checks()["weights"]
-            assert check.finding == f"a soft-cap leaves {left:.0%} of the slope of '<{target}>'"
-            assert check.verdict == ("look" if left < 0.5 else "fine")
+            found = check(model, tls.SemanticScope(target), "weights")
+            assert found.finding == f"a soft-cap leaves {left:.0%} of the slope of '<{target}>'"
+            assert found.verdict == ("look" if left < 0.5 else "fine")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -240,10 +243,10 @@ def test_half_precision_is_named(dtype: torch.dtype) -> None:
     answer = tls.attribute(model, PROMPT, tls.SemanticScope(target=3))
     first, second = answer.top(2)
     close = 1 - second.score / first.score < ROUNDINGS * torch.finfo(dtype).eps
-    check = answer.checks()["weights"]
-    assert check.finding.startswith(f"{answer.dtype} rounds to {torch.finfo(dtype).eps:.1%}")
-    assert check.verdict == ("look" if close else "fine")
-    vector = tls.attribute(model, PROMPT, tls.FisherScope()).checks()["linearity"]
+    found = check(model, tls.SemanticScope(target=3), "weights")
+    assert found.finding.startswith(f"{answer.dtype} rounds to {torch.finfo(dtype).eps:.1%}")
+    assert found.verdict == ("look" if close else "fine")
+    vector = check(model, tls.FisherScope(), "linearity")
     assert (vector.verdict, vector.finding) == ("not applicable", f"in {answer.dtype} rounding hides a small step")
 
 
@@ -251,15 +254,14 @@ def test_half_precision_is_named(dtype: torch.dtype) -> None:
 
 
 def test_leave_one_out_agrees_with_itself(some_specimen: Specimen) -> None:
-    answer = tls.attribute(some_specimen.model, PROMPT, LeaveOneOut("mean"))
-    check = answer.checks(thorough=True)["leave-one-out"]
-    assert check.verdict == "fine"
-    assert check.finding == (
+    found = check(some_specimen.model, LeaveOneOut("mean"), "leave-one-out", thorough=True)
+    assert found.verdict == "fine"
+    assert found.finding == (
         "replaced, 4 of the top 4 change the prediction, in KL, more than the median of the other 4; the first is "
         "number 1 of 8; rank correlation 1.00"
     )
-    signed = tls.attribute(some_specimen.model, PROMPT, LeaveOneOut("mean", of="log_prob"))
-    assert "rank correlation 1.00 (KL:" in signed.checks(thorough=True)["leave-one-out"].finding
+    signed = check(some_specimen.model, LeaveOneOut("mean", quantity="log_prob"), "leave-one-out", thorough=True)
+    assert "rank correlation 1.00 (KL:" in signed.finding
 
 
 def test_the_opposite_does_not_agree(some_specimen: Specimen) -> None:
@@ -270,15 +272,15 @@ def test_the_opposite_does_not_agree(some_specimen: Specimen) -> None:
         def measure(self, lin: tls.Linearization) -> tls.Measurement:
             return tls.Measurement(1 / super().measure(lin).scores)
 
-    check = tls.attribute(some_specimen.model, PROMPT, Opposite("mean")).checks(thorough=True)["leave-one-out"]
-    assert check.verdict == "look"
-    assert "0 of the top 4" in check.finding
-    assert "rank correlation -1.00" in check.finding
+    found = check(some_specimen.model, Opposite("mean"), "leave-one-out", thorough=True)
+    assert found.verdict == "look"
+    assert "0 of the top 4" in found.finding
+    assert "rank correlation -1.00" in found.finding
 
 
 def test_effects_are_those_of_replacement(some_specimen: Specimen) -> None:
     scope = tls.SemanticScope(target=TARGET, quantity="log_prob")
-    one = checked(tls.attribute(some_specimen.model, PROMPT, scope), thorough=True)
+    one = evidence(some_specimen.model, scope, thorough=True)
     found, kept = one.effects, ~torch.eye(len(PROMPT), dtype=torch.bool)[one.effects.positions, :, None]
     log_probs, divergences = effects(one.lin, substitute(one.lin, "mean"), kept, torch.tensor([TARGET]))
     assert found.positions[: found.top] == [row.position for row in one.answer.top(found.top)]
@@ -297,93 +299,99 @@ def test_effects_are_those_of_replacement(some_specimen: Specimen) -> None:
     [
         (tls.FisherScope(exact=True), "not applicable", "nothing was estimated"),
         (tls.SemanticScope(), "not applicable", "nothing was estimated"),
-        (tls.FisherScope(probes=3), "look", "is not known: give it more probes"),
+        (tls.FisherScope(probes=3), "look", "is not known: give the scope more probes"),
         (tls.FisherScope(rank=1), "look", "of the trace"),
         (tls.SpectralScope(rank=1), "look", "(distance to its upper bound)"),
         (tls.SpectralScope("frobenius", rank=1), "look", "(frobenius error)"),
     ],
 )
 def test_estimation(llama: Any, scope: tls.Scope, verdict: str, words: str) -> None:
-    check = tls.attribute(llama, PROMPT, scope).checks()["estimation"]
-    assert (check.verdict, words in check.finding) == (verdict, True)
+    found = check(llama, scope, "estimation")
+    assert (found.verdict, words in found.finding) == (verdict, True)
 
 
 def test_the_error_is_that_of_the_first(llama: Any) -> None:
-    answer = tls.attribute(llama, PROMPT, tls.FisherScope(probes=8)).without([0])
+    scope = tls.FisherScope(probes=8)
+    answer = tls.attribute(llama, PROMPT, scope).without([0])
     first = answer.scores.argmax()
     share = float(answer.standard_error[first] / answer.scores[first])
-    check = answer.checks()["estimation"]
-    assert f"is known to {share:.1%} (standard error)" in check.finding
-    assert check.verdict == ("look" if share > 0.05 else "fine")
+    found = check(llama, scope, "estimation", without=[0])
+    assert f"is known to {share:.1%} (standard error)" in found.finding
+    assert found.verdict == ("look" if share > 0.05 else "fine")
 
 
-# -- where an answer comes from ---------------------------------------------------------------------------------------
-
-
-def test_from_a_map_and_from_a_batch(llama: Any) -> None:
-    """What is checked is the prediction, however it was asked about."""
-    scope = tls.SemanticScope(quantity="log_prob")
-    prompts = [PROMPT, PROMPT[:6], PROMPT[:3], PROMPT[:1]]
-    alone = [repr(tls.attribute(llama, prompt, scope).checks()) for prompt in prompts]
-    prompt_map = tls.attribution_map(llama, PROMPT, scope)
-    many = tls.attribute_many(llama, prompts, scope, progress=False)
-    assert [repr(prompt_map[len(prompt) - 1].checks()) for prompt in prompts] == alone
-    assert [repr(answer.checks()) for answer in many if answer] == alone
+# -- where the linearisation comes from ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("wrt", "of"), [(STREAM, "ln_final"), ("hook_embed", STREAM)])
 @pytest.mark.parametrize("thorough", [False, True])
 def test_between_other_hooks(llama: Any, wrt: str, of: str, thorough: bool) -> None:
     lin = tls.linearize(llama, PROMPT, wrt=wrt, of=of)
-    found = verdicts(Directions()(lin), thorough=thorough)
+    found = verdicts(lin, Directions(), thorough=thorough)
     assert found["linearity"] != "not applicable"
     assert found["leave-one-out"] != "not applicable"
     assert (found["saturation"] == "not applicable") == (of == STREAM)
 
 
 def test_checkpointed(llama: Any) -> None:
-    answers = [tls.attribute(llama, PROMPT, tls.SemanticScope(), checkpoint=c) for c in (True, False)]
-    assert repr(answers[0].checks()) == repr(answers[1].checks())
+    lins = [tls.linearize(llama, PROMPT, checkpoint=c) for c in (True, False)]
+    one, other = (repr(tls.check(lin, tls.SemanticScope())) for lin in lins)
+    assert one == other
 
 
-@pytest.mark.parametrize(
-    "scope", [tls.SemanticScope(), tls.SemanticScope(3, 4, "log_prob"), tls.FisherScope(), tls.HetaScope(probes=2)]
-)
-def test_after_a_journey(llama: Any, scope: tls.Scope) -> None:
-    """What was written down is checked all the same, with the model."""
-    answer = tls.attribute(llama, PROMPT, scope)
-    expected = repr(answer.checks())
-    copies = [pickle.loads(pickle.dumps(answer)), copy.deepcopy(answer), tls.Attribution.from_json(answer.to_json())]
-    for other in copies:
-        assert repr(other.checks(llama)) == expected
-        with pytest.raises(
-            ValueError, match="was read from JSON or a pickle, and its checks run the model again: pass"
-        ):
-            other.checks()
+def test_the_answer_is_the_scopes(llama: Any) -> None:
+    scope, lin = tls.FisherScope(probes=8), tls.linearize(llama, PROMPT)
+    assert torch.equal(tls.check(lin, scope).answer.scores, scope(lin).scores)
+    assert tls.check(lin, scope, without=[2]).answer.positions == (0, 1, *range(3, 8))
 
 
 def test_a_scope_around_another(llama: Any) -> None:
-    """Its scores are no slopes, and what it explains is asked about."""
-    found = tls.attribute(llama, PROMPT, tls.PositionCorrectedScope(tls.SemanticScope())).checks()
+    """Its scores are not slopes, and what it explains is asked about."""
+    found = tls.check(tls.linearize(llama, PROMPT), tls.PositionCorrectedScope(tls.SemanticScope()))
     assert found["linearity"].verdict == "not applicable"
+    assert found["linearity"].finding == "PositionCorrectedScope has no metric of which its scores would be slopes"
     assert "change what is asked about" in found["leave-one-out"].finding
     assert "(standard error)" in found["estimation"].finding
 
 
-def test_a_scope_that_cannot_be_read(llama: Any) -> None:
-    answer = tls.attribute(llama, PROMPT, tls.DirectionScope(torch.ones(zoo.WIDTH)))
-    found = tls.Attribution.from_json(answer.to_json()).checks(llama)
-    assert found["linearity"].verdict == "not applicable"
-    assert "no public scope without tensors" in found["linearity"].finding
-    assert "in KL" in found["leave-one-out"].finding
+@dataclass(frozen=True)
+class Halves(tls.Scope):
+    """A user's own scope, which says everything of itself."""
+
+    def measure(self, lin: tls.Linearization) -> tls.Measurement:
+        return tls.Measurement(lin.embeddings.norm(dim=-1))
+
+    def unit(self, lin: tls.Linearization) -> str:
+        return "norm"
+
+    def metric(self, lin: tls.Linearization) -> Any:
+        return lambda readout, logits: logits[TARGET]
+
+    @property
+    def is_slope(self) -> bool:
+        return False
+
+    @property
+    def depends_on_basis(self) -> bool:
+        return True
+
+    @property
+    def depends_on_mean_logit(self) -> bool:
+        return True
+
+    def estimate(self, answer: tls.Attribution) -> tls.Estimate:
+        return tls.Estimate(0.5, "each score is known to a half")
 
 
-def test_an_answer_that_lost_its_prompt(llama: Any) -> None:
-    """Cut before it was written, it does not know what stood there; cut afterwards it does."""
-    answer = tls.attribute(llama, PROMPT, tls.SemanticScope())
-    with pytest.raises(ValueError, match="lacks the token at position 2, and no longer knows its prompt"):
-        tls.Attribution.from_json(answer.without([2]).to_json()).checks(llama)
-    assert answer.without([2]).checks()["sinks"].verdict == "fine"
+def test_the_checks_go_by_what_a_scope_says() -> None:
+    """A user's own scope gets all that the package's own scopes get."""
+    processed = zoo.llama(zoo.GOLDEN, "bridge")
+    processed.enable_compatibility_mode()
+    found = tls.check(tls.linearize(processed, PROMPT), Halves())
+    assert found["linearity"].finding == "the scores are not slopes of anything at the prompt"
+    assert (found["estimation"].verdict, found["estimation"].finding) == ("look", "each score is known to a half")
+    assert "incomparable with those of unfolded weights" in found["weights"].finding
+    assert "so that the logit is counted from the vocabulary's mean" in found["weights"].finding
 
 
 def patched(value: Tensor, hook: Any) -> Tensor:
@@ -392,36 +400,95 @@ def patched(value: Tensor, hook: Any) -> Tensor:
     return value
 
 
-def test_another_prediction_is_refused(llama: Any) -> None:
-    """Hooks gone, another point, other weights, another model."""
-    scope = tls.SemanticScope(target=TARGET)
-    plain = tls.linearize(llama, PROMPT)
-    with llama.hooks(fwd_hooks=[(STREAM, patched)]), unchanged(llama):
-        inside = tls.attribute(llama, PROMPT, scope)
-        deep = Directions()(tls.linearize(llama, PROMPT, of="blocks.1.hook_mlp_out"))
-        assert len(inside.checks()) == len(deep.checks()) == 6
-        with pytest.raises(ValueError, match=r"computes something else now than for this answer, p\('<"):
-            scope(plain).checks()
-    message = "hooks or weights have changed, or the answer is of another point"
-    with pytest.raises(ValueError, match=message):
-        inside.checks()
-    with pytest.raises(ValueError, match="‖y‖ at 'blocks.1.hook_mlp_out' was"):
-        deep.checks()
-    with pytest.raises(ValueError, match=message):
-        scope(plain.at(0.5 * plain.embeddings)).checks()
-    with pytest.raises(ValueError, match=message):
-        scope(plain).checks(zoo.specimen("bridge qwen2").model)
+QUESTIONS = [tls.check, tls.linearity, lambda lin, scope: tls.sink_report(lin, [scope])]
+
+
+@pytest.mark.parametrize("ask", QUESTIONS, ids=["check", "linearity", "sink_report"])
+def test_another_model_than_then_is_refused(llama: Any, ask: Any) -> None:
+    """Hooks set or gone, other weights, training mode: exactly, and without running the model."""
+    scope, plain = tls.SemanticScope(target=TARGET), tls.linearize(llama, PROMPT)
+    hooks = [(STREAM, patched)]
+    with llama.hooks(fwd_hooks=hooks), unchanged(llama):
+        inside = tls.linearize(llama, PROMPT)
+        ask(inside, scope)
+        with pytest.raises(ValueError, match=f"the hooks at .*'{STREAM}' are not those under which the"):
+            ask(plain, scope)
+    with pytest.raises(ValueError, match=f"the hooks at .*'{STREAM}' are not those under which the"):
+        ask(inside, scope)
+    with llama.hooks(fwd_hooks=hooks):
+        ask(inside, scope)  # the same function again
+    with llama.hooks(fwd_hooks=[(STREAM, lambda value, hook: value)]):
+        with pytest.raises(ValueError, match="are not those under which the model was linearised"):
+            ask(inside, scope)
     shuffled = models.shuffled_weights(llama, torch.Generator().manual_seed(0))
-    with models.exchanged_weights(llama, shuffled), pytest.raises(ValueError, match=message):
-        scope(plain).checks()
-    with pytest.raises(TypeError, match="expected a HookedTransformer or a TransformerBridge, got str"):
-        scope(plain).checks("gpt2")
+    with models.exchanged_weights(llama, shuffled):
+        with pytest.raises(ValueError, match="the weights have changed since the model was linearised"):
+            ask(plain, scope)
+    with torch.no_grad():
+        next(llama.parameters()).add_(0.0)
+    with pytest.raises(ValueError, match="the weights have changed since the model was linearised"):
+        ask(plain, scope)
+
+
+def test_another_point_is_refused(llama: Any) -> None:
+    lin = tls.linearize(llama, PROMPT)
+    moved = lin.at(0.5 * lin.embeddings)
+    for ask in (tls.check, lambda lin, scope: tls.sink_report(lin, [scope])):
+        with pytest.raises(ValueError, match="is of a point that `at` moved to, and this question runs the prompt"):
+            ask(moved, tls.SemanticScope())
+    assert len(tls.check(lin.at(lin.embeddings), tls.SemanticScope())) == 6  # the prompt's own point
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("ask", QUESTIONS[:2], ids=["check", "linearity"])
+def test_what_is_not_a_linearisation_or_a_scope(llama: Any, ask: Any) -> None:
+    with pytest.raises(TypeError, match=r"takes a Linearization, got TransformerBridge: write lin = tls.linearize"):
+        ask(llama, tls.SemanticScope())
+    with pytest.raises(TypeError, match=r"expected a scope such as SemanticScope\(\), got .*SemanticScope\(\)\."):
+        ask(tls.linearize(llama, PROMPT), tls.SemanticScope)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_positions_to_set_aside(llama: Any) -> None:
+    lin = tls.linearize(llama, PROMPT)
+    with pytest.raises(TypeError, match=r"without takes several positions, got 0: write \[0\]"):
+        tls.check(lin, tls.SemanticScope(), without=0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="positions must be integers, got '0'"):
+        tls.check(lin, tls.SemanticScope(), without="0")  # type: ignore[arg-type]
+
+
+def test_how_sure_a_prediction_is() -> None:
+    """1 − p of a prediction whose probability rounds to 1."""
+    model = zoo.SPECIES["native no norm"]().model
+    with torch.no_grad():
+        model.original_model.head.weight.mul_(40)
+    lin = tls.linearize(model, PROMPT)
+    assert lin.log_probs.max().exp() == 1
+    assert re.match(r"p\('<\d+>'\) = 1 − \de-\d\d; replacing", tls.check(lin, tls.FisherScope())["saturation"].finding)
+
+
+def test_a_check_that_cannot_be_made_says_so(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are made all the same; so they are under no_grad."""
+    lin = tls.linearize(llama, PROMPT)
+    expected = repr(tls.check(lin, tls.SemanticScope()))
+    with torch.no_grad():
+        assert repr(tls.check(tls.linearize(llama, PROMPT), tls.SemanticScope())) == expected
+
+    def unreadable(*_: Any) -> None:
+        raise NotImplementedError("quantised weights have no patterns. Load others.")
+
+    monkeypatch.setattr("tl_scopes.diagnostics.checks.attention_mass", unreadable)
+    found = tls.check(lin, tls.SemanticScope())
+    assert (found["sinks"].verdict, found["sinks"].finding) == (
+        "not applicable",
+        "quantised weights have no patterns",
+    )
+    assert all(check.verdict == "fine" for check in found if check.name in ("saturation", "weights"))
 
 
 def test_left_as_found_after_a_failure(llama: Any) -> None:
     """Wherever the model fails on the way, it is as it was."""
-    answer = tls.attribute(llama, PROMPT, tls.FisherScope(probes=8))
-    for calls in range(1, 6):  # to linearise, for attention, at the prompt, a step off it, without tokens
+    for calls in range(2, 6):  # for attention, at the prompt, a step off it, without tokens
         left = [calls]
 
         def fail(value: Tensor, hook: Any, left: list[int] = left) -> None:
@@ -430,77 +497,31 @@ def test_left_as_found_after_a_failure(llama: Any) -> None:
                 raise ZeroDivisionError("the user's hook fails")
 
         with llama.hooks(fwd_hooks=[(STREAM, fail)]):
+            lin = tls.linearize(llama, PROMPT)
             with unchanged(llama), pytest.raises(ZeroDivisionError, match="the user's hook fails"):
-                answer.checks()
+                tls.check(lin, tls.FisherScope(probes=8))
 
 
 def test_an_answer_keeps_neither_model_nor_graph() -> None:
-    """Nor a weight, through a scope that was made from one."""
     model = zoo.SPECIES["bridge llama"]().model
     lin = tls.linearize(model, PROMPT)
-    row = model.unembed.weight[TARGET]
-    assert row.requires_grad or row._base is not None
-    answer = tls.DirectionScope(row)(lin)
-    within = tls.FrozenAttentionScope(tls.DirectionScope(row))(lin)
-    answers = [answer, answer.without([0]), within, *tls.attribution_map(model, PROMPT, tls.FisherScope(probes=4))]
+    answer, checks = (
+        tls.DirectionScope(model.unembed.weight[TARGET], "ln_final")(lin),
+        tls.check(lin, tls.SemanticScope()),
+    )
+    answers = [answer, answer.without([0]), checks, *tls.attribution_map(model, PROMPT, tls.FisherScope(probes=4))]
     kept = [weakref.ref(thing) for thing in (lin.trace, lin, model, next(model.parameters()))]
-    del model, lin, row
+    del model, lin
     gc.collect()
     assert [reference() for reference in kept] == [None] * 4
-    assert answer._origin.scope.direction._base is within._origin.scope.scope.direction._base is None
-    for one in answers:
-        with pytest.raises(
-            ValueError, match=r"has outlived its model, and its checks .* pass it, answer.checks\(model\)"
-        ):
-            one.checks()
-
-
-# -- reading a scope --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "scope",
-    [
-        tls.SemanticScope(" are", 4, "log_prob"),
-        tls.TemperatureScope(of="logits"),
-        tls.FisherScope(rtol=0.1),
-        tls.SpectralScope("effective_rank", rank=3),
-        tls.PathIntegratedScope(3, baseline="mean", start=0.5),
-        tls.HetaScope(mask=3, normalize=True),
-    ],
-)
-def test_a_scope_is_read_as_it_is_written(scope: tls.Scope, llama: Any) -> None:
-    read = read_scope(as_written(scope))
-    assert type(read) is type(scope)
-    assert as_written(read) == as_written(scope)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "load_tiny()",
-        "AttributionMap(answers=(1,))",
-        "SemanticScope(__import__('os'))",
-        "SemanticScope(target=open('file'))",
-        "SemanticScope(target=1, targets=2)",
-        "FisherScope(probes=-1)",
-        "tls.SemanticScope()",
-        "SemanticScope",
-        "DirectionScope(direction=<128 tensor of norm 1>)",
-        "Scope()",
-        "MyScope()",
-        "",
-    ],
-)
-def test_nothing_else_is_read(text: str) -> None:
-    assert read_scope(text) is None
+    assert len(answers) == 3 + len(PROMPT)
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
 def test_the_report(tiny: Any) -> None:
-    checks = tls.attribute(tiny, "The keys to the old cabinet near the door", tls.SemanticScope()).checks()
+    checks = tls.check(tls.linearize(tiny, "The keys to the old cabinet near the door"), tls.SemanticScope())
     title, *lines = repr(checks).splitlines()
     assert title == "Checks of SemanticScope() on tiny, after position 9:"
     assert [line.split()[0] for line in lines] == NAMES
@@ -513,15 +534,3 @@ def test_the_report(tiny: Any) -> None:
     assert len(checks) == len(frame) == 6
     with pytest.raises(KeyError, match="there is no check 'sink': there are sinks, linearity,"):
         checks["sink"]
-
-
-def test_the_card(tiny: Any) -> None:
-    """Every verdict and every finding, with tokens that are no markup."""
-    checks = tls.attribute(tiny, "The keys to the old cabinet near the door", tls.SemanticScope()).checks()
-    html = checks._repr_html_()
-    assert html.count("<tr") == 6
-    assert "<|bos|>" not in html
-    assert "&lt;|bos|&gt;" in html
-    for check in checks:
-        assert check.name in html
-        assert check.verdict in html

@@ -1,31 +1,22 @@
 """Several answers side by side, as a person sees them."""
 
 import re
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 
 import tl_scopes as tls
 from tests.pictures import ARE, IS, NASTY, PROBE, SENTENCE, Reader, answer, browse, needs_browser
 from tl_scopes.views import attribution as card
-from tl_scopes.views.markup import visible
+from tl_scopes.views.markup import Html, visible
 from tl_scopes.views.palette import color
 
 WORDS = list(SENTENCE.str_tokens)
 SECOND = answer(WORDS, [0.1, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1], scope="FisherScope()", target=None, unit="nat")
 BOTH = tls.compare([SENTENCE, SECOND])
-
-
-@pytest.fixture
-def _no_type_checks() -> Iterator[None]:
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_named_by_their_scopes() -> None:
@@ -87,7 +78,7 @@ def test_self_contained(tmp_path: Path) -> None:
     assert "<b>" in reader.text
 
 
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("answers", "error", "message"),
     [
@@ -131,7 +122,7 @@ def test_shares_up_to_the_largest_within_a_scale() -> None:
     assert props["negativeBounds"] == [pytest.approx(-0.3)] * 2
     assert [row[1] for row in props["values"]] == SECOND.share.tolist()
     assert repr(BOTH.show()) == f"LiveView(ColoredTokensMulti: {BOTH!r})"
-    assert "colour: share, white at 0 and full at Positive Bound" in Reader(BOTH.show().frame("")).text
+    assert "colour: share, white at 0 and full at Positive Bound" in Reader(BOTH.show().frame(Html())).text
 
 
 def test_the_texts_stay_where_no_script_runs() -> None:

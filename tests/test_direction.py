@@ -27,16 +27,16 @@ def test_readout(specimen: Specimen) -> None:
     lin = tls.linearize(specimen.model, PROMPT, POSITION)
     J = zoo.oracle(specimen, PROMPT, POSITION, TARGET)["jacobian"][:, : POSITION + 1]
     d = randn(WIDTH)
-    answer = tls.DirectionScope(d)(lin)
+    answer = tls.DirectionScope(d, "ln_final")(lin)
     assert_close(answer.scores, torch.einsum("k,ktd->td", d, J).norm(dim=-1), **EXACT)
-    assert_close(tls.DirectionScope(-2 * d)(lin).scores, 2 * answer.scores, **EXACT)
+    assert_close(tls.DirectionScope(-2 * d, "unembed.hook_in")(lin).scores, 2 * answer.scores, **EXACT)
 
 
 def test_in_the_middle(specimen: Specimen) -> None:
     """The gradient of dᵀy by finite differences, y in the middle of the network: its length is the score."""
     lin = tls.linearize(specimen.model, PROMPT, POSITION, of=HOOK)
     d = randn(WIDTH)
-    answer = tls.DirectionScope(d)(lin)
+    answer = tls.DirectionScope(d, HOOK)(lin)
     steepest = lin.vjp(d[None])[0]
     steepest = steepest / steepest.norm(dim=-1, keepdim=True)
     h = 1e-5
@@ -52,26 +52,26 @@ def test_unembedding_difference(specimen: Specimen) -> None:
     lin = tls.linearize(specimen.model, PROMPT, POSITION)
     rows = lin.logits_vjp(torch.eye(len(lin.logits), dtype=torch.float64)[[TARGET, VERSUS]])
     semantic = tls.SemanticScope(TARGET, VERSUS)(lin)
-    assert_close(tls.DirectionScope(rows[0] - rows[1])(lin).scores, semantic.scores, **EXACT)
+    assert_close(tls.DirectionScope(rows[0] - rows[1], "ln_final")(lin).scores, semantic.scores, **EXACT)
 
 
 def test_linear_probe(specimen: Specimen) -> None:
     """A trainable weight is a direction as well, in whatever precision, and gets no gradient."""
     probe = torch.nn.Linear(WIDTH, 1)
     lin = tls.linearize(specimen.model, PROMPT, POSITION, of=HOOK)
-    answer = tls.DirectionScope(probe.weight[0], name="plural")(lin)
-    assert_close(answer.scores, tls.DirectionScope(probe.weight[0].detach().double())(lin).scores, rtol=0, atol=0)
+    answer = tls.DirectionScope(probe.weight[0], HOOK, name="plural")(lin)
+    assert_close(answer.scores, tls.DirectionScope(probe.weight[0].detach().double(), HOOK)(lin).scores, rtol=0, atol=0)
     assert answer.unit == "plural per unit of embedding norm"
     assert probe.weight.grad is None
     assert not answer.scores.requires_grad
 
 
 def test_as_it_is_written() -> None:
-    scope = tls.DirectionScope(torch.ones(4))
-    assert repr(scope) == "DirectionScope(direction=<4 tensor of norm 2>)"
+    scope = tls.DirectionScope(torch.ones(4), HOOK)
+    assert repr(scope) == f"DirectionScope(direction=<4 tensor of norm 2>, hook='{HOOK}')"
     lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, of=HOOK)
-    answer = tls.DirectionScope(torch.ones(WIDTH, dtype=torch.long), name="sum")(lin)
-    assert answer.scope == "DirectionScope(direction=<16 tensor of norm 4>, name='sum')"
+    answer = tls.DirectionScope(torch.ones(WIDTH, dtype=torch.long), HOOK, name="sum")(lin)
+    assert answer.scope == f"DirectionScope(direction=<16 tensor of norm 4>, hook='{HOOK}', name='sum')"
     assert answer.target is None
     assert answer.predictions == ()
     assert tls.Attribution.from_json(answer.to_json()).scope == answer.scope
@@ -106,7 +106,7 @@ def hooked(sae: Any) -> Any:
 @pytest.mark.parametrize("feature", [0, 17])
 def test_sae_feature(hooked: Any, sae: Any, feature: int) -> None:
     """An encoder row: the gradient of the feature's pre-activation wᵀy + b, active or not, by autograd alone."""
-    scope = tls.DirectionScope(sae.W_enc[:, feature], name=f"feature {feature}")
+    scope = tls.DirectionScope(sae.W_enc[:, feature], HOOK, name=f"feature {feature}")
     answer = scope(tls.linearize(hooked, PROMPT, of=HOOK))
     seen: list[Tensor] = []
     embeddings = hooked.embed(torch.tensor([PROMPT])).detach().requires_grad_()
@@ -122,10 +122,10 @@ def test_sae_feature(hooked: Any, sae: Any, feature: int) -> None:
 
 def test_attached_sae(hooked: Any, sae: Any) -> None:
     """With the autoencoder in the model, a unit vector at its own hook asks the same of the same feature."""
-    alone = tls.DirectionScope(sae.W_enc[:, 17])(tls.linearize(hooked, PROMPT, of=HOOK))
+    alone = tls.DirectionScope(sae.W_enc[:, 17], HOOK)(tls.linearize(hooked, PROMPT, of=HOOK))
     with hooked.saes(saes=[sae]):
-        lin = tls.linearize(hooked, PROMPT, of=f"{HOOK}.hook_sae_acts_pre")
-        attached = tls.DirectionScope(torch.eye(40)[17])(lin)
+        hook = f"{HOOK}.hook_sae_acts_pre"
+        attached = tls.DirectionScope(torch.eye(40)[17], hook)(tls.linearize(hooked, PROMPT, of=hook))
     assert_close(attached.scores, alone.scores, **EXACT)
 
 
@@ -135,25 +135,97 @@ def test_attached_sae(hooked: Any, sae: Any) -> None:
 @pytest.mark.parametrize(
     ("direction", "error", "message"),
     [
-        ([1.0, 2.0], TypeError, r"a direction is a tensor \[d_of\], got list: pass torch.as_tensor"),
+        (
+            [1.0, 2.0],
+            TypeError,
+            r"a direction must be a tensor of the shape \[d_of\], got list: torch.as_tensor makes one",
+        ),
         (np.ones(16), TypeError, "got ndarray"),
         (torch.ones(2, 16), ValueError, r"one vector \[d_of\], got the shape \[2, 16\]: ask once for each"),
         (torch.tensor(1.0), ValueError, r"one vector \[d_of\], got the shape \[\]"),
         (torch.zeros(16), ValueError, r"the direction is zero \(16 entries\)"),
-        (torch.tensor([1.0, torch.inf]), ValueError, "NaN or infinite entries"),
+        (torch.tensor([1.0, torch.inf]), ValueError, "a direction must be finite, got NaN or infinite entries"),
         (torch.tensor([1.0, torch.nan]), ValueError, "NaN or infinite entries"),
+        (torch.ones(16) + 1j, ValueError, "a direction must be real, got torch.complex64, whose imaginary part would"),
+        (torch.ones(16).to_sparse(), ValueError, r"a dense tensor, got one of the layout torch.sparse_coo: call .to_d"),
+        (torch.ones(16, device="meta"), ValueError, "a direction must have values, got a tensor on the meta device"),
     ],
 )
 def test_bad_directions(direction: Any, error: type[Exception], message: str) -> None:
     jaxtyping.config.update("jaxtyping_disable", True)
     try:
         with pytest.raises(error, match=message):
-            tls.DirectionScope(direction)
+            tls.DirectionScope(direction, HOOK)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_wrong_width() -> None:
     lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, of=HOOK)
-    with pytest.raises(ValueError, match=f"direction has 3 entries, the value at '{HOOK}' has 16: linearise with `of`"):
-        tls.DirectionScope(torch.ones(3))(lin)
+    with pytest.raises(ValueError, match=f"direction has 3 entries, the value at '{HOOK}' has 16: name the hook where"):
+        tls.DirectionScope(torch.ones(3), HOOK)(lin)
+
+
+@pytest.mark.usefixtures("no_type_checks")
+@pytest.mark.parametrize("hook", [None, 3])
+def test_a_direction_without_a_hook(hook: Any) -> None:
+    message = rf"belongs to the hook where it was found, named by a str, got hook={hook}: write DirectionScope\(dire"
+    with pytest.raises(TypeError, match=message):
+        tls.DirectionScope(torch.ones(WIDTH), hook)
+
+
+def test_a_direction_of_another_hook() -> None:
+    """All hooks of the stream are equally wide: the width says nothing about where a direction was found."""
+    model, scope = zoo.specimen("bridge llama").model, tls.DirectionScope(torch.ones(WIDTH), HOOK)
+    message = (
+        f"the direction belongs to '{HOOK}', and the linearisation ends at 'ln_final': linearise with of='{HOOK}', or, "
+        r"if the direction was found there, write DirectionScope\(direction, 'ln_final'\)"
+    )
+    for ask in (
+        lambda: tls.attribute(model, PROMPT, scope),
+        lambda: tls.attribution_map(model, PROMPT, scope),
+        lambda: list(tls.attribute_many(model, [PROMPT], scope, on_error="raise")),
+        lambda: scope(tls.linearize(model, PROMPT)),
+        lambda: tls.linearity(tls.linearize(model, PROMPT), scope),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
+    expected = scope(tls.linearize(model, PROMPT, of=HOOK)).scores
+    assert_close(tls.attribute(model, PROMPT, scope, of=HOOK).scores, expected, **EXACT)
+    assert_close(tls.attribution_map(model, PROMPT, scope, of=HOOK)[-1].scores, expected, **EXACT)
+
+
+def test_no_imaginary_part_is_lost(no_type_checks: None) -> None:
+    """In cotangents, tangents, embeddings, functions of the logits, and what a user's own scope gives."""
+    lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT)
+    cotangents, tangents = torch.ones(1, WIDTH) + 1j, lin.embeddings[None] + 1j
+
+    class Own(tls.JacobianScope):
+        def cotangents(self, lin: tls.Linearization) -> Tensor:
+            return cotangents
+
+        def unit(self, lin: tls.Linearization) -> str:
+            return "none"
+
+    class Scores(Own):
+        def measure_many(self, lins: Any) -> list[tls.Measurement]:
+            return [tls.Measurement(torch.ones(len(PROMPT)) + 1j)]
+
+    class Detail(Own):
+        def measure_many(self, lins: Any) -> list[tls.Measurement]:
+            return [tls.Measurement(torch.ones(len(PROMPT)), {"phase": torch.ones(len(PROMPT)) + 1j})]
+
+    for ask, what in (
+        (lambda: lin.vjp(cotangents), "cotangents must be real, got torch.complex64"),
+        (lambda: lin.squared_norms(cotangents), "cotangents must be real, got torch.complex64"),
+        (lambda: lin.jvp(tangents), "tangents must be real, got torch.complex128"),
+        (lambda: lin.logits_jvp(cotangents), "tangents must be real, got torch.complex64"),
+        (lambda: lin.logits_vjp(lin.logits[None] * 1j), "cotangents must be real, got torch.complex128"),
+        (lambda: lin.at(tangents[0]), "embeddings must be real, got torch.complex128"),
+        (lambda: lin.cotangent(lambda logits: logits.sum() * 1j), "one finite number, a real tensor, got tensor"),
+        (lambda: Own()(lin), "the cotangents of .*Own.* must be real, got torch.complex64"),
+        (lambda: Scores()(lin), "the scores of .*Scores.* must be real, got torch.complex64"),
+        (lambda: Detail()(lin), "the detail 'phase' of .*Detail.* must be real, got torch.complex64"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            ask()

@@ -219,7 +219,7 @@ def test_tangents_go_in_batches(model: Any, monkeypatch: pytest.MonkeyPatch, tog
         sizes.append(len(some))
         return products(output, leaf, some, **options)
 
-    monkeypatch.setattr(pullback, "batch_size", lambda *_: together)
+    zoo.batches_of(monkeypatch, together)
     monkeypatch.setattr(pullback, "products", watch)
     assert_close(lin.jvp(tangents), whole)
     assert max(sizes) == together

@@ -13,8 +13,7 @@ import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
 from tl_scopes.jacobian import randomness
-from tl_scopes.jacobian.fisher_information import fisher_information, fisher_root
-from tl_scopes.scopes.fisher import leading_part, remainder_probes
+from tl_scopes.jacobian.fisher_information import fisher_information, fisher_root, leading_part, remainder_probes
 from tl_scopes.tiny.tasks import examples
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -102,8 +101,8 @@ def test_leading_part_leaves_a_remainder(lin: tls.Linearization) -> None:
 
 def test_probes_have_the_remainder_for_covariance(lin: tls.Linearization) -> None:
     """E[v vᵀ] = F − LᵀL, so the estimate is unbiased whatever Q is."""
-    Q, L = leading_part(lin, 2, generator())
-    v = remainder_probes(lin, 20_000, Q, L, generator(1))
+    _, L = leading = leading_part(lin, 2, generator())
+    v = remainder_probes(lin, 20_000, leading, generator(1))
     remainder = fisher_information(lin) - L.T @ L
     assert (v.T @ v / len(v) - remainder).norm() < 0.05 * remainder.norm()
 
@@ -179,9 +178,9 @@ def estimates(tiny: Any) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         gram = torch.einsum("ktd,ltd->tkl", J, J)
         scores, errors = [], []
         for seed in range(200):
-            leading, random, _ = tls.FisherScope(probes=32, generator=generator(seed))._parts(lin)
-            sums, draws = (torch.einsum("pk,tkl,pl->pt", c, gram, c) for c in (leading, random))
-            n = len(random)
+            split = tls.FisherScope(probes=32, generator=generator(seed))._split(lin)
+            sums, draws = (torch.einsum("pk,tkl,pl->pt", c, gram, c) for c in (split.L, split.v))
+            n = len(draws)
             scores.append(sums.sum(0) + draws.mean(0))
             errors.append(draws.std(0) / n**0.5 * ((n - 1) / (n - 3)) ** 0.5)
         answer = tls.FisherScope(probes=32, generator=generator(0))(lin)

@@ -1,5 +1,6 @@
 """HETA's three terms are what their equations say, on every kind of model with attention, in float64."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -89,6 +90,30 @@ def test_curvature_of_the_dense_hessian(specimen: Specimen, lin: tls.Linearizati
     assert_close(found, torch.einsum("tde,pte->ptd", blocks, directions).abs().sum(-1), **EXACT)
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 1e-2)])
+def test_curvature_of_a_sure_prediction(dtype: torch.dtype, rtol: float) -> None:
+    """‖H_ii r‖₁ of the log-probability keeps its digits where 1 − p rounds to nothing: of log(1 + Σ exp(z_u − z_v))."""
+    with zoo.Float64():
+        exact = zoo.SPECIES["native layer norm"]()
+        for head in (exact.plain.head, exact.model.original_model.head):
+            torch.nn.init.zeros_(head.bias)
+            head.weight.data *= 200
+        lin = tls.linearize(exact.model.to(dtype), PROMPT, POSITION)
+        v = int(lin.logits.argmax())
+
+        def log_p(delta: Tensor) -> Tensor:
+            logits = exact.forward(IDS, delta)[1][POSITION]
+            return -torch.log1p((torch.cat([logits[:v], logits[v + 1 :]]) - logits[v]).exp().sum())
+
+        zeros = torch.zeros(len(IDS), WIDTH, dtype=torch.float64)
+        assert -1e-16 < log_p(zeros) < 0
+        blocks = torch.autograd.functional.hessian(log_p, zeros).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    signs = torch.randint(0, 2, (3, len(IDS), WIDTH), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+    (found,) = block_norms([lin], [lin.token(v)], [signs])
+    expected = torch.einsum("tde,pte->ptd", blocks, signs).abs().sum(-1)
+    assert_close(found, expected, rtol=rtol, atol=0.0)
+
+
 def test_curvature_is_unbiased() -> None:
     """S scatters about the mean over all 2^16 sign vectors as its standard error says, over tokens and seeds."""
     with zoo.Float64():
@@ -112,8 +137,7 @@ def test_batches_change_no_number(some_lin: tls.Linearization, monkeypatch: pyte
     """The batch size is about memory alone."""
     scope = tls.HetaScope(TARGET, probes=2)
     whole = scope(some_lin)
-    monkeypatch.setattr("tl_scopes.jacobian.curvature._WORKING_BYTES_OF_CPU", 1)
-    monkeypatch.setattr("tl_scopes.jacobian.pullback._WORKING_BYTES_OF_CPU", 1)
+    zoo.batches_of(monkeypatch, 1)
     alone = scope(some_lin)
     for term in ("scores", "M", "S", "I"):
         assert_close(getattr(alone, term), getattr(whole, term), **EXACT)
@@ -349,8 +373,11 @@ def test_left_as_found(species: str) -> None:
         model(IDS[None])
         with unchanged(model):
             scope(tls.linearize(model, PROMPT))
+        passes = iter(range(9))
+        model.hook_dict["blocks.1.hook_resid_pre"].add_hook(
+            lambda value, hook: failing(value, hook) if next(passes) else None
+        )
         lin = tls.linearize(model, PROMPT)
-        model.hook_dict["blocks.1.hook_resid_pre"].add_hook(failing)
         with unchanged(model), pytest.raises(ZeroDivisionError):
             scope(lin)
 
@@ -380,7 +407,7 @@ def _no_type_checks() -> Iterator[None]:
     [
         ({"beta": -1.0}, "beta is the weight of a term, a number from 0 on, got -1.0"),
         ({"gamma": float("nan")}, "gamma is the weight of a term, a number from 0 on, got nan"),
-        ({"gamma": "much"}, "gamma is the weight of a term, a number from 0 on, got 'much'"),
+        ({"gamma": math.inf}, "gamma is the weight of a term, a number from 0 on, got inf"),
         ({"beta": 0, "gamma": 0}, "beta and gamma are both 0"),
         ({"probes": 0}, "probes is a number of random directions per token, 1 at least, got 0"),
         ({"probes": True}, "1 at least, got True"),
@@ -389,6 +416,21 @@ def _no_type_checks() -> Iterator[None]:
 )
 def test_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        tls.HetaScope(**options)
+
+
+@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": "much"}, "gamma is the weight of a term, a number from 0 on, got 'much'"),
+        ({"beta": "0.5"}, "beta is the weight of a term, a number from 0 on, got '0.5'"),
+        ({"beta": True}, "beta is the weight of a term, a number from 0 on, got True"),
+        ({"normalize": "no"}, "normalize is True or False, got 'no'"),
+    ],
+)
+def test_options_of_another_type(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         tls.HetaScope(**options)
 
 
@@ -427,11 +469,10 @@ def test_masks_that_overflow(llama: Any) -> None:
 def test_another_prediction(llama: Any) -> None:
     """M and I would be of the model as it is now, S of the model as it was."""
     lin = tls.linearize(llama, PROMPT)
-    message = "predicts something else now than where it was linearised, logits differ by up to"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="is of a point that `at` moved to"):
         tls.HetaScope()(lin.at(lin.embeddings * 0.5))
     cut = [("blocks.1.hook_resid_pre", lambda value, hook: value / 2)]
-    with llama.hooks(fwd_hooks=cut), pytest.raises(ValueError, match=message):
+    with llama.hooks(fwd_hooks=cut), pytest.raises(ValueError, match="are not those under which the model was"):
         tls.HetaScope()(lin)
 
 

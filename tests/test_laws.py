@@ -13,8 +13,10 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
-from tl_scopes.jacobian.fisher_information import fisher_information
-from tl_scopes.jacobian.pullback import pull, pulls
+from tl_scopes.jacobian.fisher_information import fisher_information, leading_part, remainder_probes
+from tl_scopes.jacobian.metric import LocalMetric
+from tl_scopes.jacobian.pullback import near_one, power_of_two, pull, pulls
+from tl_scopes.jacobian.softmax import balanced, deviations, left_open, log_prob
 
 POSITION, TARGET = 5, 7
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -92,7 +94,7 @@ def test_batches_change_no_number(lin: tls.Linearization, monkeypatch: pytest.Mo
     cotangents = randn(5, len(lin.readout))
     tangents = randn(5, *lin.embeddings.shape)
     whole, pushed = lin.vjp(cotangents), lin.jvp(tangents)
-    monkeypatch.setattr("tl_scopes.jacobian.pullback._WORKING_BYTES_OF_CPU", 1)
+    zoo.batches_of(monkeypatch, 1)
     assert_close(lin.vjp(cotangents), whole, **EXACT)
     assert_close(lin.jvp(tangents), pushed, **EXACT)
     dealt = pulls([0], lin.trace.places, [cotangents])
@@ -174,7 +176,7 @@ def test_semantic_is_the_steepest_change(lin: tls.Linearization) -> None:
 
 def test_temperature_of_the_logits(lin: tls.Linearization) -> None:
     """of="logits" is the gradient of the spread of the logits, unchanged by a common shift of them."""
-    answer = tls.TemperatureScope(of="logits")(lin)
+    answer = tls.TemperatureScope(norm="logits")(lin)
     spread = lin.cotangent(lambda z: (z + 5 * z[0] - (z + 5 * z[0]).mean()).std(correction=0))
     assert_close(answer.scores, lin.vjp(spread[None])[0].norm(dim=-1), **EXACT)
 
@@ -218,3 +220,172 @@ def test_nothing_runs_after_the_position(specimen: Specimen) -> None:
         for handle in handles:
             handle.remove()
     assert seen == {"hook_embed": POSITION + 1, "unembed.hook_out": 1}
+
+
+# -- sure predictions, small and large numbers ------------------------------------------------------------------------
+
+SURE = ["native no norm", "bridge llama"]
+
+
+def sure(species: str, dtype: torch.dtype = torch.float64, margin: float = 50.0) -> Any:
+    """A model whose most likely token is ahead by so many nats, so that float64 rounds 1 − p to 0."""
+    model = zoo.SPECIES[species]().model
+    first, second = model(torch.tensor([PROMPT]))[0, -1].topk(2).values.tolist()
+    with torch.no_grad():
+        head = model.original_model.head if "native" in species else model.original_model.lm_head
+        head.weight.mul_(margin / (first - second))
+    return model.to(dtype).eval()
+
+
+def outer_products(lin: tls.Linearization) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """p, the rows (w_u − w_v) J counted from the most likely token's, and that token v: no 1 − p is taken."""
+    v = int(lin.logits.argmax())
+    G = lin.logits_jvp(torch.eye(len(lin.readout), dtype=torch.float64)).T
+    return lin.log_probs.exp(), torch.einsum("vk,ktd->vtd", G - G[v], lin.as_matrix()), v
+
+
+@pytest.mark.parametrize("species", SURE)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 5e-3)])
+def test_what_a_sure_prediction_leaves_open(species: str, dtype: torch.dtype, rtol: float) -> None:
+    """1 − p rounds to 0 there; the slopes of log p, F, and the singular values of √F J keep their digits."""
+    with zoo.Float64():
+        exact, lin = (tls.linearize(sure(species, of), PROMPT) for of in (torch.float64, dtype))
+        p, rows, v = outer_products(exact)
+    assert exact.log_probs[v] == 0
+    assert 0 < left_open(p) < 1e-16
+    close = {"rtol": rtol, "atol": 0.0, "check_dtype": False}
+    slope = tls.SemanticScope(v, quantity="log_prob")(lin)
+    assert_close(slope.scores, torch.einsum("v,vtd->td", p, rows).norm(dim=-1), **close)
+    weighted = p.sqrt()[:, None, None] * (rows - torch.einsum("v,vtd->td", p, rows))
+    fisher = weighted.square().sum((0, 2))
+    for scope in (tls.FisherScope(exact=True), tls.FisherScope(), tls.FisherScope(rtol=0.1), tls.FisherScope(rank=16)):
+        assert_close(scope(lin).scores, fisher, **close)
+    sigma = torch.linalg.svdvals(weighted.transpose(0, 1)).T
+    for statistic, expected in (
+        ("largest", sigma[0]),
+        ("frobenius", sigma.square().sum(0).sqrt()),
+        ("effective_rank", sigma.square().sum(0) ** 2 / sigma.pow(4).sum(0)),
+    ):
+        assert_close(tls.SpectralScope(statistic, "distribution")(lin).scores, expected, **close)  # type: ignore[arg-type]
+    path = tls.PathIntegratedScope(v, quantity="log_prob", steps=2, start=0.999)(lin)
+    expected = (0.001 * exact.embeddings * torch.einsum("v,vtd->td", p, rows)).norm(dim=-1)
+    assert_close(path.scores, expected, rtol=0.2, atol=0.0, check_dtype=False)
+    assert path.signed.any()
+
+
+@pytest.mark.parametrize("species", SURE)
+def test_estimates_of_a_sure_prediction(species: str) -> None:
+    """The random draws and the leading directions have F for covariance there as well."""
+    with zoo.Float64():
+        lin = tls.linearize(sure(species), PROMPT)
+        _, rows, _ = outer_products(lin)
+        fisher, leading = fisher_information(lin), leading_part(lin, 3, torch.Generator().manual_seed(0))
+        draws = remainder_probes(lin, 20_000, leading, torch.Generator().manual_seed(1))
+        pushed = torch.einsum("kj,ktd->jtd", fisher, lin.as_matrix())
+    trace = torch.einsum("jtd,jtd->t", pushed, lin.as_matrix())
+    assert_close(trace, tls.FisherScope(exact=True)(lin).scores, rtol=1e-7, atol=0.0)
+    remainder = fisher - leading[1].T @ leading[1]
+    assert (draws.T @ draws / len(draws) - remainder).norm() < 0.05 * fisher.norm()
+    assert rows.any()
+
+
+@pytest.mark.parametrize("sure", [1.0, 40.0])
+def test_the_softmax_by_hand(sure: float) -> None:
+    """log p and its first two derivatives, Σ p = 1, and deviations from the mean, for every target."""
+    logits = sure * torch.tensor([0.3, -1.0, 2.0, 1.0, -torch.inf], dtype=torch.float64)
+    p = logits.softmax(-1)
+    for target in range(4):
+        z = logits.clone().requires_grad_()
+        value = log_prob(z, target)
+        assert_close(value, logits.log_softmax(-1)[target])
+        (slope,) = torch.autograd.grad(value, z, create_graph=True)
+        expected = -p
+        expected[target] = sum(p[u] for u in range(5) if u != target)
+        assert_close(slope, expected, rtol=1e-12, atol=0.0)
+        (bent,) = torch.autograd.grad(slope[0], z)
+        assert_close(bent[1], p[0] * p[1], rtol=1e-12, atol=0.0)
+    x = torch.tensor([1.0, 5.0, 2.0, -1.0, 7.0], dtype=torch.float64)
+    mean = 2 + sum(p[u] * (x[u] - 2) for u in range(5))
+    assert_close(deviations(p, x)[[0, 1, 3]], (x - mean)[[0, 1, 3]])
+    assert_close(deviations(p, x)[2], -sum(p[u] * (x[u] - 2) for u in range(5)), rtol=1e-12, atol=0.0)
+    assert deviations(p, logits).isfinite().all()
+    found = balanced(p, torch.stack([x, x]))
+    assert_close(found[:, [0, 1, 3, 4]], torch.stack([x, x])[:, [0, 1, 3, 4]])
+    assert_close(found.sum(-1), torch.zeros(2, dtype=torch.float64))
+    assert_close(left_open(p), p[0] + p[1] + p[3])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-25, 1e25, 1e35])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sizes_that_a_square_would_not_survive(size: float, dtype: torch.dtype) -> None:
+    """Whatever the length of a direction, scores are in proportion to it, in float32 and below."""
+    lin = tls.linearize(zoo.llama(zoo.GOLDEN, "bridge", dtype), PROMPT)
+    c = torch.randn(2, len(lin.readout), generator=torch.Generator().manual_seed(0))
+    factor = power_of_two(size)
+    assert_close(lin.squared_norms(factor * c), factor**2 * lin.squared_norms(c), rtol=0, atol=0)
+    assert_close(lin.vjp(factor * c), factor * lin.vjp(c), rtol=0, atol=0)
+    x = torch.randn(2, *lin.embeddings.shape, generator=torch.Generator().manual_seed(1))
+    assert_close(lin.jvp(factor * x), factor * lin.jvp(x), rtol=0, atol=0)
+    one = tls.DirectionScope(c[0], "ln_final")(lin).scores
+    other = tls.DirectionScope(factor * c[0], "ln_final")(lin).scores
+    assert_close(other.double() / factor, one.double(), rtol=1e-6, atol=0.0)
+
+
+def test_in_float16_a_small_slope_survives() -> None:
+    """1 − p is below the smallest number of float16, and its slopes are those of float32."""
+    scores = {}
+    for dtype in (torch.float16, torch.float32):
+        model = zoo.llama(zoo.GOLDEN, "bridge", torch.float16)
+        with torch.no_grad():
+            model.original_model.lm_head.weight.mul_(10)
+        lin = tls.linearize(model.to(dtype), PROMPT)
+        assert 0 < left_open(lin.log_probs.exp()) < 6e-8
+        target = int(lin.logits.argmax())
+        scope = tls.SemanticScope(target, quantity="log_prob")
+        q = LocalMetric(lin, scope.metric(lin))
+        scores[dtype] = scope(lin).scores, q.gradient.norm(dim=-1)
+    for half, full in zip(scores[torch.float16], scores[torch.float32], strict=True):
+        half, full = (values / left for values, left in ((half, half.sum()), (full, full.sum())))
+        assert_close(half, full, rtol=0.1, atol=1e-3, check_dtype=False)
+
+
+def test_near_one() -> None:
+    """A power of two, and a norm between 1 and 2; zeros, and what is not finite, stay as they are."""
+    vectors = torch.tensor([[3e-30, 4e-30], [0.0, 0.0], [3e30, 4e30], [torch.inf, 1.0], [1.0, 0.0]])
+    units, scales = near_one(vectors)
+    assert_close(units * torch.tensor(scales)[:, None].double(), vectors.double(), rtol=0, atol=0)
+    norms = units.norm(dim=-1)
+    assert ((norms >= 1) & (norms < 2))[[0, 2, 4]].all()
+    assert (scales[1], scales[3], scales[4]) == (1.0, 1.0, 1.0)
+    assert power_of_two(5e-324) == 5e-324
+
+
+# -- torch's own checks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check_nan", [True, False])
+def test_under_detect_anomaly(check_nan: bool) -> None:
+    """Its checks have no batching rules: cotangents go back one by one, and the numbers are the same."""
+    model = zoo.specimen("bridge llama").model
+    scopes = [
+        tls.SemanticScope(TARGET),
+        tls.FisherScope(),
+        tls.SpectralScope(rank=2),
+        tls.HetaScope(TARGET, probes=2),
+        tls.PathIntegratedScope(TARGET, steps=40),
+    ]
+
+    def ask() -> list[torch.Tensor]:
+        lin = tls.linearize(model, PROMPT, POSITION)
+        maps = [tls.attribution_map(model, PROMPT[:4], scope)[-1].scores for scope in scopes[:2]]
+        radii = [tls.linearity(lin, scope, positions=[1], directions=1).radius for scope in scopes[:2]]
+        checks = [tls.check(lin, scope) for scope in scopes[:2]]
+        assert all(check.verdict != "not applicable" for found in checks for check in list(found)[1:4])
+        return [*(scope(lin).scores for scope in scopes), *maps, *radii]
+
+    with zoo.Float64():
+        expected = ask()
+        with torch.autograd.detect_anomaly(check_nan=check_nan):
+            found = ask()
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-7, atol=1e-9)

@@ -19,7 +19,7 @@ from tests.zoo import PROMPT, VOCAB, Specimen
 from tl_scopes import models
 from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
 from tl_scopes.jacobian import curvature
-from tl_scopes.jacobian.metric import LocalObservable, Rays
+from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.tiny.tasks import examples
 
 POSITION, TARGET = 5, 7
@@ -121,20 +121,20 @@ SCOPES = {
     "logit": tls.SemanticScope(target=TARGET),
     "log_prob": tls.SemanticScope(target=TARGET, versus=3, quantity="log_prob"),
     "sure": tls.SemanticScope(quantity="log_prob"),
-    "spread": tls.TemperatureScope(of="logits"),
+    "spread": tls.TemperatureScope(norm="logits"),
     "norm": tls.TemperatureScope(),
     "fisher": tls.FisherScope(exact=True),
     "directions": Directions(2),
     "readout": tls.SpectralScope("frobenius"),
-    "distribution": tls.SpectralScope("frobenius", of="distribution"),
+    "distribution": tls.SpectralScope("frobenius", space="distribution"),
 }
 
 
-def local(specimen: Specimen, name: str) -> LocalObservable:
+def local(specimen: Specimen, name: str) -> LocalMetric:
     lin = tls.linearize(specimen.model, PROMPT, POSITION)
-    observable = SCOPES[name].observable(lin)
-    assert observable is not None
-    return LocalObservable(lin, observable)
+    metric = SCOPES[name].metric(lin)
+    assert metric is not None
+    return LocalMetric(lin, metric)
 
 
 def some_rays(count: int = 2) -> Rays:
@@ -164,15 +164,15 @@ def test_what_is_no_slope(specimen: Specimen) -> None:
     """A path's contributions add up to a change of q, and HETA's curvature is that of q."""
     lin = tls.linearize(specimen.model, PROMPT, POSITION)
     path = tls.PathIntegratedScope(target=TARGET, versus=3, start=0.5)
-    q, answer = LocalObservable(lin, path.observable(lin)), path(lin)
+    q, answer = LocalMetric(lin, path.metric(lin)), path(lin)
     change = q.value - q.values(0.5 * lin.embeddings[None])[0]
     assert_close(change, torch.tensor([answer.value - answer.baseline_value], dtype=torch.float64), **EXACT)
 
-    q, t, h = LocalObservable(lin, tls.HetaScope(target=TARGET).observable(lin)), 2, 1e-5
+    q, t, h = LocalMetric(lin, tls.HetaScope(target=TARGET).metric(lin)), 2, 1e-5
     r = randn(1, POSITION + 1, zoo.WIDTH)
     step = torch.zeros_like(lin.embeddings)
     step[t] = h * r[0, t]
-    after, before = (LocalObservable(lin.at(lin.embeddings + s * step), q.function).gradient[t] for s in (1, -1))
+    after, before = (LocalMetric(lin.at(lin.embeddings + s * step), q.function).gradient[t] for s in (1, -1))
     (norms,) = curvature.block_norms([lin], [lin.token(TARGET)], [r])
     assert_close(norms[0, t], ((after - before) / (2 * h)).abs().sum(), rtol=1e-5, atol=1e-7)
 
@@ -193,7 +193,7 @@ def test_curvature(specimen: Specimen) -> None:
     around = lin.at_each(lin.embeddings + h * torch.cat([u, -u]))
     for name in ("logit", "sure", "spread", "norm"):
         q = local(specimen, name)
-        gradients = torch.stack([LocalObservable(other, q.function).gradient for other in around])
+        gradients = torch.stack([LocalMetric(other, q.function).gradient for other in around])
         expected = (gradients * torch.cat([u, -u])).sum((1, 2)).reshape(2, -1).sum(0) / (2 * h)
         found = q.curvatures(rays)
         assert found is not None
@@ -239,6 +239,19 @@ def test_embedding_matrix(specimen: Specimen) -> None:
 SOME = ["bridge gpt2", "bridge mamba", "native soft cap", *(["hooked layer norm"] if zoo.HookedTransformer else [])]
 
 
+def linearity(
+    model: Any,
+    prompt: Any,
+    scope: tls.Scope,
+    position: int = -1,
+    wrt: str = "hook_embed",
+    of: str = "ln_final",
+    **options: Any,
+) -> tls.LinearityReport:
+    """The report of one prompt."""
+    return tls.linearity(tls.linearize(model, prompt, position, wrt=wrt, of=of), scope, **options)
+
+
 @pytest.fixture(params=SOME)
 def some_specimen(request: pytest.FixtureRequest) -> Iterator[Specimen]:
     """A few kinds of model, for what is long and depends on the kind through the parts above alone."""
@@ -254,14 +267,14 @@ def test_a_linear_model_has_no_linearity_error(some_specimen: Specimen) -> None:
     names = some_specimen.model.hook_dict
     of = "blocks.0.hook_resid_pre" if "blocks.0.hook_resid_pre" in names else "blocks.0.hook_in"
     for scope in (Directions(), Directions(2)):
-        report = tls.linearity(some_specimen.model, PROMPT, scope, of=of, **FEW)
+        report = linearity(some_specimen.model, PROMPT, scope, of=of, **FEW)
         assert (report.radius == torch.inf).all()
         assert (report.joint_radius == torch.inf).all()
         assert report.joint_error.max() < 1e-9
         assert report.error.max() < 1e-9
         assert report.reaches_a_token.all()
         assert not report.saturated
-    assert (tls.linearity(some_specimen.model, PROMPT, Directions(), of=of, **FEW).predicted_radius == torch.inf).all()
+    assert (linearity(some_specimen.model, PROMPT, Directions(), of=of, **FEW).predicted_radius == torch.inf).all()
 
 
 def test_curvature_predicts_the_radius_of_a_small_tolerance(some_specimen: Specimen) -> None:
@@ -270,7 +283,7 @@ def test_curvature_predicts_the_radius_of_a_small_tolerance(some_specimen: Speci
     off = []
     for tolerance in (1e-2, 1e-4):
         sizes = [tolerance * 10 ** (k / 4) for k in range(-4, 13, 2)]
-        report = tls.linearity(
+        report = linearity(
             some_specimen.model,
             PROMPT,
             scope,
@@ -292,7 +305,7 @@ def test_curvature_predicts_the_radius_of_a_small_tolerance(some_specimen: Speci
 def test_the_whole_from_its_definition(some_specimen: Specimen) -> None:
     """The error of the steepest direction, the slope and the removal, token by token, from linearisations elsewhere."""
     scope, sizes = tls.SemanticScope(target=TARGET), [0.01, 0.1, 1.0]
-    report = tls.linearity(some_specimen.model, PROMPT, scope, POSITION, sizes=sizes, positions=[1, -1])
+    report = linearity(some_specimen.model, PROMPT, scope, POSITION, sizes=sizes, positions=[1, -1])
     lin = tls.linearize(some_specimen.model, PROMPT, POSITION)
     g = lin.vjp(lin.cotangent(lambda z: z[TARGET])[None])[0]
     table = models.embedding_matrix(some_specimen.model)
@@ -316,9 +329,9 @@ def test_the_whole_from_its_definition(some_specimen: Specimen) -> None:
 
 def test_some_tokens_as_among_all(some_specimen: Specimen) -> None:
     """`positions` chooses rows; only what is drawn at random and the joint perturbation are others."""
-    scope = tls.TemperatureScope(of="logits")
-    whole = tls.linearity(some_specimen.model, PROMPT, scope, **FEW)
-    some = tls.linearity(some_specimen.model, PROMPT, scope, positions=[6, 2], **FEW)
+    scope = tls.TemperatureScope(norm="logits")
+    whole = linearity(some_specimen.model, PROMPT, scope, **FEW)
+    some = linearity(some_specimen.model, PROMPT, scope, positions=[6, 2], **FEW)
     assert some.positions == (6, 2)
     for name in ("radius", "predicted_radius", "error"):
         assert_close(getattr(some, name)[[0, 2]], getattr(whole, name)[[0, 2]][:, [6, 2]], equal_nan=True, **EXACT)
@@ -328,12 +341,11 @@ def test_batches_change_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch size is about memory alone, and the same question has the same answer twice."""
     model = zoo.specimen("bridge llama").model
     with zoo.Float64():
-        reports = [tls.linearity(model, PROMPT[:3], tls.FisherScope(), **FEW) for _ in range(2)]
-        numbers = [tls.linearity(model, PROMPT[:3], tls.SemanticScope(), **FEW)]
-        monkeypatch.setattr("tl_scopes.jacobian.pullback._WORKING_BYTES_OF_CPU", 1)
-        monkeypatch.setattr("tl_scopes.jacobian.curvature._WORKING_BYTES_OF_CPU", 1)
-        reports.append(tls.linearity(model, PROMPT[:3], tls.FisherScope(), **FEW))
-        numbers.append(tls.linearity(model, PROMPT[:3], tls.SemanticScope(), **FEW))
+        reports = [linearity(model, PROMPT[:3], tls.FisherScope(), **FEW) for _ in range(2)]
+        numbers = [linearity(model, PROMPT[:3], tls.SemanticScope(), **FEW)]
+        zoo.batches_of(monkeypatch, 1)
+        reports.append(linearity(model, PROMPT[:3], tls.FisherScope(), **FEW))
+        numbers.append(linearity(model, PROMPT[:3], tls.SemanticScope(), **FEW))
     for other in reports[1:]:
         assert_close(other.error, reports[0].error, **EXACT)
         assert_close(other.radius, reports[0].radius, **EXACT)
@@ -344,7 +356,7 @@ def test_between_inner_hooks() -> None:
     """Away from the embedding the other tokens are those of the prompt."""
     model = zoo.specimen("bridge llama").model
     with zoo.Float64():
-        report = tls.linearity(model, PROMPT, tls.SemanticScope(), wrt="blocks.1.hook_resid_pre")
+        report = linearity(model, PROMPT, tls.SemanticScope(), wrt="blocks.1.hook_resid_pre")
         x = tls.linearize(model, PROMPT, wrt="blocks.1.hook_resid_pre").embeddings
     distances = torch.cdist(x, x) + torch.eye(len(x)) * 1e9
     assert_close(report.nearest_distance, distances.min(-1).values, **EXACT)
@@ -357,14 +369,14 @@ def test_the_model_is_left_as_found() -> None:
     model = zoo.SPECIES["bridge llama"]().model
     with zoo.Float64():
         model(torch.tensor([PROMPT]))
-        plain = tls.linearity(model, PROMPT, tls.SemanticScope(target=TARGET))
+        plain = linearity(model, PROMPT, tls.SemanticScope(target=TARGET))
         with model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", lambda value, hook: value * 0.9)]), unchanged(model):
-            patched = tls.linearity(model, PROMPT, tls.SemanticScope(target=TARGET))
+            patched = linearity(model, PROMPT, tls.SemanticScope(target=TARGET))
         assert not torch.allclose(plain.slope, patched.slope)
         with unchanged(model), torch.no_grad():
-            assert_close(tls.linearity(model, PROMPT, tls.SemanticScope(target=TARGET)).error, plain.error, **EXACT)
+            assert_close(linearity(model, PROMPT, tls.SemanticScope(target=TARGET)).error, plain.error, **EXACT)
         with unchanged(model), pytest.raises(ValueError, match="unknown|outside"):
-            tls.linearity(model, PROMPT, tls.SemanticScope(target=VOCAB))
+            linearity(model, PROMPT, tls.SemanticScope(target=VOCAB))
 
 
 # -- on a trained model -----------------------------------------------------------------------------------------------
@@ -372,7 +384,7 @@ def test_the_model_is_left_as_found() -> None:
 
 @pytest.fixture(scope="module")
 def report(tiny: Any) -> tls.LinearityReport:
-    return tls.linearity(tiny, KEYS, tls.SemanticScope())
+    return linearity(tiny, KEYS, tls.SemanticScope())
 
 
 def test_how_well_curvature_predicts(report: tls.LinearityReport) -> None:
@@ -386,14 +398,14 @@ def test_how_well_curvature_predicts(report: tls.LinearityReport) -> None:
 def test_a_sure_prediction_is_saturated(tiny: Any) -> None:
     """Its log-probability has no slope and much to lose; its logit has a slope."""
     prompt = examples("translation", 1)[0].prompt
-    sure = tls.linearity(tiny, prompt, tls.SemanticScope(quantity="log_prob"), **FEW)
+    sure = linearity(tiny, prompt, tls.SemanticScope(quantity="log_prob"), **FEW)
     assert sure.probability is not None
     assert sure.probability > 0.99
     assert sure.saturated
     assert sure.understated.max() > 100
     assert "Saturated: the prediction is sure (1 − p = " in sure.summary()
     assert repr(sure).endswith("; saturated)")
-    logit = tls.linearity(tiny, prompt, tls.SemanticScope(), **FEW)
+    logit = linearity(tiny, prompt, tls.SemanticScope(), **FEW)
     assert not logit.saturated
     assert "aturated" not in logit.summary() + repr(logit)
 
@@ -401,8 +413,8 @@ def test_a_sure_prediction_is_saturated(tiny: Any) -> None:
 def test_in_half_precision(tiny: Any) -> None:
     """Where rounding hides the error there is none; the radii that are left are those of float32."""
     model = tls.load_tiny(dtype=torch.bfloat16)
-    half = tls.linearity(model, KEYS, tls.SemanticScope())
-    full = tls.linearity(tiny, KEYS, tls.SemanticScope())
+    half = linearity(model, KEYS, tls.SemanticScope())
+    full = linearity(tiny, KEYS, tls.SemanticScope())
     assert half.error.isnan().float().mean() > full.error.isnan().float().mean()
     known = half.radius.isfinite() & full.radius.isfinite()
     assert known.float().mean() > 0.5
@@ -470,8 +482,28 @@ class Opaque(tls.Scope):
         return "Opaque()"
 
 
+class Constant(Directions):
+    def metric(self, lin: tls.Linearization) -> Any:
+        return lambda readout, logits: torch.tensor(3.0)
+
+
+class Detached(Directions):
+    def metric(self, lin: tls.Linearization) -> Any:
+        return lambda readout, logits: logits.detach().max()
+
+
+class Complex(Directions):
+    def metric(self, lin: tls.Linearization) -> Any:
+        return lambda readout, logits: logits.sum() * 1j
+
+
+class Float(Directions):
+    def metric(self, lin: tls.Linearization) -> Any:
+        return lambda readout, logits: 3.0
+
+
 class Infinite(Directions):
-    def observable(self, lin: tls.Linearization) -> Any:
+    def metric(self, lin: tls.Linearization) -> Any:
         return lambda readout, logits: logits.sum() / 0
 
 
@@ -481,24 +513,35 @@ class Infinite(Directions):
     [
         ({"tolerance": 0.0}, ValueError, "tolerance is a relative error between 0 and 1, got 0.0"),
         ({"tolerance": 1.5}, ValueError, "tolerance is a relative error between 0 and 1, got 1.5"),
+        ({"tolerance": "0.1"}, TypeError, "tolerance is a relative error between 0 and 1, got '0.1'"),
+        ({"sizes": "0.1"}, ValueError, "positive and increasing, at least one, got '0.1'"),
+        ({"sizes": 0.1}, ValueError, "positive and increasing, at least one, got 0.1"),
+        ({"sizes": ["0.1"]}, TypeError, "positive and increasing, at least one, got '0.1'"),
+        (
+            {"generator": 5},
+            TypeError,
+            r"must be a torch.Generator or None, got 5: take torch.Generator\('cpu'\).manual_s",
+        ),
         ({"sizes": []}, ValueError, r"positive and increasing, at least one, got \[\]"),
-        ({"sizes": [0.0, 1.0]}, ValueError, r"positive and increasing, at least one, got \[0.0, 1.0\]"),
+        ({"sizes": [0.0, 1.0]}, ValueError, r"positive and increasing, at least one, got 0.0"),
         ({"sizes": [2.0, 1.0]}, ValueError, r"positive and increasing, at least one, got \[2.0, 1.0\]"),
         ({"sizes": [1.0, float("inf")]}, ValueError, "positive and increasing"),
         ({"directions": 0}, ValueError, "directions is how many to try of each kind, 1 at least, got 0"),
         ({"directions": 1.5}, TypeError, "directions must be an integer, got 1.5"),
-        ({"positions": [8]}, ValueError, "position 8 is out of range: the prediction is made from 8 tokens"),
+        ({"positions": [8]}, ValueError, "position 8 is out of range: the prompt has 8 tokens"),
         ({"positions": [1, -7]}, ValueError, r"at least one, and each only once, got \[1, -7\]"),
         ({"positions": []}, ValueError, r"at least one, and each only once, got \[\]"),
-        ({"positions": ["keys"]}, TypeError, "positions must be integers, got 'keys'"),
+        ({"positions": ["keys"]}, TypeError, "position must be an integer, got 'keys'"),
         ({"positions": 2}, TypeError, r"positions are several, got 2: write \[2\]"),
         ({"scope": tls.SemanticScope}, TypeError, r"write SemanticScope\(\)"),
-        ({"scope": Opaque()}, ValueError, r"Opaque\(\) has no quantity .*the method `observable`"),
+        ({"scope": Opaque()}, ValueError, r"Opaque\(\) has no metric .*the method `metric`"),
         (
             {"scope": Infinite()},
             ValueError,
-            r"the observable of Infinite\(\) is not finite at this prompt: \[(-?inf|nan)",
+            r"the metric of Infinite\(\) is not finite at this prompt: \[(-?inf|nan)",
         ),
+        *(({"scope": s()}, ValueError, "which cannot be differentiated with respect to") for s in (Constant, Detached)),
+        *(({"scope": s()}, ValueError, "must give a tensor of real numbers, got") for s in (Complex, Float)),
         ({"of": "blocks.1.hook_resid_pre"}, ValueError, "needs the logits"),
         ({"prompt": [3], "wrt": "blocks.1.hook_resid_pre"}, ValueError, "one token, so that there is no other one at"),
     ],
@@ -507,18 +550,18 @@ def test_refusals(options: dict[str, Any], error: type[Exception], message: str)
     model = zoo.specimen("bridge llama").model
     arguments = {"prompt": PROMPT, "scope": tls.SemanticScope()} | options
     with pytest.raises(error, match=message):
-        tls.linearity(model, **arguments)
+        linearity(model, **arguments)
 
 
 @pytest.mark.usefixtures("_no_type_checks")
 def test_a_generator_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Elsewhere:
+    class Elsewhere(torch.Generator):
         device = torch.device("cuda:0")
 
     with pytest.raises(
         ValueError, match=r"the generator is on cuda:0, the model on cpu: take torch.Generator\('cpu'\)"
     ):
-        tls.linearity(
+        linearity(
             zoo.specimen("bridge llama").model,
             PROMPT,
             tls.SemanticScope(),
@@ -531,7 +574,7 @@ def test_a_scope_that_cannot_be_asked() -> None:
     model = zoo.SPECIES["bridge llama"]().model
     torch.nn.init.ones_(model.original_model.model.norm.weight)
     with pytest.raises(ValueError, match="has no gain"):
-        tls.linearity(model, PROMPT, tls.TemperatureScope())
+        linearity(model, PROMPT, tls.TemperatureScope())
 
 
 def test_a_hook_that_never_fires() -> None:
@@ -551,14 +594,14 @@ def test_under_a_fused_attention_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         return grad(*args, create_graph=create_graph, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", once)
-    report = tls.linearity(model, PROMPT, tls.SemanticScope(target=TARGET))
+    report = linearity(model, PROMPT, tls.SemanticScope(target=TARGET))
     assert report.predicted_radius.isnan().all()
     assert report.radius.isfinite().any()
     assert "cannot be differentiated twice" in report.notes[0]
     assert "Note: no predicted radius" in report.summary()
     report.plot()
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        tls.linearity(model, PROMPT, tls.FisherScope())
+        linearity(model, PROMPT, tls.FisherScope())
     monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
-        tls.linearity(model, PROMPT, tls.SemanticScope(target=TARGET))
+        linearity(model, PROMPT, tls.SemanticScope(target=TARGET))

@@ -15,9 +15,9 @@ import torch
 from matplotlib import style
 
 import tl_scopes as tls
-from tests.pictures import CANVAS, NASTY, PROBE, Reader, answer, browse, canvas, needs_browser
+from tests.pictures import CANVAS, LINEARITY, NASTY, PROBE, Reader, answer, browse, canvas, needs_browser
 from tl_scopes.views import attribution_map as map_views
-from tl_scopes.views import heat_map
+from tl_scopes.views import figure as figure_parts
 from tl_scopes.views.markup import visible
 from tl_scopes.views.palette import Scale, color
 
@@ -146,7 +146,7 @@ def test_any_token_can_be_drawn(tokens: list[str]) -> None:
 
 def test_a_character_that_no_font_has(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"DejaVu Sans": frozenset("tokens ab→·are")}
-    monkeypatch.setattr(heat_map, "_fonts", lambda characters: known)
+    monkeypatch.setattr(figure_parts, "_fonts", lambda characters: known)
     assert labels(prompt_map(["a", "b日"], random(2)).plot().axes[0].xaxis) == {0: "a", 1: "bU+65E5"}
 
 
@@ -172,13 +172,20 @@ def test_the_style_in_force_does_not_matter() -> None:
         assert MAP.plot()._repr_png_() == plain  # type: ignore[attr-defined]
 
 
+def test_linearity_has_a_style_of_its_own() -> None:
+    plain = LINEARITY.plot()._repr_png_()  # type: ignore[attr-defined]
+    with style.context("dark_background"):
+        assert LINEARITY.plot()._repr_png_() == plain  # type: ignore[attr-defined]
+
+
 def test_pyplot_stays_out() -> None:
     """Nor does a setting of matplotlib change."""
     code = (
         "import sys\nfrom matplotlib import rcParams\n"
         "def state(): return {name: rcParams[name] for name in rcParams if name != 'backend'}\n"  # which imports pyplot
         "from tests.test_map_views import MAP\n"
-        "before = state(); MAP.to_html(); MAP.show()._repr_html_()\n"
+        "from tests.pictures import LINEARITY\n"
+        "before = state(); MAP.to_html(); MAP.show()._repr_html_(); LINEARITY._repr_html_()\n"
         "print('matplotlib.pyplot' in sys.modules, before == state())"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -245,7 +252,7 @@ def test_import_loads_no_matplotlib() -> None:
 def test_the_figure_stays_where_no_script_runs() -> None:
     html = MAP.show()._repr_html_()
     before_scripts = html[: html.index("<script>")]
-    assert re.search('<div id="tl-scopes-[^"]*"><div [^>]*><img alt="Heat map of 8', before_scripts)
+    assert re.search('<div id="tl-scopes-[^"]*"><div [^>]*><img [^>]*alt="Heat map of 8', before_scripts)
 
 
 def test_what_was_set_aside_says_so() -> None:
@@ -283,7 +290,7 @@ def test_attention_pattern_in_a_browser(tmp_path: Path) -> None:
 
     texts = canvas(dom, "texts")
     for i, token in enumerate(NASTY):
-        assert ("–" if i == 9 else heat_map.shortened(token)) + f" ({i})" in texts
+        assert ("–" if i == 9 else figure_parts.shortened(token)) + f" ({i})" in texts
     values = [text for text in texts if text.startswith("Val: ")]
     told = {
         f"Val: {score:.3g} {one.unit}, {share:.1%} → ·are"

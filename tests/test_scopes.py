@@ -21,13 +21,13 @@ SCOPES: dict[str, tls.Scope] = {
     "semantic": tls.SemanticScope(TARGET),
     "semantic versus": tls.SemanticScope(TARGET, versus=3),
     "temperature": tls.TemperatureScope(),
-    "temperature of the logits": tls.TemperatureScope(of="logits"),
+    "temperature of the logits": tls.TemperatureScope(norm="logits"),
     "fisher": tls.FisherScope(probes=6),
     "fisher exact": tls.FisherScope(exact=True),
     "path integrated": tls.PathIntegratedScope(TARGET, steps=4, start=0.5),
     "spectral": tls.SpectralScope(),
-    "spectral distribution": tls.SpectralScope("effective_rank", of="distribution", rank=3),
-    "direction": tls.DirectionScope(DIRECTION),
+    "spectral distribution": tls.SpectralScope("effective_rank", space="distribution", rank=3),
+    "direction": tls.DirectionScope(DIRECTION, "ln_final"),
     "heta": tls.HetaScope(TARGET, probes=2),
     "position corrected": tls.PositionCorrectedScope(tls.SemanticScope(TARGET), shuffles=2),
     "frozen attention": tls.FrozenAttentionScope(tls.SemanticScope(TARGET)),
@@ -123,6 +123,8 @@ class TestEveryScope:
     def test_the_readout_is_needed(self, name: str, scope: tls.Scope, specimen: Specimen) -> None:
         """Elsewhere the question has no answer, or another one, but never a wrong one."""
         hook = next(h for h in ("blocks.1.hook_resid_pre", "blocks.1.hook_in") if h in specimen.model.hook_dict)
+        if name == "direction":  # a direction belongs to its hook
+            scope = tls.DirectionScope(DIRECTION, hook)
         lin = tls.linearize(specimen.model, PROMPT, POSITION, of=hook)
         if name in NEEDS_LOGITS:
             with pytest.raises(ValueError, match="needs the logits"):

@@ -29,6 +29,13 @@ ROTARY = [name for name in HOLDABLE if name in ("bridge llama", "bridge qwen2", 
 SEMANTIC = tls.SemanticScope()
 
 
+def sink_report(
+    model: Any, prompt: Any, scopes: Any = None, position: int = -1, prepend_bos: Any = None, **options: Any
+) -> tls.SinkReport:
+    """The report of one prompt."""
+    return tls.sink_report(tls.linearize(model, prompt, position, prepend_bos=prepend_bos), scopes, **options)
+
+
 @pytest.fixture
 def specimen(request: pytest.FixtureRequest) -> Iterator[Specimen]:
     with zoo.Float64():
@@ -46,7 +53,7 @@ def model() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def report(tiny: Any) -> tls.SinkReport:
-    return tls.sink_report(tiny, "The keys to the old cabinet near the door")
+    return sink_report(tiny, "The keys to the old cabinet near the door")
 
 
 def of_species(*names: str) -> Any:
@@ -104,7 +111,7 @@ def test_uniform_attention(tokens: int) -> None:
 def test_uniform_attention_of_a_model() -> None:
     """The toy attends evenly in all heads: its masses are the uniform ones, and they all write alike."""
     with zoo.Float64():
-        found = tls.sink_report(zoo.linear_toy().model, PROMPT, SEMANTIC)
+        found = sink_report(zoo.linear_toy().model, PROMPT, SEMANTIC)
     assert_close(found.mass, uniform_mass(T).expand_as(found.mass), **EXACT)
     assert_close(found.mean_mass, found.uniform, **EXACT)
     assert found.sink_heads == ()
@@ -132,7 +139,7 @@ def test_looking_back_is_no_sink(threshold: float) -> None:
 def test_sinks_are_found(model: Any, key: int) -> None:
     """Of a head that was made to rest on one token, with what it writes; its pattern is kept first."""
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", attending_to(key, head=1))]):
-        found = tls.sink_report(model, PROMPT, SEMANTIC)
+        found = sink_report(model, PROMPT, SEMANTIC)
         norms = list(attention_layers(model, TOKENS))[1].written.norm(dim=-1)[1]
     (sink,) = [head for head in found.sink_heads if (head.layer, head.head) == (1, 1)]
     assert sink == found.sink_heads[0]
@@ -153,7 +160,7 @@ def test_sinks_are_found(model: Any, key: int) -> None:
 @of_species(*dict.fromkeys(["bridge llama", MODEL]))
 def test_sink_heads_are_those_above_the_threshold(specimen: Specimen) -> None:
     for threshold in (0.1, 0.2, 0.9):
-        found = tls.sink_report(specimen.model, PROMPT, SEMANTIC, threshold=threshold)
+        found = sink_report(specimen.model, PROMPT, SEMANTIC, threshold=threshold)
         places = {
             (layer, head, i)
             for layer, heads in enumerate(found.mass.tolist())
@@ -169,12 +176,12 @@ def test_sink_heads_are_those_above_the_threshold(specimen: Specimen) -> None:
 
 def test_only_a_few_patterns_are_kept(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
     """Those of the strongest heads, as copies of their own; of prompts that nobody can draw none."""
-    monkeypatch.setattr("tl_scopes.models.attention._CACHED_BYTES", 1)
+    zoo.batches_of(monkeypatch, 1)
     layers = list(attention_layers(model, TOKENS))
     for heads, cells in ((3, 10**6), (6, 2 * T**2), (6, T**2 - 1)):
         monkeypatch.setattr("tl_scopes.diagnostics.sinks._HEADS", heads)
         monkeypatch.setattr("tl_scopes.diagnostics.sinks._CELLS", cells)
-        found = tls.sink_report(model, PROMPT, SEMANTIC)
+        found = sink_report(model, PROMPT, SEMANTIC)
         strongest = found.mass[..., can_be_sinks(T, 0.3)].amax(-1)
         kept = [float(strongest[place]) for place in found.patterns]
         assert kept == sorted(strongest.flatten().tolist(), reverse=True)[: min(heads, cells // T**2)]
@@ -191,7 +198,7 @@ def test_only_a_few_patterns_are_kept(monkeypatch: pytest.MonkeyPatch, model: An
 @of_species(*dict.fromkeys(["bridge llama", "bridge gpt2", MODEL]))
 def test_shares_are_the_scopes(specimen: Specimen) -> None:
     scopes = {"one": tls.SemanticScope(target=3), "other": tls.FisherScope()}
-    found = tls.sink_report(specimen.model, PROMPT, scopes, position=5)
+    found = sink_report(specimen.model, PROMPT, scopes, position=5)
     assert found.position == 5
     assert list(found.share) == list(scopes)
     for name, scope in scopes.items():
@@ -202,20 +209,20 @@ def test_shares_are_the_scopes(specimen: Specimen) -> None:
 
 def test_scopes_as_they_come(model: Any) -> None:
     """One, a list, none: Temperature is left out, with a word about it, where the final norm has no gain."""
-    assert list(tls.sink_report(model, PROMPT, SEMANTIC).share) == ["SemanticScope()"]
-    assert list(tls.sink_report(model, PROMPT, [SEMANTIC, tls.FisherScope()]).share) == [
+    assert list(sink_report(model, PROMPT, SEMANTIC).share) == ["SemanticScope()"]
+    assert list(sink_report(model, PROMPT, [SEMANTIC, tls.FisherScope()]).share) == [
         "SemanticScope()",
         "FisherScope()",
     ]
     three = ["SemanticScope()", "TemperatureScope()", "FisherScope()"]
-    usual = tls.sink_report(model, PROMPT)
+    usual = sink_report(model, PROMPT)
     assert (list(usual.share), usual.notes) == (three, ())
     with torch.no_grad():
         gain, *bias = model.ln_final.parameters()
         gain.fill_(1)
         for parameter in bias:
             parameter.zero_()
-    folded = tls.sink_report(model, PROMPT)
+    folded = sink_report(model, PROMPT)
     assert list(folded.share) == ["SemanticScope()", "FisherScope()"]
     assert folded.notes[0].startswith("no TemperatureScope: the final norm has no gain")
 
@@ -229,7 +236,7 @@ def kl_of_plain(before: Tensor, after: Tensor) -> float:
 def test_interventions(specimen: Specimen) -> None:
     """KL and the new most likely token are those of the plain model without the token, of scores that leave it out, and
     of the mean embedding in its place."""
-    found = tls.sink_report(specimen.model, PROMPT, SEMANTIC, early=3)
+    found = sink_report(specimen.model, PROMPT, SEMANTIC, early=3)
     lin = tls.linearize(specimen.model, PROMPT)
     is_blind = specimen.model in [zoo.specimen(name).model for name in WRAPPED]
     with torch.no_grad():
@@ -262,14 +269,14 @@ def test_interventions(specimen: Specimen) -> None:
 @of_species(*ROTARY)
 def test_the_first_token_removed_is_the_first_token_masked(specimen: Specimen) -> None:
     """Where only distances count; any other one is not."""
-    found = tls.sink_report(specimen.model, PROMPT, SEMANTIC)
+    found = sink_report(specimen.model, PROMPT, SEMANTIC)
     assert_close(found.kl[0, 0], found.kl[1, 0], rtol=1e-6, atol=1e-9)
     assert not torch.allclose(found.kl[0, 1:], found.kl[1, 1:], rtol=1e-2)
 
 
 @of_species("bridge gpt2")
 def test_positions_of_their_own_do_count(specimen: Specimen) -> None:
-    found = tls.sink_report(specimen.model, PROMPT, SEMANTIC)
+    found = sink_report(specimen.model, PROMPT, SEMANTIC)
     assert not torch.allclose(found.kl[0], found.kl[1], rtol=1e-2)
 
 
@@ -277,7 +284,7 @@ def test_positions_of_their_own_do_count(specimen: Specimen) -> None:
 def test_a_token_that_nobody_attends_to(specimen: Specimen) -> None:
     """Draws no attention, has no influence, and what is done to it in its place changes nothing."""
     with masked_attention(specimen.model, [1]):
-        found = tls.sink_report(specimen.model, PROMPT, [SEMANTIC, tls.FisherScope()])
+        found = sink_report(specimen.model, PROMPT, [SEMANTIC, tls.FisherScope()])
     assert not found.mass[..., 1].any()
     for share in found.share.values():
         assert share[1] < 1e-12
@@ -289,7 +296,7 @@ def test_a_token_that_nobody_attends_to(specimen: Specimen) -> None:
 
 @of_species("opt", *WRAPPED)
 def test_what_cannot_be_masked_is_not_known(specimen: Specimen) -> None:
-    found = tls.sink_report(specimen.model, PROMPT, SEMANTIC)
+    found = sink_report(specimen.model, PROMPT, SEMANTIC)
     assert found.kl[1].isnan().all()
     assert found.kl[[0, 2]].isfinite().all()
     assert found.likeliest[1] == ("",) * 4
@@ -303,7 +310,7 @@ def test_what_cannot_be_masked_is_not_known(specimen: Specimen) -> None:
 def test_what_is_all_that_is_attended_to_cannot_be_masked(model: Any) -> None:
     """Others can."""
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", attending_to(2, head=1))]), unchanged(model):
-        found = tls.sink_report(model, PROMPT, SEMANTIC)
+        found = sink_report(model, PROMPT, SEMANTIC)
     assert found.kl[1].isnan().tolist() == [False, False, True, False]
     assert [text == "" for text in found.likeliest[1]] == [False, False, True, False]
     (note,) = found.notes
@@ -312,7 +319,7 @@ def test_what_is_all_that_is_attended_to_cannot_be_masked(model: Any) -> None:
 
 def test_early_tokens_end_before_the_position(model: Any) -> None:
     for position, early, expected in ((1, 4, 1), (3, 4, 3), (7, 2, 2), (-1, 100, T - 1)):
-        found = tls.sink_report(model, PROMPT, SEMANTIC, position=position, early=early)
+        found = sink_report(model, PROMPT, SEMANTIC, position=position, early=early)
         assert found.early == expected == len(found.to_dataframe())
         assert found.mass.shape[-1] == len(found.tokens) == position % T + 1
         assert found.kl.isfinite().all()
@@ -320,24 +327,24 @@ def test_early_tokens_end_before_the_position(model: Any) -> None:
 
 def test_short_prompts_say_so(model: Any) -> None:
     for tokens in range(2, 9):
-        found = tls.sink_report(model, PROMPT[:tokens], SEMANTIC)
+        found = sink_report(model, PROMPT[:tokens], SEMANTIC)
         told = any("even uniform attention puts" in note for note in found.notes)
         assert told == (float(uniform_mass(tokens)[0]) > 0.3) == (tokens <= 5)
         assert tokens >= 5 or found.sinks == ()
 
 
-@pytest.mark.parametrize("bytes", [1, 10**9])
-def test_left_as_found(model: Any, bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("layers", [1, 9])
+def test_left_as_found(model: Any, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """After success and after a failure on the way; a group of layers at a time gives the same numbers."""
-    whole = tls.sink_report(model, PROMPT)
-    monkeypatch.setattr("tl_scopes.models.attention._CACHED_BYTES", bytes)
+    whole = sink_report(model, PROMPT)
+    monkeypatch.setattr("tl_scopes.models.attention.at_once", lambda *_: layers)
     with unchanged(model):
-        found = tls.sink_report(model, PROMPT)
+        found = sink_report(model, PROMPT)
     for name in ("mass", "value_norms", "kl"):
         assert torch.equal(getattr(found, name), getattr(whole, name))
     model.hook_dict["blocks.1.hook_resid_pre"].add_hook(failing)
     with unchanged(model), pytest.raises(ZeroDivisionError, match="the user's hook fails"):
-        tls.sink_report(model, PROMPT)
+        sink_report(model, PROMPT)
 
 
 # -- forms and pictures -----------------------------------------------------------------------------------------------
@@ -416,8 +423,9 @@ def test_show(report: tls.SinkReport, tiny: Any) -> None:
     assert view.component == "AttentionHeads"
     assert view.props["attentionHeadNames"][0] == "L{}H{}".format(*report.sink_heads[0][:2])
     assert len(view.props["attentionHeadNames"]) == len(report.patterns) == 6
+    lin = tls.linearize(tiny, report.tokens)
     with unchanged(tiny):
-        layer = report.show(3, tiny)
+        layer = report.show(3, lin)
     assert layer.props["attentionHeadNames"] == ["L3H0", "L3H1", "L3H2", "L3H3"]
     first = [written.fields["written"] for written in layer.props["attention"][2][9]]
     pattern = list(attention_layers(tiny, report.tokens))[3].pattern[2, 9]
@@ -439,6 +447,8 @@ def test_show(report: tls.SinkReport, tiny: Any) -> None:
         ({"threshold": 0}, ValueError, "threshold is a part of the attention between 0 and 1, got 0"),
         ({"threshold": 1.0}, ValueError, r"threshold is a part .* got 1\.0"),
         ({"threshold": float("nan")}, ValueError, "threshold is a part .* got nan"),
+        ({"threshold": "0.3"}, TypeError, "threshold is a part .* got '0.3'"),
+        ({"threshold": True}, TypeError, "threshold is a part .* got True"),
         ({"scopes": []}, ValueError, "there are no scopes to evaluate"),
         ({"scopes": {}}, ValueError, "there are no scopes to evaluate"),
         ({"scopes": tls.SemanticScope}, TypeError, r"got <class .*SemanticScope'>: write SemanticScope\(\)"),
@@ -451,7 +461,7 @@ def test_show(report: tls.SinkReport, tiny: Any) -> None:
 def test_bad_input(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     model = zoo.specimen(MODEL).model
     with pytest.raises(error, match=message):
-        tls.sink_report(model, **({"prompt": PROMPT} | arguments))
+        sink_report(model, **({"prompt": PROMPT} | arguments))
 
 
 @of_species("bridge mamba", "convolutions", "mamba beside")
@@ -461,23 +471,39 @@ def test_models_without_patterns(specimen: Specimen) -> None:
         attention_mass(specimen.model, TOKENS)
     specimen.model(TOKENS[None])
     with unchanged(specimen.model), pytest.raises(ValueError, match=message):
-        tls.sink_report(specimen.model, PROMPT)
+        sink_report(specimen.model, PROMPT)
 
 
 def test_no_model() -> None:
     with pytest.raises(TypeError, match="expected a HookedTransformer or a TransformerBridge, got str"):
-        tls.sink_report("gpt2", PROMPT)
+        sink_report("gpt2", PROMPT)
 
 
 def test_what_cannot_be_drawn(report: tls.SinkReport, tiny: Any) -> None:
     with pytest.raises(ValueError, match="position 10 is out of range: the report is about 10 tokens"):
         report.plot(10)
+    lin = tls.linearize(tiny, report.tokens)
     with pytest.raises(ValueError, match="there is no layer 6: the model has layers 0 to 5"):
-        report.show(6, tiny)
-    with pytest.raises(ValueError, match=r"patterns of the strongest sink heads alone: show\(2, model\) runs"):
+        report.show(6, lin)
+    with pytest.raises(ValueError, match=r"patterns of the strongest sink heads alone: show\(2, lin\), with the lin"):
         report.show(2)
+
+
+def test_a_layer_of_another_model_or_prompt(report: tls.SinkReport, tiny: Any, no_type_checks: None) -> None:
+    """Told by the linearisation, exactly: nothing is guessed from patterns that look alike."""
+    lin = tls.linearize(tiny, report.tokens)
     hooks = [("blocks.2.attn.hook_pattern", attending_to(0, head=1))]
-    with tiny.hooks(fwd_hooks=hooks), pytest.raises(ValueError, match="layer 2 of 'tiny' attends otherwise"):
-        report.show(2, tiny)
-    with pytest.raises(TypeError, match="expected a HookedTransformer or a TransformerBridge, got str"):
-        report.show(2, "gpt2")
+    with tiny.hooks(fwd_hooks=hooks), pytest.raises(ValueError, match="are not those under which the model was lin"):
+        report.show(2, lin)
+    with pytest.raises(ValueError, match="is of a point that `at` moved to"):
+        report.show(2, lin.at(lin.embeddings / 2))
+    for other in (tls.linearize(tiny, report.tokens, -2), tls.linearize(zoo.specimen(MODEL).model, PROMPT)):
+        message = r"report of 10 tokens on 'tiny', and Linearization\(.*\) is of another prompt or model: give the lin"
+        with pytest.raises(ValueError, match=message):
+            report.show(2, other)
+    for thing in (tiny, "gpt2"):
+        message = rf"show\(2, lin\) takes the Linearization that the report is about, got {type(thing).__name__}: write"
+        with pytest.raises(TypeError, match=message):
+            report.show(2, thing)
+    with pytest.raises(TypeError, match="layer must be an integer, got '2'"):
+        report.show("2", lin)  # type: ignore[arg-type]

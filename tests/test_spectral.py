@@ -14,13 +14,14 @@ from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
 from tl_scopes.jacobian import pullback, spectrum
 from tl_scopes.jacobian.randomness import prompt_generator
+from tl_scopes.scopes.spectral import statistics
 from tl_scopes.tiny.tasks import examples
 
 POSITION = 5
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
 KEYS = "The keys to the old cabinet near the door"
-Of = Literal["readout", "distribution"]
-OFS: list[Of] = ["readout", "distribution"]
+Space = Literal["readout", "distribution"]
+SPACES: list[Space] = ["readout", "distribution"]
 
 
 @pytest.fixture
@@ -33,10 +34,10 @@ def keys(tiny: Any) -> tls.Linearization:
     return tls.linearize(tiny, KEYS)
 
 
-def dense(specimen: Specimen, of: Of) -> torch.Tensor:
+def dense(specimen: Specimen, space: Space) -> torch.Tensor:
     """A_t = J_t, or (diag p)^½ (∂log p/∂x_t), whose singular values are those of √F J_t: no root of F is taken."""
     truth = zoo.oracle(specimen, PROMPT, POSITION, target=0)
-    if of == "readout":
+    if space == "readout":
         return truth["jacobian"][:, : POSITION + 1].transpose(0, 1)
     delta = torch.zeros(len(PROMPT), zoo.WIDTH, dtype=torch.float64, requires_grad=True)
     log_probs = specimen.forward(torch.tensor(PROMPT), delta)[1][POSITION].log_softmax(-1)
@@ -48,11 +49,11 @@ def dense(specimen: Specimen, of: Of) -> torch.Tensor:
 # -- exact ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("of", OFS)
-def test_singular_values_are_the_oracles(specimen: Specimen, lin: tls.Linearization, of: Of) -> None:
+@pytest.mark.parametrize("space", SPACES)
+def test_singular_values_are_the_oracles(specimen: Specimen, lin: tls.Linearization, space: Space) -> None:
     """σ, and the three numbers computed from them, are those of a dense SVD of the plain model's Jacobian."""
-    sigma = torch.linalg.svdvals(dense(specimen, of)).T
-    answer = tls.SpectralScope(of=of)(lin)
+    sigma = torch.linalg.svdvals(dense(specimen, space)).T
+    answer = tls.SpectralScope(space=space)(lin)
     found = answer.singular_values
     assert_close(found, sigma[: len(found)], rtol=1e-7, atol=1e-9 * float(sigma.max()))
     assert_close(answer.largest, sigma[0], **EXACT)
@@ -63,7 +64,7 @@ def test_singular_values_are_the_oracles(specimen: Specimen, lin: tls.Linearizat
     assert not answer.frobenius_error.any()
     assert not answer.effective_rank_error.any()
     for statistic in ("largest", "frobenius", "effective_rank"):
-        assert torch.equal(tls.SpectralScope(statistic, of)(lin).scores, answer.details[statistic])
+        assert torch.equal(tls.SpectralScope(statistic, space)(lin).scores, answer.details[statistic])
 
 
 def test_frobenius_is_the_jacobian_and_the_fisher_scope(lin: tls.Linearization) -> None:
@@ -90,7 +91,7 @@ def test_the_distribution_does_not_feel_how_weights_were_processed() -> None:
     before, after = zoo.llama(zoo.GOLDEN, "bridge"), zoo.llama(zoo.GOLDEN, "bridge")
     after.enable_compatibility_mode(disable_warnings=True)
     free, folded = (tls.linearize(model, PROMPT) for model in (before, after))
-    one, other = (tls.SpectralScope(of="distribution")(lin) for lin in (free, folded))
+    one, other = (tls.SpectralScope(space="distribution")(lin) for lin in (free, folded))
     assert_close(one.scores, other.scores, rtol=1e-3, atol=0)
     assert_close(one.effective_rank, other.effective_rank, rtol=1e-3, atol=0)
     readout = tls.SpectralScope()(free).scores
@@ -104,7 +105,7 @@ def test_between_inner_hooks(lin: tls.Linearization) -> None:
     assert_close(answer.singular_values, torch.linalg.svdvals(inner.as_matrix().transpose(0, 1)).T, **EXACT)
     assert answer.unit == "norm at blocks.1.hook_resid_pre per unit of embedding norm"
     with pytest.raises(ValueError, match="needs the logits"):
-        tls.SpectralScope(of="distribution")(inner)
+        tls.SpectralScope(space="distribution")(inner)
 
 
 @pytest.mark.parametrize("rank", [None, 2])
@@ -123,13 +124,13 @@ def test_a_token_without_influence(rank: int | None) -> None:
 # -- from a few products ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("of", OFS)
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("rank", [1, 3])
-def test_lower_bounds(lin: tls.Linearization, of: Of, rank: int) -> None:
+def test_lower_bounds(lin: tls.Linearization, space: Space, rank: int) -> None:
     """No singular value is overestimated, whatever the draw."""
-    truth = tls.SpectralScope(of=of)(lin)
+    truth = tls.SpectralScope(space=space)(lin)
     for seed in range(4):
-        answer = tls.SpectralScope(of=of, rank=rank, generator=torch.Generator().manual_seed(seed))(lin)
+        answer = tls.SpectralScope(space=space, rank=rank, generator=torch.Generator().manual_seed(seed))(lin)
         assert answer.singular_values.shape == (rank, POSITION + 1)
         assert (answer.singular_values <= truth.singular_values[:rank] * (1 + 1e-9)).all()
         if answer.method == "exact":  # F has few directions: of a sure prediction
@@ -162,7 +163,7 @@ def test_products_seen_and_unseen(lin: tls.Linearization) -> None:
     assert_close(torch.einsum("kj,jtd->ktd", U, J).square().sum((0, 2)), sketch.seen.square().sum((0, 2)), **EXACT)
     # Signs that are orthonormal in the sense of the estimate: Σ_i ω_i ω_iᵀ = n I makes it exact.
     rest = J - torch.einsum("ki,ktd->itd", U, sketch.seen)
-    again = spectrum.Sketch(sketch.root, U, sketch.seen, len(J) ** 0.5 * rest, 0).moments()
+    again = statistics(spectrum.Sketch(sketch.root, U, sketch.seen, len(J) ** 0.5 * rest, 0))
     assert_close(again["frobenius"], J.square().sum((0, 2)).sqrt(), **EXACT)
 
 
@@ -172,19 +173,21 @@ def test_few_directions_suffice_where_there_are_few(lin: tls.Linearization, true
     root = torch.zeros(len(lin.readout), len(lin.readout), dtype=torch.float64)
     draw = torch.randn(true_rank, len(lin.readout), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     root[:true_rank] = draw
-    truth = spectrum.exact(lin, draw).moments()
-    found = spectrum.sketch(lin, root, 3, torch.Generator().manual_seed(0)).moments()
+    truth = statistics(spectrum.exact(lin, draw))
+    found = statistics(spectrum.sketch(lin, root, 3, torch.Generator().manual_seed(0)))
     for name in ("largest", "largest_at_most", "frobenius", "effective_rank"):
         assert_close(found[name], truth[name], rtol=1e-7, atol=0)
     assert_close(found["singular_values"][:true_rank], truth["singular_values"], rtol=1e-7, atol=0)
     assert (found["frobenius_error"] < 1e-9 * truth["frobenius"]).all()
 
 
-@pytest.mark.parametrize("of", OFS)
-def test_estimates_are_honest(keys: tls.Linearization, of: Of) -> None:
+@pytest.mark.parametrize("space", SPACES)
+def test_estimates_are_honest(keys: tls.Linearization, space: Space) -> None:
     """Over seeds, the squared norm is unbiased, the errors are as large as they say, and σ₁ lies between its bounds."""
-    truth = tls.SpectralScope(of=of)(keys)
-    answers = [tls.SpectralScope(of=of, rank=8, generator=torch.Generator().manual_seed(s))(keys) for s in range(24)]
+    truth = tls.SpectralScope(space=space)(keys)
+    answers = [
+        tls.SpectralScope(space=space, rank=8, generator=torch.Generator().manual_seed(s))(keys) for s in range(24)
+    ]
     stacked = {
         name: torch.stack([answer.details[name] for answer in answers]).double()
         for name in truth.details
@@ -203,33 +206,33 @@ def test_estimates_are_honest(keys: tls.Linearization, of: Of) -> None:
 def test_how_many_directions(tiny: Any) -> None:
     """As the docstring says, 16 do for the distribution, and the readout 32; weak tokens are found like others."""
     lin = tls.linearize(tiny, examples("translation", 1, seed=3)[0].prompt)
-    of: Of
-    for of, rank, mean, worst in (("distribution", 16, 2e-3, 5e-3), ("readout", 32, 0.03, 0.06)):
-        truth, answer = tls.SpectralScope(of=of)(lin), tls.SpectralScope(of=of, rank=rank)(lin)
+    space: Space
+    for space, rank, mean, worst in (("distribution", 16, 2e-3, 5e-3), ("readout", 32, 0.03, 0.06)):
+        truth, answer = tls.SpectralScope(space=space)(lin), tls.SpectralScope(space=space, rank=rank)(lin)
         assert truth.scores.max() > 9 * truth.scores.min()
         assert (1 - answer.scores / truth.scores).mean() < mean
         assert (1 - answer.scores / truth.scores).max() < worst
 
 
-@pytest.mark.parametrize("of", OFS)
+@pytest.mark.parametrize("space", SPACES)
 def test_where_the_kernel_has_no_second_derivative(
-    keys: tls.Linearization, of: Of, monkeypatch: pytest.MonkeyPatch
+    keys: tls.Linearization, space: Space, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Differences steer as well as derivatives do, and the bounds hold for any direction."""
-    expected = tls.SpectralScope(of=of, rank=16)(keys)
+    expected = tls.SpectralScope(space=space, rank=16)(keys)
 
     def jvp(*_: Any) -> Any:
         raise pullback.NoSecondDerivativeError("this model's attention kernel cannot be differentiated twice")
 
     monkeypatch.setattr(tls.Linearization, "jvp", jvp)
-    assert_close(tls.SpectralScope(of=of, rank=16)(keys).scores, expected.scores, rtol=0.02, atol=0)
+    assert_close(tls.SpectralScope(space=space, rank=16)(keys).scores, expected.scores, rtol=0.02, atol=0)
 
     def out_of_memory(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(tls.Linearization, "jvp", out_of_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
-        tls.SpectralScope(of=of, rank=16)(keys)
+        tls.SpectralScope(space=space, rank=16)(keys)
 
 
 def test_passes_are_as_said(keys: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,12 +289,12 @@ def test_written_and_measured(keys: tls.Linearization) -> None:
 # -- directions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("of", OFS)
-def test_directions(lin: tls.Linearization, of: Of) -> None:
+@pytest.mark.parametrize("space", SPACES)
+def test_directions(lin: tls.Linearization, space: Space) -> None:
     """The step has norm 1, J_t takes it to the effect, whose size in the metric is σ; steps are orthogonal."""
     position = 2
-    found = tls.SpectralScope(of=of).directions(lin, position, count=4)
-    answer = tls.SpectralScope(of=of)(lin)
+    found = tls.SpectralScope(space=space).directions(lin, position, count=4)
+    answer = tls.SpectralScope(space=space)(lin)
     steps = torch.stack([direction.step for direction in found])
     assert_close(steps @ steps.T, torch.eye(len(found), dtype=torch.float64), **EXACT)
     p = lin.log_probs.exp()
@@ -302,7 +305,7 @@ def test_directions(lin: tls.Linearization, of: Of) -> None:
         tangent[position] = direction.step
         pushed = lin.jvp(tangent[None])
         change = lin.logits_jvp(pushed)[0]
-        if of == "readout":
+        if space == "readout":
             assert_close(direction.effect, pushed[0], rtol=1e-6, atol=1e-8 * direction.singular_value)
             assert_close(direction.effect.norm().item(), direction.singular_value)
         else:
@@ -332,11 +335,11 @@ def test_directions_are_what_happens(lin: tls.Linearization) -> None:
         assert_close(change[row.token.id].item(), row.value, rtol=1e-3, atol=1e-3 * first.raises[0].value)
 
 
-@pytest.mark.parametrize("of", OFS)
-def test_directions_from_a_few_products(keys: tls.Linearization, of: Of) -> None:
+@pytest.mark.parametrize("space", SPACES)
+def test_directions_from_a_few_products(keys: tls.Linearization, space: Space) -> None:
     """Sought for one token alone, 8 directions find the first as well as the exact answer does."""
-    [truth] = tls.SpectralScope(of=of).directions(keys, 2, count=1)
-    [found] = tls.SpectralScope(of=of, rank=8).directions(keys, 2, count=1)
+    [truth] = tls.SpectralScope(space=space).directions(keys, 2, count=1)
+    [found] = tls.SpectralScope(space=space, rank=8).directions(keys, 2, count=1)
     assert found.singular_value == pytest.approx(truth.singular_value, rel=1e-3)
     assert found.share == pytest.approx(truth.share, rel=0.1)
     assert float(found.step @ truth.step) > 0.999
@@ -345,7 +348,7 @@ def test_directions_from_a_few_products(keys: tls.Linearization, of: Of) -> None
 
 def test_directions_read_as_sentences(keys: tls.Linearization) -> None:
     """The noun's first direction for the distribution is grammatical number, in the verbs and in the nouns."""
-    first, second = tls.SpectralScope(of="distribution").directions(keys, 2, count=2)
+    first, second = tls.SpectralScope(space="distribution").directions(keys, 2, count=2)
     assert first.raises[0].token.text == " are"
     assert repr(first).startswith("SingularDirection(' keys' at 2, 1.6, 87%: towards ")
     assert repr(first).endswith(", or the opposite)")
@@ -380,7 +383,7 @@ def _no_type_checks() -> Iterator[None]:
     ("options", "message"),
     [
         ({"statistic": "trace"}, 'statistic is "largest", "frobenius" or "effective_rank", got \'trace\''),
-        ({"of": "logits"}, 'of is "readout" or "distribution", got \'logits\''),
+        ({"space": "logits"}, 'space is "readout" or "distribution", got \'logits\''),
         ({"rank": 0}, "rank is a number of directions, 1 at least, got 0"),
         ({"rank": 2.0}, "rank is a number of directions, 1 at least, got 2.0"),
         ({"rank": True}, "rank is a number of directions, 1 at least, got True"),
@@ -398,7 +401,7 @@ def test_asked_wrongly(keys: tls.Linearization) -> None:
     with pytest.raises(ValueError, match="the generator is on meta, the model on cpu: take torch.Generator.'cpu'"):
         tls.SpectralScope(rank=4, generator=_MetaGenerator())(keys)  # type: ignore[arg-type]
     for position in (10, -11):
-        with pytest.raises(ValueError, match=f"no token at position {position}: .* the prompt has 10, at 0 to 9"):
+        with pytest.raises(ValueError, match=f"position {position} is out of range: the prompt has 10"):
             tls.SpectralScope().directions(keys, position)
     with pytest.raises(TypeError, match="position must be an integer, got 1.5"):
         tls.SpectralScope().directions(keys, 1.5)  # type: ignore[arg-type]

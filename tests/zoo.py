@@ -233,3 +233,9 @@ def linear_toy(target: int = 7) -> Specimen:
                 parameter *= -4  # for the prompts of the tests the target is then likely
     specimen.plain.load_state_dict(specimen.model.original_model.state_dict())
     return specimen
+
+
+def batches_of(monkeypatch: Any, count: int) -> None:
+    """From here on every batch, of cotangents, forward passes or layers, has so many entries."""
+    for module in ("models", "models.attention", "models.embedding"):
+        monkeypatch.setattr(f"tl_scopes.{module}.at_once", lambda *_, **__: count)
