@@ -18,7 +18,7 @@ import tl_scopes as tls
 from tests import zoo
 from tests.test_left_as_found import failing, unchanged
 from tests.zoo import CONTEXT, PROMPT, WIDTH, Specimen
-from tl_scopes.models import AttentionLayer, attention_layers, held_attention, masked_attention
+from tl_scopes.models import AttentionLayer, attention, attention_layers, held_attention, masked_attention
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 POSITION, KEYS = 5, [0, 2]
@@ -181,19 +181,20 @@ def test_groups_change_no_number(specimen: Specimen, monkeypatch: pytest.MonkeyP
 
 
 def test_only_patterns_and_values_are_cached(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of the unembedding one position is run, none when the pass ends before."""
-    caches, unembedded, run = [], [], model.run_with_cache
+    """And the pass ends as soon as they are there, before the unembedding."""
+    caches, unembedded, cached = [], [], attention._cached
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        caches.append(run(*args, **kwargs)[1])
-        return None, caches[-1]
+    def spy(*args: Any) -> Any:
+        caches.append(cached(*args))
+        assert len(caches[-1]) == 3
+        return caches[-1]
 
-    monkeypatch.setattr(model, "run_with_cache", spy)
+    monkeypatch.setattr(attention, "_cached", spy)
     zoo.batches_of(monkeypatch, 1)
     with model.hooks(fwd_hooks=[("unembed.hook_out", lambda value, hook: unembedded.append(value.shape[1]))]):
         first, second = attention_layers(model, TOKENS)
     assert (first.layer, second.layer) == (0, 1)
-    assert unembedded == [1]
+    assert unembedded == []
     assert caches == [{}, {}]  # handed over, and nothing else was there
 
 

@@ -157,7 +157,7 @@ def test_hooks_of_the_users_see_nothing_of_it() -> None:
 def test_hooks_act_in_other_threads_meanwhile() -> None:
     model, seen = gemma(bidirectional=False), []
     with model.hooks(fwd_hooks=[("blocks.0.hook_out", lambda value, hook: seen.append(threading.get_ident()))]):
-        with causality._silenced(model):
+        with causality.silenced(model):
             model(torch.tensor([PROMPT]))
             assert not seen
             other = threading.Thread(target=model, args=(torch.tensor([PROMPT]),))
@@ -172,7 +172,7 @@ def test_a_hook_that_goes_meanwhile_stays_away() -> None:
     model, seen = gemma(bidirectional=False), []
     point = model.hook_dict["blocks.0.hook_out"]
     point.add_hook(lambda value, hook: seen.append(1))
-    with causality._silenced(model):
+    with causality.silenced(model):
         point.remove_hooks()
     model(torch.tensor([PROMPT]))
     assert not seen

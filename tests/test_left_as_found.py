@@ -1,7 +1,17 @@
 """The model is left as it was found, also after an exception, and the user's own hooks act."""
 
+import dis
+import importlib
+import inspect
+import itertools
+import sys
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -12,7 +22,13 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
+from tl_scopes import models
+from tl_scopes.models.threads import one_at_a_time
 
+FOLDER = str(Path(models.__file__).parent)
+PUTTING_BACK = ("threads", "hooks", "checkpointing")
+OFTEN = 100
+"""Calls of one function after which it is not looked at any more."""
 KINDS = ["bridge llama", *(["hooked layer norm"] if zoo.HookedTransformer else [])]
 
 
@@ -28,12 +44,16 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
 def state(model: Any) -> dict[str, Any]:
     """Everything a run could leave behind."""
     modules = getattr(model, "original_model", model)
+    parts = [*model.modules(), *modules.modules()]
     return {
         "training": [m.training for m in modules.modules()],
         "requires_grad": [p.requires_grad for p in modules.parameters()],
         "grad": [p.grad for p in modules.parameters()],
         "weights": [p.detach().clone() for p in modules.parameters()],
-        "torch hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.modules()],
+        "torch hooks": [(list(m._forward_hooks.items()), list(m._forward_pre_hooks.items())) for m in parts],
+        "keyword hooks": [(dict(m._forward_hooks_with_kwargs), dict(m._forward_pre_hooks_with_kwargs)) for m in parts],
+        "forward methods": [vars(m).get("forward") for m in parts],
+        "function modes": torch.overrides._get_current_function_mode_stack(),
         "hooks": {name: len(point.fwd_hooks) + len(point.bwd_hooks) for name, point in model.hook_dict.items()},
         "context level": getattr(model, "context_level", 0),
         "rng": torch.get_rng_state(),
@@ -45,14 +65,17 @@ def state(model: Any) -> dict[str, Any]:
 def unchanged(model: Any) -> Iterator[None]:
     before = state(model)
     yield
-    after = state(model)
+    assert_unchanged(before, state(model))
+
+
+def assert_unchanged(before: dict[str, Any], after: dict[str, Any], where: object = "") -> None:
     for name, value in before.items():
         if name == "weights":
-            assert all(map(torch.equal, value, after[name]))
+            assert all(map(torch.equal, value, after[name])), where
         elif name == "rng":
-            assert torch.equal(value, after[name])
+            assert torch.equal(value, after[name]), where
         else:
-            assert value == after[name], name
+            assert value == after[name], (name, where)
 
 
 def every_scope(model: Any) -> None:
@@ -171,3 +194,132 @@ def test_the_answer_does_not_keep_the_graph(model: Any) -> None:
     del lin
     gc.collect()
     assert root() is None
+
+
+# -- interrupts -------------------------------------------------------------------------------------------------------
+
+
+def ask(model: Any, **options: bool) -> None:
+    tls.SemanticScope(3)(tls.linearize(model, PROMPT[:3], **options))
+
+
+def ask_again(model: Any) -> None:
+    ask(model, checkpoint=True)
+
+
+def embed(model: Any) -> None:
+    models.embed(model, torch.tensor([PROMPT[:3]]))
+
+
+def read_attention(model: Any) -> None:
+    list(models.attention_layers(model, torch.tensor(PROMPT[:3])))
+
+
+def hold_attention(model: Any) -> None:
+    with models.held_attention(model, [0]):
+        models.predict(model, torch.tensor([PROMPT[:3]]))
+
+
+def exchange_weights(model: Any) -> None:
+    with models.exchanged_weights(model, models.shuffled_weights(model, torch.Generator().manual_seed(0))):
+        ask_again(model)
+
+
+CHANGING: list[Callable[[Any], None]] = [
+    embed,
+    hold_attention,
+    read_attention,
+    ask,
+    ask_again,
+    exchange_weights,
+]
+"""Whatever changes something about the model for a while."""
+
+LEAVING = ["LOAD_CONST"] * 3
+"""How the code begins that leaves a `with` block. An interrupt comes there from a tracing function alone: a signal is
+looked at after calls, at the begin of functions and at the end of loops."""
+
+
+def may_be_interrupted(frame: FrameType, event: str) -> bool:
+    """Whether a signal may be looked at near this place of a function."""
+    if event != "line" and (event != "call" or frame.f_code.co_flags & inspect.CO_GENERATOR):
+        return False  # what is raised when a generator goes on passes by its handlers in Python 3.11
+    names = [instruction.opname for instruction in instructions(frame.f_code, frame.f_lasti)]
+    return names != LEAVING and names[0] not in ("PUSH_EXC_INFO", "WITH_EXCEPT_START")
+
+
+@cache
+def instructions(code: CodeType, start: int) -> list[dis.Instruction]:
+    return [instruction for instruction in dis.get_instructions(code) if instruction.offset >= start][:3]
+
+
+Place = tuple[str, str, int]
+
+
+@contextmanager
+def traced(visit: Callable[[Place], None]) -> Iterator[None]:
+    """Inside, a function is called at the begin of every line and of every function in `models`."""
+
+    calls: Counter[CodeType] = Counter()
+
+    def trace(frame: FrameType, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(FOLDER):
+            return None
+        calls[frame.f_code] += event == "call"
+        if calls[frame.f_code] > OFTEN:
+            return None
+        if may_be_interrupted(frame, event):
+            visit((f"{Path(frame.f_code.co_filename).stem} {frame.f_code.co_qualname}", event, frame.f_lineno))
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def interrupting(number: int) -> Callable[[Place], None]:
+    """A function that raises at a visit, counted from 0."""
+    count = itertools.count()
+
+    def interrupt(place: Place) -> None:
+        if next(count) == number:
+            raise KeyboardInterrupt(place)
+
+    return interrupt
+
+
+@pytest.mark.parametrize("kind", KINDS[-1:])
+def test_an_interrupt_at_any_line(kind: str, no_type_checks: None) -> None:
+    """KeyboardInterrupt at every line of `models` that is run leaves nothing behind: when it is visited first, and
+    where something is put back also when it is visited last."""
+    model = zoo.SPECIES[kind]().model
+    model(torch.tensor([PROMPT]))
+    known: set[Place] = set()
+    before = state(model)
+    for change in CHANGING:
+        visited: list[Place] = []
+        with traced(visited.append):
+            change(model)
+        assert_unchanged(before, state(model), change)
+        first = {place: number for number, place in reversed(list(enumerate(visited))) if place not in known}
+        last = {place: number for number, place in enumerate(visited) if place[0].startswith(PUTTING_BACK)}
+        tried = {*first.values(), *(last.values() if change is ask_again else ())}
+        known |= first.keys()
+        for number in sorted(tried):
+            with suppress(KeyboardInterrupt), warnings.catch_warnings(), traced(interrupting(number)):
+                warnings.simplefilter("ignore")  # in the end of a generator it is not raised, but told of
+                change(model)
+            if one_at_a_time._is_owned():  # type: ignore[attr-defined]
+                # It would be in the way of all other threads. Where `with` is left, the trace tells of its line before
+                # the lock is released, where no signal can fall; that alone is excused.
+                name, _, line = visited[number]
+                source = Path(
+                    inspect.getsourcefile(importlib.import_module(f"tl_scopes.models.{name.split()[0]}")) or ""
+                )
+                assert "with one_at_a_time" in source.read_text().splitlines()[line - 1], (change, visited[number])
+                one_at_a_time.release()
+            assert_unchanged(before, state(model), (change, visited[number]))
+    assert len(known) > 200

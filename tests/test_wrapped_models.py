@@ -6,6 +6,7 @@ process and bring GPU libraries; their tests run where they are installed.
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,9 @@ from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_f
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
+from tl_scopes.faithfulness import Perturbation
+from tl_scopes.scopes.baselines import AttentionRollout, LeaveOneOut
+from tl_scopes.tiny import FOLDER
 
 TARGET = 3
 
@@ -59,7 +63,7 @@ def assert_right(model: Any, expected: Tensor, rtol: float = 1e-4) -> None:
 def assert_checks_say(model: Any) -> None:
     """Every check is made, or says why it cannot be."""
     found = tls.check(tls.linearize(model, PROMPT), tls.SemanticScope(TARGET))
-    assert len(found) == 6
+    assert len(found) == 8
     for check in found:
         assert len(check.finding) > 10
         if check.name in ("saturation", "weights"):
@@ -207,6 +211,86 @@ def test_another_default_device_changes_nothing(name: str) -> None:
     assert repr(found) == repr(expected)
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_reported(dtype: torch.dtype, checkpoint: bool) -> None:
+    """Scores under torch.autocast are as exact as its precision, and say so; what runs the model again stays in it."""
+    model, exact = bridge(hugging_face()), by_autograd(hugging_face())
+    scope = tls.SemanticScope(TARGET)
+    with torch.autocast("cpu", dtype):
+        lin = tls.linearize(model, PROMPT, checkpoint=checkpoint)
+        inside = scope(lin)
+        [many] = tls.attribute_many(model, [PROMPT], scope, progress=False, checkpoint=checkpoint)
+    answers = [inside, scope(lin), many]
+    for answer in answers:
+        assert answer is not None
+        assert answer.dtype == str(dtype).removeprefix("torch.")
+        assert_close(answer.scores, exact, rtol=0.1, atol=0.1 * float(exact.max()))
+    with pytest.raises(ValueError, match=rf"linearised in {dtype} \(torch.autocast\) and would run outside of torc"):
+        tls.PathIntegratedScope(TARGET, steps=4)(lin)
+    plain = tls.linearize(model, PROMPT)
+    assert scope(plain).dtype == "float32"
+    with (
+        torch.autocast("cpu", dtype),
+        pytest.raises(ValueError, match="linearised outside of torch.autocast and would run in torch"),
+    ):
+        tls.check(plain, scope)
+    with torch.autocast("cpu", enabled=False):
+        assert scope(tls.linearize(model, PROMPT)).dtype == "float32"
+
+
+# -- offloaded weights ------------------------------------------------------------------------------------------------
+
+
+def cpu_offload(folder: Path) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    return accelerate.cpu_offload(hugging_face(), execution_device=torch.device("cpu"))
+
+
+def disk_offload(folder: Path) -> Any:
+    accelerate = pytest.importorskip("accelerate")
+    model = hugging_face()
+    accelerate.disk_offload(model, str(folder), execution_device=torch.device("cpu"))
+    return model
+
+
+def device_map(folder: Path) -> Any:
+    """Hugging Face's own: the last layers on disk."""
+    pytest.importorskip("accelerate")
+    layers = transformers.AutoConfig.from_pretrained(zoo.GOLDEN).num_hidden_layers
+    places = {f"model.layers.{i}": "cpu" if i == 0 else "disk" for i in range(layers)}
+    places |= dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb"), "cpu")
+    return hugging_face(device_map=places, offload_folder=str(folder))
+
+
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload, device_map])
+def test_offloaded_weights(offload: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Fetched for each pass, and again for each backward pass of a checkpoint: right; or refused with the remedy."""
+    expected = by_autograd(hugging_face())
+    model = bridge(offload(tmp_path))
+    if offload is not device_map and zoo.HookedTransformer is not None:
+        with pytest.raises(ValueError, match=r"cannot run a model whose unembedding is offloaded, .* keep the unem"):
+            tls.linearize(model, PROMPT)
+        return
+    assert any(parameter.is_meta for parameter in model.parameters())
+    fetched = [parameter.is_meta for parameter in model.parameters()]
+    assert_right(model, expected)
+    assert [parameter.is_meta for parameter in model.parameters()] == fetched
+    assert_checks_say(model)
+    lin, plain = tls.linearize(model, PROMPT), tls.linearize(bridge(hugging_face()), PROMPT)
+    for scope in (tls.PathIntegratedScope(TARGET, steps=4), tls.FisherScope(), tls.TemperatureScope()):
+        assert_close(scope(lin).scores, scope(plain).scores, rtol=1e-4, atol=1e-5)
+    perturbation = Perturbation(("zero",), (0.5,), randomise=False)
+    with pytest.raises(ValueError, match=r"some weights of the model are offloaded, .* load the model without offload"):
+        tls.evaluate(model, [PROMPT], [tls.SemanticScope(TARGET)], perturbation, path=tmp_path / "results.jsonl")
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    model = hugging_face().to("meta")
+    with pytest.raises(ValueError, match="the model is on the device 'meta', which keeps shapes and no numbers: load"):
+        tls.linearize(bridge(model), PROMPT)
+
+
 # -- sparse autoencoders ----------------------------------------------------------------------------------------------
 
 
@@ -237,3 +321,22 @@ def test_a_spliced_autoencoder() -> None:
         model.reset_saes()
     assert_close((ahead - behind) / (2 * step), (gradient * direction).sum(), rtol=1e-5, atol=1e-8)
     assert (spliced.scores - plain.scores).norm() > 0.01 * plain.scores.norm()
+
+
+def test_the_bridge_of_sae_lens() -> None:
+    """Its hook_dict leaves TransformerLens' older names out, "hook_embed" among them."""
+    pytest.importorskip("sae_lens", reason="sae-lens needs TransformerLens 3")
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    text, scope = "The keys to the old cabinet near the door", tls.SemanticScope(" are")
+    model, plain = SAETransformerBridge.boot_transformers(str(FOLDER), device="cpu").eval(), tls.load_tiny()
+    assert "hook_embed" not in model.hook_dict
+    for options in ({}, {"wrt": "blocks.1.hook_resid_pre"}, {"of": "blocks.1.hook_resid_post"}):
+        asked = scope if "of" not in options else tls.SpectralScope(space="readout")
+        expected = tls.attribute(plain, text, asked, **options).scores
+        assert_close(tls.attribute(model, text, asked, **options).scores, expected)
+    assert_close(tls.attribution_map(model, text, scope).scores, tls.attribution_map(plain, text, scope).scores)
+    assert_checks_say(model)
+    for asked in (tls.PathIntegratedScope(" are", steps=4), LeaveOneOut("mean"), AttentionRollout()):
+        assert_close(tls.attribute(model, text, asked).scores, tls.attribute(plain, text, asked).scores)
+    assert not tls.linearity(tls.linearize(model, text), scope, directions=1).saturated

@@ -1,8 +1,8 @@
 """Attention patterns and values of every layer, wherever they live on each kind of model."""
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_scopes.models.hooks import READOUT, attached, hook_point, one_at_a_time
+from tl_scopes.models.hooks import READOUT, StopForward, attached, hook_point, hook_points
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.precision import sum_dtype
 from tl_scopes.models.supported import Model, architecture
+from tl_scopes.models.threads import one_at_a_time
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,22 +111,29 @@ def _in_groups(model: Model, tokens: Tensor, size: int) -> Iterator[AttentionLay
 
 @torch.no_grad()
 def _cached(model: Model, tokens: Tensor, group: range) -> dict[str, Tensor]:
-    """Patterns, values and head outputs of some layers, from one forward pass that ends behind them."""
-    names = {part_name(layer, part) for layer in group for part in ("hook_pattern", "hook_v", "hook_z")}
-    options: dict[str, Any] = {}
-    if hasattr(model, "original_model"):
-        # Without this run_with_cache also asks the wrapped model for the patterns of all layers, which it collects by
-        # hooks that stay on the model.
-        options["output_attentions"] = False
+    """Patterns, values and head outputs of some layers, from one forward pass that ends as soon as they are there."""
+    names = [part_name(layer, part) for layer in group for part in ("hook_pattern", "hook_v", "hook_z")]
+    cache: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook_function(value: Tensor, hook: Any) -> None:
+            cache[name] = value.detach()
+            if len(cache) == len(names):
+                raise StopForward
+
+        return hook_function
+
+    # Not `run_with_cache`, whose hooks would also keep what other threads compute, and which tells the blocks where to
+    # stop, those threads' passes too.
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
-        if group.stop < model.cfg.n_layers:
-            options["stop_at_layer"] = group.stop
-        else:
-            stack.enter_context(attached(hook_point(model.hook_dict, READOUT), lambda value, hook: value[:, -1:]))
-        _, cache = model.run_with_cache(
-            tokens[None], names_filter=names.__contains__, return_cache_object=False, **options
-        )
+        points = hook_points(model)
+        for name in names:
+            stack.enter_context(attached(points[name], keep(name)))
+        # The pass goes on to the end where a kernel forms no pattern; the logits of one position are enough then.
+        stack.enter_context(attached(hook_point(points, READOUT), lambda value, hook: value[:, -1:]))
+        with suppress(StopForward):
+            model(tokens[None], return_type="logits")
     return cache
 
 
@@ -142,13 +150,13 @@ def _attention_layer(model: Model, layer: int, cache: dict[str, Tensor]) -> Atte
             'computes the output without. Load the model with attn_implementation="eager".'
         )
     pattern, value, z = (cache.pop(part_name(layer, part))[0] for part in ("hook_pattern", "hook_v", "hook_z"))
-    if part_name(layer, "hook_kv_latent") not in model.hook_dict:  # latent attention (DeepSeek) has heads first
+    if part_name(layer, "hook_kv_latent") not in hook_points(model):  # latent attention (DeepSeek) has heads first
         value = value.transpose(0, 1)
     value = value.repeat_interleave(len(pattern) // len(value), dim=0)
     z = z.reshape(len(z), len(pattern), -1).transpose(0, 1)
     # Heads that do more than average their values (a gate, a clip, a norm in between) cannot be told by name. Their
     # output tells, unless a hook of the user's has changed it.
-    if not model.hook_dict[part_name(layer, "hook_z")].fwd_hooks:
+    if not hook_points(model)[part_name(layer, "hook_z")].fwd_hooks:
         error = (pattern.to(value) @ value - z).abs().max()
         if error > max(2e-3, 2 * torch.finfo(value.dtype).eps) * value.abs().max():
             raise ValueError(
@@ -166,13 +174,13 @@ def part_name(layer: int, part: str) -> str:
 
 def layers_with(model: Model, *parts: str) -> list[int]:
     """The layers whose attention has all of these hooks."""
-    points = model.hook_dict
+    points = hook_points(model)
     return [i for i in range(model.cfg.n_layers) if all(part_name(i, part) in points for part in parts)]
 
 
 def _layers_with_another_mixer(model: Model) -> set[int]:
     """The layers where a state-space model runs beside the attention (Falcon-H1)."""
-    found = (re.match(r"blocks\.(\d+)\.(?:mamba|mixer)\.", name) for name in model.hook_dict)
+    found = (re.match(r"blocks\.(\d+)\.(?:mamba|mixer)\.", name) for name in hook_points(model))
     return {int(match[1]) for match in found if match}
 
 

@@ -16,8 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from tl_scopes.models.hooks import one_at_a_time
-from tl_scopes.models.supported import Model, architecture, check_supported, hf_config, not_causal
+from tl_scopes.models.hooks import hook_points
+from tl_scopes.models.supported import Model, architecture, check_supported, device_of, hf_config, not_causal
+from tl_scopes.models.threads import one_at_a_time
 
 
 def check_model(model: Model) -> None:
@@ -74,8 +75,8 @@ def backward_influence(model: Model) -> float | None:
     same, other = vocab // 2, vocab // 2 - 1  # special tokens stand at either end of a vocabulary
     tokens = [[same] * length, [same] + [other] * (length - 1)]
     # What goes wrong here goes wrong with the user's own prompt as well, and is told better there.
-    with suppress(Exception), _silenced(model):
-        ids = torch.tensor(tokens, device=next(model.parameters()).device)
+    with suppress(Exception), silenced(model):
+        ids = torch.tensor(tokens, device=device_of(model))
         logits = model(ids, return_type="logits").double()
         first, *_, last = (logits[0] - logits[1]).norm(dim=-1).tolist()
         if torch.isfinite(logits).all():
@@ -95,8 +96,11 @@ def _kernel(model: Model) -> str | None:
 
 
 @contextmanager
-def _silenced(model: Model) -> Iterator[None]:
-    """Inside, hooks on the model's hook points do not act in this thread; in other threads they go on acting."""
+def silenced(model: Model) -> Iterator[None]:
+    """Inside, the hooks that a model's hook points have do not act in this thread; in other threads they go on acting.
+
+    Hooks that are set inside act.
+    """
     here, replaced = threading.get_ident(), []
 
     def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,8 +108,8 @@ def _silenced(model: Model) -> Iterator[None]:
 
     with one_at_a_time:
         try:
-            for point in {*model.hook_dict.values()}:
-                for hooks in (point._forward_hooks, point._forward_pre_hooks):
+            for point in {*hook_points(model).values()}:
+                for hooks in _kinds(point):
                     for key, function in list(hooks.items()):
                         hooks[key] = elsewhere(function)
                         replaced.append((hooks, key, function))
@@ -114,6 +118,11 @@ def _silenced(model: Model) -> Iterator[None]:
             for hooks, key, function in replaced:
                 if key in hooks:  # another thread may have removed it meanwhile
                     hooks[key] = function
+
+
+def _kinds(point: Any) -> tuple[Any, ...]:
+    """The hooks of a module, of all kinds."""
+    return point._forward_hooks, point._forward_pre_hooks, point._backward_hooks, point._backward_pre_hooks
 
 
 _influence: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], float | None]] = WeakKeyDictionary()

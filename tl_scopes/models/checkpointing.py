@@ -1,110 +1,165 @@
 """Save memory by keeping only the residual stream between blocks and running each block again in the backward pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from tl_scopes.models.hooks import StopForward
+from tl_scopes.models.state import versions
+from tl_scopes.models.substitution import exchanged
 from tl_scopes.models.supported import Model
+from tl_scopes.models.threads import here, put_back
 
 
 @contextmanager
-def checkpointed(model: Model) -> Iterator[dict[str, Any]]:
-    """Inside, a forward pass keeps only what enters each block. Yields the options to run the model with.
+def checkpointed(model: Model, weights: AbstractContextManager[object]) -> Iterator[dict[str, Any]]:
+    """Inside, a forward pass of this thread keeps only what enters each block. Yields options to run the model with.
 
     A block is run again under the hooks that it had in the forward pass, so that the numbers are the same inside and
     outside of the user's `model.hooks(...)`. A block whose weights have changed refuses to run again.
 
+    Args:
+        model: a checked model.
+        weights: what the blocks are run inside of, which decides what takes gradients.
+
     Source: Chen et al. 2016 (arXiv:1604.06174), one segment per block.
     """
     blocks = list(model.blocks)
-    own = {block: vars(block)["forward"] for block in blocks if "forward" in vars(block)}
-    try:
+    with put_back() as afterwards:
         for block in blocks:
-            # Past __setattr__, which on a bridge hands the attribute on to the Hugging Face block.
-            vars(block)["forward"] = _Recomputed(model, block, block.forward)
+            afterwards(_set_forward, block, vars(block).get("forward"))
+            _set_forward(block, _Recomputed(block, block.forward, weights))
         config = getattr(getattr(model, "original_model", None), "config", None)
         text = getattr(config, "get_text_config", lambda: config)()  # a part of the configuration of models with images
         # A key-value cache would be filled twice.
         yield {"use_cache": False} if any(getattr(part, "use_cache", False) for part in (config, text)) else {}
-    finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
-            vars(block).update({"forward": own[block]} if block in own else {})
+
+
+def _set_forward(block: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Give a block a forward method of its own, or take it away."""
+    # Past __setattr__, which on a bridge hands the attribute on to the Hugging Face block.
+    vars(block).pop("forward", None)
+    vars(block).update({} if forward is None else {"forward": forward})
 
 
 class _Recomputed:
-    """A block's forward method that keeps nothing but its inputs."""
+    """A block's forward method that keeps nothing but its inputs, for passes of the thread that made it."""
 
-    def __init__(self, model: Model, block: nn.Module, forward: Any) -> None:
-        self.model, self.block, self.forward = model, block, forward
-        self.hooks, self.versions = _hooks(block), _versions(block)
+    def __init__(self, block: nn.Module, forward: Callable[..., Any], weights: AbstractContextManager[object]) -> None:
+        self.block, self.forward, self.weights = block, forward, weights
+        self.maker, self.exchanges = here.maker, here.exchanges
+        self.hooks, self.versions = _hooks(block), versions(block.parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        again = _Again(self.model, self.block, self.hooks, self.versions)
+        if here.maker is not self.maker:
+            return self.forward(*args, **kwargs)
 
         def once(*args: Any, **kwargs: Any) -> Any:
             # The pass that stopped within this block stops there again; the backward pass goes on from what it found.
-            with suppress(StopForward) if again.entered else nullcontext():
-                return self.forward(*args, **kwargs)
+            with nullcontext() if here.again is None else suppress(StopForward):
+                return self.forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})
 
-        return checkpoint(once, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
+        # The second run may end as soon as it has what the backward pass needs; but offloaded weights that were fetched
+        # for it would then stay.
+        with set_checkpoint_early_stop(not any(weight.is_meta for weight in self.block.parameters())):
+            again = _Again(self)
+            return checkpoint(once, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again), **kwargs)
 
-
-class _Again(AbstractContextManager[None]):
-    """Inside, a block has the hooks that it had in the forward pass, and its parameters take no gradients."""
-
-    def __init__(self, model: Model, block: nn.Module, hooks: "_Hooks", versions: list[tuple[int, int]]) -> None:
-        self.model, self.block, self.hooks, self.versions = model, block, hooks, versions
-        self.entered = 0
-
-    def __enter__(self) -> None:
-        if _versions(self.block) != self.versions:
-            raise RuntimeError(
-                "the weights have changed since the linearisation was made with checkpoint=True, which runs the blocks "
-                "again: linearise again."
-            )
-        self.entered += 1
-        self.stack = ExitStack()
-        self.stack.enter_context(frozen(list(self.model.parameters())))
-        self.stack.callback(_set_hooks, _hooks(self.block))
-        _set_hooks(self.hooks)
-
-    def __exit__(self, *error: object) -> None:
-        self.stack.close()
-        self.entered -= 1
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        """Inside, the block has the hooks and the weights of the forward pass, in this thread."""
+        with exchanged(*self.exchanges):
+            if versions(self.block.parameters()) != self.versions:
+                raise RuntimeError(
+                    "the weights have changed since the linearisation was made with checkpoint=True, which runs the "
+                    "blocks again: linearise again."
+                )
+            with self.weights, _rehooked(self.hooks, self.maker):
+                yield
 
 
-def _versions(block: nn.Module) -> list[tuple[int, int]]:
-    """The identity of each parameter, and how often it was changed in place."""
-    return [(id(parameter), parameter._version) for parameter in block.parameters()]
+class _Again(ExitStack):
+    """`as_it_was`, as often as torch enters it."""
+
+    def __init__(self, block: _Recomputed) -> None:
+        super().__init__()
+        self.block = block
+
+    def __enter__(self) -> Any:
+        return self.enter_context(self.block.as_it_was())
 
 
-_Hooks: TypeAlias = dict[nn.Module, tuple[dict[int, Any], dict[int, Any]]]
+def _own(value: Any) -> Any:
+    """A copy of the residual stream, which hooks of the user's may change in place: a block starts twice from it."""
+    return value.clone() if isinstance(value, Tensor) and value.requires_grad else value
 
 
-def _hooks(block: nn.Module) -> _Hooks:
-    return {part: (part._forward_hooks.copy(), part._forward_pre_hooks.copy()) for part in block.modules()}
+@dataclass(frozen=True)
+class _Hooks:
+    """Hooks of one kind, before or after, on one part of a block."""
+
+    live: dict[int, Any]
+    """Those of the moment, which torch calls."""
+    with_kwargs: dict[int, bool]
+    """Which of them are handed keyword arguments."""
+    register: Callable[..., Any]
+    then: dict[int, Any]
+    """Those of the forward pass."""
+    then_with_kwargs: dict[int, bool]
 
 
-def _set_hooks(hooks: _Hooks) -> None:
-    for part, (after, before) in hooks.items():
-        for current, wanted in ((part._forward_hooks, after), (part._forward_pre_hooks, before)):
-            current.clear()
-            current.update(wanted)
+def _hooks(block: nn.Module) -> list[_Hooks]:
+    kinds = [
+        kind
+        for part in block.modules()
+        for kind in (
+            (part._forward_hooks, part._forward_hooks_with_kwargs, part.register_forward_hook),
+            (part._forward_pre_hooks, part._forward_pre_hooks_with_kwargs, part.register_forward_pre_hook),
+        )
+    ]
+    return [_Hooks(live, with_kwargs, register, dict(live), dict(with_kwargs)) for live, with_kwargs, register in kinds]
 
 
 @contextmanager
-def frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters take no gradients, so that the graph keeps no activations for their sake."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
+def _rehooked(hooks: Sequence[_Hooks], maker: object) -> Iterator[None]:
+    """Inside, the hooks of the forward pass act in this thread, in place of those of the moment."""
+    again = object()
+    with put_back() as afterwards:
+        afterwards(setattr, here, "maker", here.maker)
+        afterwards(setattr, here, "again", here.again)
+        for kind in hooks:
+            if kind.live or kind.then:
+                afterwards(_unhook, kind, again)
+                for id, hook in list(kind.live.items()):
+                    kind.live[id] = _Only(hook, again, inside=False)
+                for id, hook in kind.then.items():
+                    kind.register(_Only(hook, again, inside=True), with_kwargs=id in kind.then_with_kwargs)
+        here.maker, here.again = maker, again
         yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+
+
+def _unhook(kind: _Hooks, again: object) -> None:
+    """Undo what `_rehooked` has done to hooks."""
+    for id, hook in list(kind.live.items()):
+        if isinstance(hook, _Only) and hook.again is again:
+            if hook.inside:
+                kind.live.pop(id, None)
+                kind.with_kwargs.pop(id, None)
+            else:
+                kind.live[id] = hook.hook
+
+
+@dataclass(frozen=True, eq=False)
+class _Only:
+    """A hook that acts only inside of one second run of a block, in the thread that makes it; or only outside of it."""
+
+    hook: Callable[..., Any]
+    again: object
+    inside: bool
+
+    def __call__(self, *args: Any) -> Any:
+        return self.hook(*args) if (here.again is self.again) is self.inside else None

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models.hooks import EMBEDDING, StopForward, attached, one_at_a_time
+from tl_scopes.models.hooks import EMBEDDING, StopForward, attached, hook_points
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.precision import sum_dtype
-from tl_scopes.models.supported import Model
+from tl_scopes.models.supported import Model, device_of
+from tl_scopes.models.threads import one_at_a_time
 from tl_scopes.models.tokens import vocabulary_size
 
 
@@ -32,7 +33,7 @@ def embed(model: Model, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "ba
         found.append(value)
         raise StopForward
 
-    with one_at_a_time, attached(model.hook_dict[EMBEDDING], read), suppress(StopForward):
+    with one_at_a_time, attached(hook_points(model)[EMBEDDING], read), suppress(StopForward):
         model(tokens, return_type="logits")
     return found[0]
 
@@ -42,7 +43,7 @@ def embedding_matrix(model: Model) -> Float[Tensor, "vocab d_model"]:
     # The weight alone lacks Gemma's multiplier, and running a bridge's own module would run the user's hooks.
     embed = getattr(model.embed, "original_component", None) or model.embed
     with torch.no_grad():
-        return embed(torch.arange(vocabulary_size(model), device=next(model.parameters()).device)[None])[0]
+        return embed(torch.arange(vocabulary_size(model), device=device_of(model))[None])[0]
 
 
 def mean_embedding(model: Model, length: int) -> Float[Tensor, " d_model"]:
@@ -51,7 +52,7 @@ def mean_embedding(model: Model, length: int) -> Float[Tensor, " d_model"]:
     Cost: the embedding of every token of the vocabulary.
     """
     vocab = vocabulary_size(model)
-    prompts = torch.arange(-(-vocab // length) * length, device=next(model.parameters()).device) % vocab
+    prompts = torch.arange(-(-vocab // length) * length, device=device_of(model)) % vocab
     total: Tensor | float = 0.0
     left = vocab
     for some in prompts.view(-1, length).split(at_once(model, length, Work.EMBEDDING)):

@@ -1,7 +1,7 @@
 """One forward pass, with the graph from one hook to another."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models.checkpointing import checkpointed, frozen
+from tl_scopes.models.checkpointing import checkpointed
 from tl_scopes.models.gradient_check import gradients_pass
 from tl_scopes.models.hooks import (
     EMBEDDING,
@@ -20,12 +20,14 @@ from tl_scopes.models.hooks import (
     check_value,
     has_backward_hooks,
     hook_point,
+    hook_points,
     is_readout,
-    one_at_a_time,
 )
-from tl_scopes.models.memory import enough_memory
+from tl_scopes.models.memory import require_memory, told
 from tl_scopes.models.state import ModelState
-from tl_scopes.models.supported import Model, batches_cotangents
+from tl_scopes.models.substitution import frozen
+from tl_scopes.models.supported import Model, batches_cotangents, device_of
+from tl_scopes.models.threads import one_at_a_time
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,9 @@ class Trace:
     """Whether backward hooks of the user's are in the graph."""
     checkpointed: bool = False
     """Whether its blocks are run again in the backward pass."""
-    graphs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    """The values of further hooks between both ends, in the graph."""
+    graphs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """The `readout_graph` that was asked for last. Those of all rows would take as much memory again as `logits`."""
 
     @cached_property
@@ -96,6 +100,7 @@ def trace(
     places: Sequence[tuple[int, int]] | None = None,
     values: Mapping[str, Float[Tensor, "batch token d_model"]] | None = None,
     checkpoint: bool = False,
+    keep: Sequence[str] = (),
 ) -> Trace:
     """Run the model once, keeping the graph from the `wrt` hooks to the `of` hook.
 
@@ -109,6 +114,7 @@ def trace(
         places: where it is read: entry of the batch, position. None is the last position of each entry.
         values: what to put in place of the activation at some of the `wrt` hooks.
         checkpoint: keep only the residual stream between blocks, and run each block again in the backward pass.
+        keep: further hooks whose values are wanted. Those that fire after `wrt` and before `of` become `Trace.kept`.
 
     Cost: one forward pass. At the readout only the places go on to the unembedding; elsewhere the pass stops.
 
@@ -117,6 +123,34 @@ def trace(
             late; for a module that no gradient passes.
         MemoryError: when the graph will not fit.
     """
+    places = as_places(tokens, places)
+
+    def run(some: Tensor, checkpoint: bool) -> None:
+        """A pass over the first tokens of the first prompts, with the same share of its places, and back again."""
+        share = some.shape[1] / tokens.shape[1]
+        chosen = {(entry, int(position * share)) for entry in range(len(some)) for at, position in places if at == 0}
+        found = _trace(model, some, wrt, of, sorted(chosen), checkpoint, keep=keep)
+        leaves = tuple(found.perturbations.values())
+        with undisturbed(found):
+            torch.autograd.grad(found.output, leaves, torch.ones_like(found.output), allow_unused=True)
+
+    with one_at_a_time:
+        require_memory(model, tokens, checkpoint, run)
+        with told(device_of(model), next(model.parameters()).dtype, tuple(tokens.shape), checkpoint):
+            return _trace(model, tokens, wrt, of, places, checkpoint, values, keep)
+
+
+def _trace(
+    model: Model,
+    tokens: Int[Tensor, "batch token"],
+    wrt: Sequence[str],
+    of: str,
+    places: Sequence[tuple[int, int]],
+    checkpoint: bool,
+    values: Mapping[str, Float[Tensor, "batch token d_model"]] | None = None,
+    keep: Sequence[str] = (),
+) -> Trace:
+    """`trace`, however much memory that takes."""
     inputs: dict[str, Tensor] = {}
     perturbations: dict[str, Tensor] = {}
     outputs: list[Tensor] = []
@@ -124,8 +158,8 @@ def trace(
     unembedded: list[Tensor] = []
     read_once: list[bool] = []
     moved: list[bool] = []
+    kept: dict[str, Tensor] = {}
     replacements = values or {}
-    places = as_places(tokens, places)
     entries, positions = (list(numbers) for numbers in zip(*places, strict=True))
 
     def perturb(name: str) -> Callable[..., Tensor]:
@@ -144,6 +178,14 @@ def trace(
 
         return hook_function
 
+    def retain(name: str) -> Callable[..., Tensor]:
+        def hook_function(value: Tensor, hook: Any) -> Tensor:
+            if perturbations and not read_once:  # a block that is run again comes after the reading
+                kept.setdefault(name, value)
+            return value  # where a bridge converts the value, it goes on with what is returned
+
+        return hook_function
+
     def read(value: Tensor, hook: Any) -> Tensor:
         check_value(of, value, tokens)
         chosen = value[entries, positions]
@@ -159,23 +201,24 @@ def trace(
         unembedded.append(value)
 
     logits = None
-    known, parameters = model.hook_dict, list(model.parameters())
-    points = {name: hook_point(known, name) for name in (*wrt, of)}
+    known, parameters = hook_points(model), list(model.parameters())
+    points = {name: hook_point(known, name) for name in (*wrt, of, *keep)}
     for name in wrt:
         check_perturbed(points[name], name)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
-        state = ModelState.of(model, parameters)
+        state, weights = ModelState.of(model, parameters, known), frozen(parameters)
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(frozen(parameters))
+        stack.enter_context(weights)
         stack.callback(_let_go, model)
         for name in wrt:
             stack.enter_context(attached(points[name], perturb(name)))
+        for name in keep:
+            stack.enter_context(attached(points[name], retain(name)))
         stack.enter_context(attached(points[of], read))
         stack.enter_context(attached(known["unembed.hook_out"], read_unembedded))
-        stack.enter_context(enough_memory(model, tokens, checkpoint))
         stack.enter_context(gradients_pass(model, parameters, whole=EMBEDDING in wrt and is_readout(of)))
-        options = stack.enter_context(checkpointed(model)) if checkpoint else {}
+        options = stack.enter_context(checkpointed(model, weights)) if checkpoint else {}
         with suppress(StopForward):
             logits = model(tokens, return_type="logits", **options)[:, -1]
 
@@ -190,11 +233,14 @@ def trace(
         raise independence(wrt, of)
     leaf, last = (values[0] if values else None for values in (readout, unembedded))
     output = outputs[0]
+    between = dict(kept)
     # A block that is to be run again keeps the hooks above; what these keep must not lead back to its graph.
-    for kept in (outputs, readout, unembedded):
-        kept.clear()
+    for seen in (outputs, readout, unembedded, kept):
+        seen.clear()
     hooked = any(point.bwd_hooks for point in known.values())
-    return Trace(places, inputs, perturbations, output, leaf, logits, last, state, any(moved), hooked, checkpoint)
+    return Trace(
+        tuple(places), inputs, perturbations, output, leaf, logits, last, state, any(moved), hooked, checkpoint, between
+    )
 
 
 def goes_back_together(model: Model, trace: Trace) -> bool:
@@ -210,9 +256,19 @@ def as_places(tokens: Tensor, places: Sequence[tuple[int, int]] | None) -> tuple
     return tuple(places or ((entry, tokens.shape[1] - 1) for entry in range(len(tokens))))
 
 
-def undisturbed(trace: Trace) -> AbstractContextManager[Any]:
-    """Keeps other threads' passes out of a backward pass that runs blocks again, since that sets their hooks."""
-    return one_at_a_time if trace.checkpointed else nullcontext()
+@contextmanager
+def undisturbed(trace: Trace) -> Iterator[None]:
+    """Inside, a backward pass has no other thread's pass beside it that would meet the hooks of blocks run again.
+
+    Raises:
+        MemoryError: when memory runs out inside.
+    """
+    shape = tuple(next(iter(trace.inputs.values())).shape)
+    with (
+        told(trace.output.device, trace.output.dtype, shape, trace.checkpointed),
+        one_at_a_time if trace.checkpointed else nullcontext(),
+    ):
+        yield
 
 
 def independence(wrt: Sequence[str], of: str) -> ValueError:
@@ -225,7 +281,8 @@ def independence(wrt: Sequence[str], of: str) -> ValueError:
 
 def _let_go(model: Model) -> None:
     """Free the graph behind the last attention pattern, which some bridges (GPT-2, Pythia) keep."""
-    for part in model.modules():
-        kept = vars(part).get("_pattern")
+    for block in model.blocks:
+        attention = vars(getattr(block, "attn", block))
+        kept = attention.get("_pattern")
         if isinstance(kept, Tensor):
-            vars(part)["_pattern"] = kept.detach()
+            attention["_pattern"] = kept.detach()

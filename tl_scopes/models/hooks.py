@@ -1,7 +1,6 @@
 """Hook points: how they are named on each kind of model, and how a hook of ours comes and goes."""
 
 import difflib
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_scopes.models.supported import Model
+from tl_scopes.models.threads import one_at_a_time, only_here, put_back
 
 EMBEDDING = "hook_embed"
 """The hook behind the token embedding: the paper's inputs x."""
@@ -20,9 +20,6 @@ READOUT = "ln_final"
 _READOUT_HOOK = "unembed.hook_in"
 _READOUT_NAMES = (READOUT, "ln_final.hook_out", _READOUT_HOOK)
 
-one_at_a_time = threading.RLock()
-"""Held while hooks of ours are on a model: a second thread's hooks would meet the first one's activations."""
-
 
 class StopForward(BaseException):
     """Ends a forward pass at a hook."""
@@ -33,11 +30,20 @@ def is_readout(of: str) -> bool:
     return of in _READOUT_NAMES
 
 
-def hook_point(points: Mapping[str, Any], name: str) -> Any:
-    """The hook point of this name among a model's `hook_dict`.
+def hook_points(model: Model) -> dict[str, Any]:
+    """All hook points of a model by name, under TransformerLens' older names too ("hook_embed").
 
-    The readout's names all mean the input of the unembedding. A bridge builds its `hook_dict` anew whenever it is asked
-    for, which takes a while: ask once.
+    A bridge builds its `hook_dict` anew whenever it is asked for, which takes a while: ask once. The bridge of sae-lens
+    leaves the older names out.
+    """
+    points = dict(model.hook_dict)
+    if EMBEDDING not in points and hasattr(model, "_add_aliases_to_hooks"):
+        model._add_aliases_to_hooks(points)
+    return points
+
+
+def hook_point(points: Mapping[str, Any], name: str) -> Any:
+    """The hook point of this name among a model's `hook_points`; the readout's names all mean the unembedding's input.
 
     Raises:
         ValueError: for a name that the model does not have.
@@ -83,32 +89,41 @@ def check_value(name: str, value: Any, tokens: Tensor) -> None:
 
 @contextmanager
 def attached(point: Any, function: Callable[..., Tensor | None]) -> Iterator[None]:
-    """Inside, one more forward hook acts on a HookPoint, after the user's; that one alone is taken away at the end.
+    """Inside, one more forward hook acts on a HookPoint, in this thread and after the user's; it alone goes at the end.
 
     `model.hooks(...)` would not do: in compatibility mode it calls the function once for every alias of the point.
     """
-    point.add_hook(function)
-    handle = point.fwd_hooks[-1]
-    try:
+    act = only_here(function)
+    with put_back() as afterwards:
+        afterwards(_detach, point, act)
+        point.add_hook(act)
         yield
-    finally:
-        handle.hook.remove()
-        point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
 
 
-def user_hooks(model: Model) -> dict[str, tuple[object, ...]]:
+def _detach(point: Any, function: Callable[..., Any]) -> None:
+    """Take a hook function off a HookPoint, which names torch's hook by the function that it was given."""
+    for id, hook in list(point._forward_hooks.items()):
+        if getattr(hook, "__name__", None) == repr(function):
+            point._forward_hooks.pop(id, None)
+    for handle in list(point.fwd_hooks):
+        if handle.hook.id not in point._forward_hooks:
+            point.fwd_hooks.remove(handle)
+
+
+def user_hooks(model: Model, points: Mapping[str, Any] | None = None) -> dict[str, tuple[object, ...]]:
     """The functions that the user has hooked to each point; another thread's pass is waited for, so as not to see ours.
 
-    On TransformerLens 3.9, which does not keep the functions, their representations, which hold their addresses.
+    On TransformerLens 3.9, which does not keep the functions, these are their representations, which hold their
+    addresses. The model's `hook_points` can be handed in.
     """
     with one_at_a_time:
-        hooked = ((name, point.fwd_hooks) for name, point in model.hook_dict.items() if point.fwd_hooks)
-        return {name: tuple(map(_function, handles)) for name, handles in hooked}
+        known = hook_points(model) if points is None else points
+        return {name: tuple(map(_function, point.fwd_hooks)) for name, point in known.items() if point.fwd_hooks}
 
 
 def has_backward_hooks(model: Model) -> bool:
     """Whether the user has set backward hooks. A graph that is made now goes through them as long as it lives."""
-    return any(point.bwd_hooks for point in model.hook_dict.values())
+    return any(point.bwd_hooks for point in hook_points(model).values())
 
 
 def _function(handle: Any) -> object:

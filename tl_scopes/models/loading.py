@@ -1,5 +1,8 @@
-"""Load a model by name or from a folder."""
+"""Load a model by name, from a folder, or from a GGUF file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +11,27 @@ import torch
 from tl_scopes.models.supported import Model
 
 
-def load(name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Model:
-    """A `TransformerBridge` by model name or from a folder in the Hugging Face layout; a folder needs no network.
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    called: str | None = None,
+) -> Model:
+    """A `TransformerBridge` by model name, from a folder in the Hugging Face layout, or from a GGUF file.
+
+    A folder and a file need no network. The weights of a GGUF file are dequantised: no gradient passes its blocks.
 
     Args:
-        name: any name that `TransformerBridge.boot_transformers` takes, or a folder.
+        name: any name that `TransformerBridge.boot_transformers` takes; a folder; a GGUF file, or a folder with one.
         device: where to put it; None lets TransformerLens choose.
         dtype: its precision.
+        called: what answers call it; None is `model_name`'s way.
 
     Raises:
-        ValueError: a name or folder that cannot be loaded, or a device that cannot be used.
+        ValueError: a name, folder or file that cannot be loaded, such as a GGUF file without a tokenizer; or a device
+            that cannot be used.
+        ImportError: for a GGUF file where the package gguf is not installed.
     """
     if device is not None:
         try:
@@ -26,19 +40,98 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
             reason = str(error).splitlines()[0].rstrip(".")
             raise ValueError(f"the device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
     folder = Path(name).expanduser()
+    if (gguf := _gguf_file(folder)) is not None:
+        return _load_gguf(gguf, device, dtype)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise ValueError(f"{str(name)!r} is not a folder with a config.json: give a folder that save_pretrained wrote.")
+        raise ValueError(
+            f"{str(name)!r} is not a folder with a config.json, nor a GGUF file: give a folder that save_pretrained "
+            "wrote."
+        )
     if not folder.exists() and str(name).startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {str(name)!r}: give one that save_pretrained wrote, or a model's name.")
     from transformer_lens.model_bridge import TransformerBridge
 
-    source = str(folder) if folder.exists() else str(name)
+    local = folder.exists()
     try:
-        model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
+        with _no_bars(local):
+            model = TransformerBridge.boot_transformers(str(folder if local else name), device=device, dtype=dtype)
     except Exception as error:  # whatever the loaders raise: safetensors and pickle have exceptions of their own
         raise ValueError(
             f"cannot load the model {str(name)!r}: {_first_sentence(error)} Check the spelling and the network, "
             "or give a folder that save_pretrained wrote."
+        ) from error
+    if called is not None:
+        model.cfg.model_name = called
+    return model.eval()
+
+
+@contextmanager
+def _no_bars(local: bool = True) -> Iterator[None]:
+    """Inside, transformers draws no bars where nothing is downloaded; the user's setting is put back."""
+    from transformers.utils import logging
+
+    # `disable_progress_bar` would also change the setting of the hub, and `enable_progress_bar` forget parts of it.
+    shown = logging._tqdm_active
+    logging._tqdm_active = shown and not local
+    try:
+        yield
+    finally:
+        logging._tqdm_active = shown
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that is meant, if one is: this one, or the only one in a folder without a config.json.
+
+    Raises:
+        ValueError: for a folder with several.
+    """
+    if path.is_file():
+        return path if path.suffix.lower() == ".gguf" else None
+    if (path / "config.json").is_file():
+        return None
+    found = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    if len(found) > 1:
+        raise ValueError(
+            f"{str(path)!r} has {len(found)} GGUF files: give the path of one, {str(found[0])!r} say. A model that is "
+            "split into several files has to be merged first (llama-gguf-split --merge)."
+        )
+    return found[0] if found else None
+
+
+def _load_gguf(path: Path, device: str | torch.device | None, dtype: torch.dtype) -> Model:
+    """The model in a GGUF file, dequantised, with the tokenizer beside the file or else the one in it.
+
+    Raises: as `load` does.
+    """
+    if find_spec("gguf") is None:
+        raise ImportError(f"reading {str(path)!r} takes the package gguf, which is not installed: pip install gguf.")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{str(path)!r} is not a GGUF file, in spite of its name: it does not begin with 'GGUF'.")
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder, inside = str(path.parent), {"gguf_file": path.name}
+    beside = (path.parent / "tokenizer_config.json").is_file()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **({} if beside else inside))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ValueError(
+            f"no tokenizer can be read from {str(path)!r}: {_first_sentence(error)} Put the model's own beside the "
+            f"file: tokenizer.save_pretrained({folder!r})."
+        ) from error
+    try:
+        dequantised = GgufConfig(dequantize=True)  # no gradient passes weights that stay in their blocks
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            folder, **inside, quantization_config=dequantised, dtype=dtype, attn_implementation="eager"
+        )
+        model = TransformerBridge.boot_transformers(
+            folder, device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer
+        )
+    except Exception as error:  # as for folders
+        raise ValueError(
+            f"cannot load the GGUF file {str(path)!r}: {_first_sentence(error)} Convert it to a folder in the Hugging "
+            "Face layout, or check that it is whole."
         ) from error
     return model.eval()
 
@@ -49,7 +142,11 @@ def _first_sentence(error: Exception) -> str:
 
 
 def load_hooked_llama(
-    folder: Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    called: str | None = None,
 ) -> Model:
     """The Llama in a local folder as an unprocessed `HookedTransformer` (TransformerLens 3.9).
 
@@ -58,8 +155,9 @@ def load_hooked_llama(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device or "cpu")
-    return hooked_from_llama(hf_model, AutoTokenizer.from_pretrained(folder), name=folder.name)
+    with _no_bars():
+        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device or "cpu")
+    return hooked_from_llama(hf_model, AutoTokenizer.from_pretrained(folder), name=called or str(folder))
 
 
 def hooked_from_llama(hf_model: Any, tokenizer: Any, name: str = "llama") -> Model:

@@ -1,5 +1,6 @@
 """What stands between the readout and the logits: its graph, and what processing of the weights has done to it."""
 
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -7,39 +8,44 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.models.forward import Trace
-from tl_scopes.models.hooks import one_at_a_time
 from tl_scopes.models.supported import Model
+from tl_scopes.models.threads import one_at_a_time
+from tl_scopes.models.weights import fetched
 
 
-def readout_graph(model: Model, trace: Trace, row: int) -> tuple[Float[Tensor, "1 d_of"], Float[Tensor, "1 vocab"]]:
-    """One row's readout as a leaf, and its logits as a function of it.
+def readout_graph(
+    model: Model, trace: Trace, rows: Sequence[int]
+) -> tuple[Float[Tensor, "row d_of"], Float[Tensor, "row vocab"]]:
+    """The readout of some rows as a leaf, and their logits as a function of it.
 
     A backward pass from one row of `trace.logits` would go through the unembedding of all rows.
 
-    Cost: the unembedding of one row, when there are several.
+    Cost: the unembedding of these rows, when there are others.
 
     Raises:
         ValueError: when a hook of the user's mixes the rows, so that one row has no graph of its own.
     """
     assert trace.readout is not None
     assert trace.logits is not None
-    if len(trace.places) == 1:
+    if list(rows) == list(range(len(trace.places))):
         return trace.readout, trace.logits
-    if known := trace.graphs.get(row):
+    if known := trace.graphs.get(tuple(rows)):
         return known
+    some = list(rows)
     with one_at_a_time, torch.enable_grad():
-        leaf = trace.readout[row : row + 1].detach().requires_grad_()
+        leaf = trace.readout[some].detach().requires_grad_()
         unembedded = model.unembed(leaf[:, None])[:, 0]
         # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
-        logits = trace.logits[row : row + 1].detach() + trace.slope[row] * (unembedded - unembedded.detach())
-    (found,), expected = torch.autograd.grad(logits, leaf, trace.probe(row)[None], retain_graph=True), trace.probed[row]
-    if not torch.allclose(found[0], expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        logits = trace.logits[some].detach() + trace.slope[some] * (unembedded - unembedded.detach())
+    probes, expected = torch.stack([trace.probe(row) for row in some]), trace.probed[some]
+    (found,) = torch.autograd.grad(logits, leaf, probes, retain_graph=True)
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise ValueError(
             "a hook of yours changes the unembedding or mixes its logits, so that one prediction cannot be told from "
             "the others of the same forward pass: ask for one prompt and one position at a time."
         )
     trace.graphs.clear()
-    trace.graphs[row] = leaf, logits
+    trace.graphs[tuple(rows)] = leaf, logits
     return leaf, logits
 
 
@@ -52,8 +58,7 @@ def has_constant_readout_norm(model: Model) -> bool:
     norm = getattr(model, "ln_final", None)
     if norm is None or getattr(model.cfg, "normalization_type", None) is None:
         return False
-    parameters = [p.detach() for p in norm.parameters()]
-    gains = [p for p in parameters if p.any()]
+    gains = [p for p in fetched(norm) if p.any()]
     return all(bool((p == p.flatten()[0]).all()) for p in gains) and len(gains) <= 1
 
 
@@ -63,7 +68,7 @@ def is_centered(model: Model, trace: Trace, row: int) -> bool:
     It is the same for all rows of a forward pass, and found out once.
     """
     if trace not in _centered:
-        readout, logits = readout_graph(model, trace, row)
+        readout, logits = readout_graph(model, trace, [row])
         vocab = logits.shape[-1]
         ids = torch.arange(0, vocab, max(1, vocab // 8), device=logits.device)
         some = logits.new_zeros(len(ids), vocab).scatter_(1, ids[:, None], 1)

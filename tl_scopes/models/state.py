@@ -3,13 +3,16 @@
 This is a file of its own since everything that runs a model again asks it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tl_scopes.models.hooks import user_hooks
-from tl_scopes.models.supported import Model
+from tl_scopes.models.substitution import in_use
+from tl_scopes.models.supported import Model, autocast_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,19 +27,26 @@ class ModelState:
     hooks: Mapping[str, tuple[object, ...]]
     """The user's functions on each hook point."""
     weights: tuple[tuple[int, int], ...]
-    """Identity and version of each parameter."""
+    """The `versions` of all parameters."""
+    autocast: torch.dtype | None
+    """The precision of torch.autocast, inside of it."""
 
     @classmethod
-    def of(cls, model: Model, parameters: Sequence[nn.Parameter] | None = None) -> "ModelState":
-        """The state of a model now; its parameters can be handed in, since collecting them takes a while."""
-        found = list(model.parameters()) if parameters is None else parameters
-        return cls(user_hooks(model), tuple((id(parameter), parameter._version) for parameter in found))
+    def of(
+        cls,
+        model: Model,
+        parameters: Sequence[nn.Parameter] | None = None,
+        points: Mapping[str, Any] | None = None,
+    ) -> "ModelState":
+        """The state of a model now; its parameters and its hook points can be handed in, since both take a while."""
+        weights = list(model.parameters()) if parameters is None else parameters
+        return cls(user_hooks(model, points), versions(weights), autocast_of(model))
 
     def require_unchanged(self, model: Model) -> None:
         """Refuse a model whose hooks or weights are others now.
 
         Raises:
-            ValueError: with what has changed, and where.
+            ValueError: with what has changed, and where; for another precision.
         """
         now = ModelState.of(model)
         points = {*self.hooks, *now.hooks}
@@ -47,11 +57,29 @@ class ModelState:
                 "which the model was linearised, and this question has to run it again: linearise and ask inside the "
                 "same model.hooks(...)."
             )
+        if self.autocast != now.autocast:
+            raise ValueError(
+                f"the model was linearised {_inside(self.autocast)} and would run {_inside(now.autocast)} now, and "
+                "this question has to run it again: linearise and ask inside the same torch.autocast."
+            )
         if self.weights != now.weights:
             raise ValueError(
                 "the weights have changed since the model was linearised, and this question has to run it again: "
                 "linearise again."
             )
+
+
+def versions(parameters: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
+    """The identity of what this thread takes for each parameter, and how often it was changed in place.
+
+    An offloaded parameter is another object after every pass, and has no numbers to change meanwhile.
+    """
+    known = map(in_use, parameters)
+    return tuple((0, 0) if weight.is_meta else (id(weight), weight._version) for weight in known)
+
+
+def _inside(autocast: torch.dtype | None) -> str:
+    return "outside of torch.autocast" if autocast is None else f"in {autocast} (torch.autocast)"
 
 
 def _same(before: tuple[object, ...], now: tuple[object, ...]) -> bool:

@@ -1,5 +1,8 @@
 """Which models can be linearised, and why the others are refused."""
 
+import json
+from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,13 +18,15 @@ def check_supported(model: Model) -> None:
     """Refuse what cannot be linearised, by what the model and its configuration say; it is not run.
 
     Raises:
-        TypeError: for something other than a TransformerLens model, a compiled model, one that does not predict the
-            next token, one without a list of blocks, and one that TransformerLens computes wrongly.
-        ValueError: for a model in training mode.
+        TypeError: for something other than a TransformerLens model, a model that is compiled or has a compiled part,
+            one that does not predict the next token, one without a list of blocks, and one that TransformerLens
+            computes wrongly.
+        ValueError: for a model in training mode, one without weights, and on TransformerLens 3.9 one whose unembedding
+            is offloaded.
         RuntimeError: under `torch.inference_mode`, or for a model that was created in it.
     """
     kind = type(model).__name__
-    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+    if _is_compiled(model):
         raise TypeError(
             "the model is compiled: its hooks and its second backward pass are not reliable. "
             "Pass the model as it was before torch.compile."
@@ -55,6 +60,19 @@ def check_supported(model: Model) -> None:
         )
     inner: Any = getattr(model, "original_model", model)
     parts = [part for module in (model, inner) for part in module.modules()]
+    compiled = [part for part in parts if _is_compiled(part)]
+    if compiled:
+        raise TypeError(
+            f"a part of the model is compiled, a {_kind(compiled[0])}: its hooks and its second backward pass are not "
+            "reliable. Load the model again, and leave out torch.compile."
+        )
+    device_of(model)
+    if version("transformer-lens").startswith("3.") and any(p.is_meta for p in model.unembed.parameters()):
+        raise ValueError(
+            f"TransformerLens {version('transformer-lens')} cannot run a model whose unembedding is offloaded, since "
+            "it adds a bias that cannot be fetched: keep the unembedding on a device (lm_head in device_map), or "
+            "upgrade to TransformerLens 4."
+        )
     if model.training or any(map(_is_random, parts)):
         raise ValueError(
             "the model is in training mode, or a part of it, where dropout makes scores random: call model.eval() first"
@@ -65,6 +83,20 @@ def check_supported(model: Model) -> None:
             "gradients cannot be taken under torch.inference_mode, or of a model that was created in it: "
             "leave the block (torch.no_grad is fine), and load the model outside of it."
         )
+
+
+def _is_compiled(part: Any) -> bool:
+    """Whether torch.compile made this module, or has been asked to compile it in place, or its forward method."""
+    forward = getattr(part, "forward", None)
+    return (
+        isinstance(part, torch._dynamo.OptimizedModule)
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
+
+
+def _kind(part: nn.Module) -> str:
+    return type(getattr(part, "_orig_mod", part)).__name__
 
 
 def _is_random(part: nn.Module) -> bool:
@@ -81,6 +113,33 @@ def not_causal(name: str) -> str:
 def hf_config(model: Model) -> Any:
     """The configuration of the Hugging Face model that a bridge wraps; None where there is no such model."""
     return getattr(getattr(model, "original_model", None), "config", None)
+
+
+def device_of(model: Model) -> torch.device:
+    """Where a model computes: where its weights are, or, where all are offloaded, where accelerate fetches them to.
+
+    Raises:
+        ValueError: for a model whose weights are nowhere.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":
+            return parameter.device
+    inner: Any = getattr(model, "original_model", model)
+    for part in inner.modules():
+        fetched_to = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if fetched_to is not None:
+            return torch.device(fetched_to)
+    raise ValueError(
+        "the model is on the device 'meta', which keeps shapes and no numbers: load its weights, with "
+        "from_pretrained say, or device_map."
+    )
+
+
+def autocast_of(model: Model) -> torch.dtype | None:
+    """The precision that torch.autocast has a model compute in; None outside of it, and in float64, which it leaves."""
+    kind = device_of(model).type
+    cast = torch.is_autocast_enabled(kind) and next(model.parameters()).dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if cast else None
 
 
 def architecture(model: Model) -> str:
@@ -102,5 +161,20 @@ def batches_cotangents(model: Model) -> bool:
 
 
 def model_name(model: Model) -> str:
-    """The name that the model was loaded under; for a folder the last part of its path."""
-    return Path(str(getattr(model.cfg, "model_name", None) or "unnamed")).name
+    """The name that the model was loaded under. A folder is called by what its config.json says, if it says something,
+    or by its path's last two parts, since checkpoints are often all called "final" or "checkpoint-1000"."""
+    return _called(str(getattr(model.cfg, "model_name", None) or "unnamed"))
+
+
+@cache
+def _called(name: str) -> str:
+    config, path = Path(name).expanduser() / "config.json", Path(name)
+    if not config.is_file():
+        return path.name
+    with suppress(OSError, ValueError, AttributeError):
+        said = json.loads(config.read_text()).get("_name_or_path")
+        if isinstance(said, str) and said and not Path(said).is_absolute():
+            return said
+    if path.parent.name == "snapshots":  # the cache of the Hugging Face hub: models--owner--name/snapshots/revision
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return "/".join(config.parent.resolve().parts[-2:])

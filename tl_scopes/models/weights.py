@@ -1,15 +1,14 @@
 """All weights of a model together: exchanged for others for a while, shuffled, told apart."""
 
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_scopes.models.hooks import one_at_a_time
+from tl_scopes.models.substitution import Substitution, exchanged
 from tl_scopes.models.supported import Model
 
 
@@ -19,12 +18,30 @@ def learned(model: Model) -> list[Tensor]:
     TransformerLens 4 keeps the bias that is folded into the unembedding in a buffer. Routers of experts (DeepSeek) keep
     in a buffer a bias that was learned without a gradient. In compatibility mode TransformerLens 3.9 computes gated
     MLPs with tensors that are plain attributes.
+
+    Raises:
+        ValueError: for weights that are offloaded.
     """
-    with one_at_a_time:
-        biases = [b for name, b in model.named_buffers() if name.endswith("bias") and b.is_floating_point() and b.ndim]
-        held = [item for part in _parts(model) for item in vars(part).items()]
-        processed = [value for name, value in held if name.startswith("_processed_") and isinstance(value, Tensor)]
-        return list({id(tensor): tensor for tensor in [*model.parameters(), *biases, *processed]}.values())
+    biases = [b for name, b in model.named_buffers() if name.endswith("bias") and b.is_floating_point() and b.ndim]
+    held = [item for part in _parts(model) for item in vars(part).items()]
+    processed = [value for name, value in held if name.startswith("_processed_") and isinstance(value, Tensor)]
+    found = list({id(tensor): tensor for tensor in [*model.parameters(), *biases, *processed]}.values())
+    if any(tensor.is_meta for tensor in found):
+        raise ValueError(
+            "some weights of the model are offloaded, and this question exchanges or reads all of them: load the model "
+            "without offloading, in bfloat16 say."
+        )
+    return found
+
+
+def fetched(module: nn.Module) -> list[Tensor]:
+    """The parameters of a module; those that are offloaded come from where accelerate keeps them."""
+    parts: list[Any] = list(module.modules())
+    return [
+        part._hf_hook.weights_map[name] if parameter.is_meta else parameter.detach()
+        for part in parts
+        for name, parameter in part.named_parameters(recurse=False)
+    ]
 
 
 def _parts(model: Model) -> list[nn.Module]:
@@ -45,37 +62,20 @@ def shuffled_weights(model: Model, generator: torch.Generator) -> list[Tensor]:
     ]
 
 
-@contextmanager
-def exchanged_weights(model: Model, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, the model computes with these weights; other threads that would run it wait.
+def exchanged_weights(model: Model, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Inside, this thread computes with these weights in place of the model's own.
 
-    No copy is made, since a copy of a bridge would share hooks and modules with the bridge itself. The modules of the
-    model hold other parameters for a while, and then their own again, which nobody has touched. A graph keeps the
-    parameters that it was made with, so that a linearisation made outside can be asked inside, and the other way round,
+    The model holds its own all the while, so that nothing has to be put back and other threads notice nothing. A graph
+    keeps the weights that it was made with: a linearisation made outside can be asked inside, and the other way round,
     in this thread and in others. Only what runs the model again (`Linearization.at`) runs it with the weights of the
-    moment; a graph made with checkpoint=True refuses to.
+    moment; a graph made with checkpoint=True outside refuses to be asked inside.
+
+    Args:
+        model: a checked model.
+        weights: a tensor for each of `learned(model)`.
     """
-    # A bridge's modules hold some of its parameters a second time, as plain attributes.
-    holders: list[dict[str, Any]] = [
-        held for part in _parts(model) for held in (part._parameters, part._buffers, vars(part))
-    ]
-    with one_at_a_time:
-        others = {id(own): (own, _with_data(own, other)) for own, other in zip(learned(model), weights, strict=True)}
-        places = [(held, name, *others[id(v)]) for held in holders for name, v in held.items() if id(v) in others]
-        try:
-            for held, name, _, other in places:
-                held[name] = other
-            yield
-        finally:
-            for held, name, own, _ in places:
-                held[name] = own
-
-
-def _with_data(tensor: Tensor, data: Tensor) -> Tensor:
-    """A tensor of the same class (parameter or buffer) with other numbers."""
-    other = copy(tensor)
-    other.data = data
-    return other
+    pairs = zip(learned(model), weights, strict=True)
+    return exchanged(Substitution((own, other.detach()) for own, other in pairs))
 
 
 def fingerprint(model: Model) -> int:

@@ -33,8 +33,7 @@ def load_tiny(
         >>> tls.load_tiny().cfg.n_layers
         6
     """
-    if kind == "bridge":
-        return models.load(FOLDER, device=device, dtype=dtype)
-    if kind == "hooked":
-        return models.load_hooked_llama(FOLDER, device=device, dtype=dtype)
-    raise ValueError(f'kind is "bridge" or "hooked", got {kind!r}.')
+    if kind not in ("bridge", "hooked"):
+        raise ValueError(f'kind is "bridge" or "hooked", got {kind!r}.')
+    load = models.load if kind == "bridge" else models.load_hooked_llama
+    return load(FOLDER, device=device, dtype=dtype, called="tiny")
