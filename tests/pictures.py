@@ -14,10 +14,10 @@ import torch
 
 import tl_scopes as tls
 from tl_scopes.diagnostics.linearity_report import KINDS
-from tl_scopes.models import Token
+from tl_scopes.models import Target, Token
 from tl_scopes.results.attribution import Prediction
 
-ARE, IS = Token(389, " are"), Token(374, " is")
+ARE, IS = Target((Token(389, " are"),)), Target((Token(374, " is"),))
 NASTY = [
     "<script>alert(1)</script>",
     '<img src="x" onerror="document.documentElement.dataset.hacked=1">',
@@ -49,7 +49,7 @@ def answer(tokens: list[str], scores: list[float], **changes: Any) -> tls.Attrib
         "versus": None,
         "scope": "SemanticScope(target=' are')",
         "unit": "logit per unit of embedding norm",
-        "predictions": (Prediction(ARE, 0.62), Prediction(IS, 0.214)),
+        "predictions": (Prediction(ARE.tokens[0], 0.62), Prediction(IS.tokens[0], 0.214)),
         "wrt": "hook_embed",
         "of": "ln_final",
         "model": "some-model",
@@ -97,6 +97,7 @@ LINEARITY = tls.LinearityReport(
     removal_change=_TWO.flip(0),
     removal_distance=_TWO,
     probability=0.5,
+    left_open=0.5,
 )
 
 _MASS = torch.tensor([0.9, *[0.1] * 6, 0.0]).expand(1, 1, 8)
@@ -109,9 +110,9 @@ SINKS = tls.SinkReport(
     mass=_MASS,
     value_norms=_MASS + 0.1,
     answers={"FisherScope()": answer([*SENTENCE.str_tokens, " of"], [1.0] * 8)},
-    prediction=Prediction(ARE, 0.62),
-    kl=torch.tensor([[0.1, 0.2]] * 3, dtype=torch.float64),
-    likeliest=((" is", " are"),) * 3,
+    prediction=Prediction(ARE.tokens[0], 0.62),
+    kl=torch.tensor([[0.1, 0.2]] * 4, dtype=torch.float64),
+    likeliest=((" is", " are"),) * 4,
     patterns={(0, 0): torch.ones(8, 8).tril() / torch.arange(1, 9)[:, None]},
 )
 

@@ -15,7 +15,7 @@ import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
 from tl_scopes.diagnostics.sink_report import SinkHead
-from tl_scopes.models import Token
+from tl_scopes.models import Target, Token
 from tl_scopes.results.attribution import Influence, Prediction
 from tl_scopes.scopes.baselines import LeaveOneOut
 
@@ -30,7 +30,7 @@ def answer() -> tls.Attribution:
         str_tokens=WORDS,
         positions=(0, 1, 2, 3, 4),
         position=4,
-        target=Token(12, " are"),
+        target=Target((Token(12, " are"),)),
         versus=None,
         scope="SemanticScope(target=' are')",
         unit="logit per unit of embedding norm",
@@ -113,7 +113,9 @@ def test_repr_is_one_line(answer: tls.Attribution) -> None:
 def test_json_round_trip(answer: tls.Attribution) -> None:
     """Nothing is lost: not a bit of a score, not a name."""
     assert same(tls.Attribution.from_json(answer.to_json()), answer)
-    double = dataclasses.replace(answer, scores=answer.scores.double() / 3, versus=Token(13, " is"), target=None)
+    double = dataclasses.replace(
+        answer, scores=answer.scores.double() / 3, versus=Target((Token(13, " is"),)), target=None
+    )
     assert same(tls.Attribution.from_json(double.to_json()), double)
     assert json.loads(answer.to_json())["unit"] == answer.unit
     assert same(pickle.loads(pickle.dumps(answer)), answer)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -234,13 +234,17 @@ def test_target(lin: tls.Linearization, target: Any, error: type[Exception], mes
 
 
 def test_target_of_several_tokens(tiny: Any) -> None:
-    """The tokens are named, and what to pass."""
+    """Where one token is asked for, the tokens are named, and what to pass; elsewhere a missing space is noted."""
     with pytest.raises(
         ValueError, match=r"' unheard' is \d+ tokens: ' u.*id \d+.*Pass the id of one of them, say the first"
     ):
-        tls.attribute(tiny, "The keys", tls.SemanticScope(target=" unheard"))
+        tls.attribute(tiny, "The keys", tls.HetaScope(target=" unheard"))
     with pytest.raises(ValueError, match="With a leading space it is one token: ' gardener'"):
-        tls.attribute(tiny, "The keys", tls.SemanticScope(target="gardener"))
+        tls.attribute(tiny, "The keys", tls.HetaScope(target="gardener"))
+    answer = tls.attribute(tiny, "The keys", tls.SemanticScope(target="gardener"))
+    assert "the target 'gardener' is explained as 3 tokens. With a leading space it is one token: ' gardener'" in (
+        " ".join(answer.notes)
+    )
 
 
 @pytest.mark.parametrize("target", ["", "☃"])
@@ -333,6 +337,27 @@ def test_compiled(model: Any) -> None:
         tls.linearize(other, PROMPT)
 
 
+COMPILED: list[Callable[[Any], object]] = [
+    lambda model: model.blocks[0].compile(),
+    lambda model: model.blocks.__setitem__(0, torch.compile(model.blocks[0])),
+    lambda model: model.blocks[1].mlp.compile(),
+    lambda model: setattr(model.blocks[0], "forward", torch.compile(model.blocks[0].forward)),
+    lambda model: setattr(model, "forward", torch.compile(model.forward)),
+    lambda model: model.original_model.compile(),
+    lambda model: model.original_model.model.layers[0].mlp.compile(),
+    lambda model: setattr(model.original_model, "forward", torch.compile(model.original_model.forward)),
+]
+
+
+@pytest.mark.parametrize("change", COMPILED)
+def test_compiled_in_parts(change: Callable[[Any], object]) -> None:
+    """A block, a part of one, or a method alone, on the bridge or on the model that it wraps."""
+    model = zoo.SPECIES["bridge llama"]().model
+    change(model)
+    with pytest.raises(TypeError, match=r"compiled.*(leave out torch.compile|as it was before torch.compile)"):
+        tls.linearize(model, PROMPT)
+
+
 def _bert() -> Any:
     from transformers import BertConfig, BertForMaskedLM
 
@@ -419,8 +444,8 @@ def test_answers(answer: tls.Attribution) -> None:
         ("{", "broken JSON"),
         ("[]", "is not an Attribution"),
         ('{"format": "other"}', "is not an Attribution"),
-        ('{"format": "tl_scopes.Attribution", "version": 2}', "written by a later version"),
-        ('{"format": "tl_scopes.Attribution", "version": 1, "colour": 3}', "scores: Field required"),
+        ('{"format": "tl_scopes.Attribution", "version": 3}', "written by a later version"),
+        ('{"format": "tl_scopes.Attribution", "version": 2, "colour": 3}', "scores: Field required"),
         (
             '{"format": "tl_scopes.Attribution", "version": true}',
             "has the version True, and versions are numbers from 1 on",
@@ -436,8 +461,11 @@ def test_json(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"target": "ab"}, "target: Input should be a valid array, got 'ab'"),
-        ({"target": [-1, "a"]}, r"target.0: Input should be greater than or equal to 0, got -1"),
+        ({"target": "ab"}, "target: Input should be a valid dict.*, got 'ab'|target: Input should be an object"),
+        ({"target": {"tokens": [[-1, "a"]], "any_of": False}}, r"target.tokens.0.0: Input .* equal to 0, got -1"),
+        ({"target": {"tokens": [], "any_of": False}}, "target.tokens: List should have at least 1 item"),
+        ({"value": "many"}, "value.*'many'"),
+        ({"parts": ["user"]}, "parts must be one for each of the 8 tokens, got 1"),
         ({"tokens": [1.5] * 8}, "tokens.0: Input should be a valid integer, got 1.5"),
         ({"tokens": [True] * 8}, "tokens.0: Input should be a valid integer, got True"),
         ({"str_tokens": "abcdefgh"}, "str_tokens: Input should be a valid array, got 'abcdefgh'"),
@@ -457,6 +485,19 @@ def test_json(text: str, message: str) -> None:
 def test_json_names_the_field_and_its_value(answer: tls.Attribution, wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tls.Attribution.from_json(json.dumps(json.loads(answer.to_json()) | wrong))
+
+
+def test_json_of_version_1(answer: tls.Attribution) -> None:
+    """What 0.1 wrote: targets are pairs, and nothing says what is explained."""
+    record = json.loads(answer.to_json())
+    for name in ("value", "quantity", "parts", "uncounted", "grouping"):
+        del record[name]
+    record |= {"version": 1, "target": [7, " a"], "versus": [8, " b"]}
+    again = tls.Attribution.from_json(json.dumps(record))
+    assert (again.target.id, again.versus.text, again.value) == (7, " b", None)
+    assert torch.equal(again.scores, answer.scores)
+    infinite = replace(answer, value=float("-inf"))
+    assert tls.Attribution.from_json(infinite.to_json()).value == float("-inf")
 
 
 def test_json_is_text(answer: tls.Attribution, no_type_checks: None) -> None:

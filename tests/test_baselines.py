@@ -164,11 +164,11 @@ def test_the_mean_is_handed_in(lin: tls.Linearization, monkeypatch: pytest.Monke
 def test_batches_leave_room_for_wide_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probabilities are float64 whatever the model is: of eight such rows of the vocabulary no batch takes more."""
     model = zoo.llama(zoo.GOLDEN, "bridge")
-    lin, predict, sizes = tls.linearize(model, [3, 4]), models.predict, []
+    lin, evaluate, sizes = tls.linearize(model, [3, 4]), models.evaluate, []
     budget = 20 * 64 * model.cfg.d_vocab
     monkeypatch.setattr(models.Work.PREDICTION, "_value_", (budget, budget))
     monkeypatch.setattr(
-        models, "predict", lambda m, tokens, **kw: sizes.append(len(tokens)) or predict(m, tokens, **kw)
+        models, "evaluate", lambda m, tokens, **kw: sizes.append(len(tokens)) or evaluate(m, tokens, **kw)
     )
     effects(lin, lin.embeddings, torch.ones(30, 2, 1, dtype=torch.bool), torch.tensor([TARGET]))
     assert sum(sizes) == 30

@@ -105,6 +105,8 @@ def ask(run: Callable[..., Any]) -> Callable[..., tls.Attribution]:
         (["--scope", "path-integrated", "--target", " the", "--versus", "id:42"], tls.PathIntegratedScope(" the", 42)),
         (["--scope", "spectral"], tls.SpectralScope(space="distribution", rank=16)),
         (["--scope", "heta", "--target", " the"], tls.HetaScope(" the")),
+        (["--target", " the old"], tls.SemanticScope(" the old")),
+        (["--target", " the", "--versus", " the old"], tls.SemanticScope(" the", " the old")),
     ],
 )
 def test_the_answer_is_the_librarys(
@@ -169,7 +171,7 @@ def test_without_a_model_the_bundled_one_answers() -> None:
 def test_the_report_says_what_was_asked(run: Callable[..., Any], args: list[str], words: list[str]) -> None:
     result = run(PROMPT, *args)
     assert (result.exit_code, result.stderr) == (0, "")
-    for text in [*words, "Next token after ·cabinet", f"<bos>{PROMPT} →", "model  small, float32"]:
+    for text in [*words, "Next token after ·cabinet", f"<bos>{PROMPT} →", "/small, float32"]:
         assert text in result.stdout
 
 
@@ -271,7 +273,11 @@ def test_what_libraries_print_stays_out_of_stdout(
         (["a\udcff"], 2, "must be UTF-8"),
         (["a " * CONTEXT], 2, f"the model's context is {CONTEXT}"),
         ([PROMPT, "--position", "99"], 2, "position 99 is out of range"),
-        ([PROMPT, "--target", " the old"], 2, "the target ' the old' is 2 tokens"),
+        ([PROMPT, "--scope", "heta", "--target", " the old"], 2, "the target ' the old' is 2 tokens"),
+        ([PROMPT, "--answer", " a", "--generate", "3"], 2, "--answer says what is said, and --generate lets"),
+        ([PROMPT, "--answer", ""], 2, "the answer is empty"),
+        ([PROMPT, "--position", "1", "--generate", "3"], 2, "--generate goes on after the whole prompt"),
+        ([PROMPT, "--chat"], 2, "the model's tokenizer has no chat template"),
         ([PROMPT, "--target", ""], 2, "the target '' is unknown"),
         ([PROMPT, "--target", "id:99999"], 2, "target 99999 is outside the vocabulary"),
         ([PROMPT, "--versus", "a\udcff"], 2, "must be UTF-8"),
@@ -412,7 +418,7 @@ def test_errors_name_the_options(run: Callable[..., Any], monkeypatch: pytest.Mo
     def too_large(*_: Any, **__: Any) -> None:
         raise MemoryError("the graph would need 99 GiB: try checkpoint=True, a shorter prompt.")
 
-    monkeypatch.setattr(tls, "linearize", too_large)
+    monkeypatch.setattr(tls, "attribute", too_large)
     result = run(PROMPT)
     assert (result.exit_code, result.exception.__class__) == (1, SystemExit)
     assert "try --checkpoint, a shorter prompt" in flat(result.stderr)
@@ -434,3 +440,11 @@ def test_a_reader_that_wants_no_more(folder: Path) -> None:
 def flat(text: str) -> str:
     """Without the line breaks of a terminal."""
     return " ".join(text.split())
+
+
+def test_an_answer_is_explained_as_a_whole(ask: Callable[..., tls.Attribution], folder: Path) -> None:
+    model = models.load(folder)
+    given = tls.attribute(model, PROMPT, tls.FisherScope(), answer=" the old")
+    assert ask(PROMPT, "--answer", " the old", "--scope", "fisher").to_json() == given.to_json()
+    said = tls.generate(model, PROMPT, 3)
+    assert ask(PROMPT, "--generate", "3").target.ids == list(said.ids)

@@ -87,22 +87,39 @@ def test_self_contained(tmp_path: Path) -> None:
         (SENTENCE, TypeError, "several Attributions, in a list or by name in a dict, got one Attribution"),
         (None, TypeError, "several Attributions, in a list or by name in a dict, got one NoneType"),
         ([SENTENCE, None], TypeError, "answers must be Attributions, got one NoneType among them"),
-        ([SENTENCE, SENTENCE.without([0])], ValueError, r"has 7, SemanticScope\(target=' are'\) \(2\) 6. Ask both at"),
         (
-            {"a": SENTENCE, "b": answer([*WORDS[:6], " x"], [1.0] * 7)},
+            [SENTENCE, SENTENCE.without([0])],
             ValueError,
-            "same tokens: a has 'inet' at position 6 where b has ' x' at position 6",
+            r"has 7, .*\(2\) 6, from 0 and 1 on",
         ),
         (
             {"a": SENTENCE.without([0]), "b": SENTENCE.without([1])},
             ValueError,
-            "a has 'The' at position 1 where b has '<s>' at position 0",
+            "same positions: a has 6, b 6, from 1 and 0 on. Use `without` on all",
         ),
     ],
 )
 def test_bad_input(answers: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tls.compare(answers)
+
+
+def test_pairs_of_prompts() -> None:
+    """Prompts of one length are aligned, with the differing tokens marked; others stand side by side."""
+    other = answer([*WORDS[:6], " x"], [1.0] * 7)
+    pair = tls.compare(SENTENCE, other)
+    assert pair.aligned
+    assert pair.differing == (6,)
+    assert pair.str_tokens[6] == "inet |  x"
+    assert list(pair.to_dataframe().index.get_level_values("token"))[6] == "inet |  x"
+    assert "differ in 1 token, underlined" in pair.to_html()
+    assert pair.to_html().count("3px double") == 2
+    longer = tls.compare({"a": SENTENCE, "b": answer([*WORDS, " x"], [1.0] * 8)})
+    assert not longer.aligned
+    assert "prompts of different lengths" in longer.to_html()
+    assert longer.to_dataframe()[("b", "token")].tolist()[-1] == " x"
+    with pytest.raises(ValueError, match="prompts of different lengths, and circuitsvis draws one text"):
+        longer.show()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tests import zoo
 from tests.test_attention import HOLDABLE
 from tests.zoo import PROMPT, Specimen
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.models import held_attention
+from tl_scopes.models import Target, held_attention
 from tl_scopes.scopes.baselines import IntegratedGradients, RandomBaseline
 from tl_scopes.scopes.scope import Measurement
 
@@ -79,7 +79,7 @@ def test_expected_share_by_hand(lin: tls.Linearization) -> None:
     assert_close(found.expected, shares[1:].mean(0), **EXACT)
     assert_close(found.scores, shares[0] / shares[1:].mean(0), **EXACT)
     assert_close(found.uncorrected, tls.SemanticScope()(lin).scores, **EXACT)
-    assert found.target == lin.token()
+    assert found.target == Target((lin.token(),))
 
 
 def test_standard_error_is_honest(toy: tls.Linearization) -> None:
@@ -166,7 +166,7 @@ def test_aimed(toy: tls.Linearization) -> None:
     """A scope around one without a target of its own is aimed, and says so."""
     around = tls.PositionCorrectedScope(tls.FrozenAttentionScope(tls.SemanticScope()))
     assert around.aimed(toy, 3) == tls.PositionCorrectedScope(tls.FrozenAttentionScope(tls.SemanticScope(3)))
-    assert tls.PositionCorrectedScope(tls.SemanticScope(4)).aimed(toy, 3).explained(toy)[0] == toy.token(4)
+    assert tls.PositionCorrectedScope(tls.SemanticScope(4)).aimed(toy, 3).explained(toy)[0] == Target((toy.token(4),))
     assert tls.PositionCorrectedScope(tls.TemperatureScope()).aimed(toy, 3).explained(toy) == (None, None)
 
 
@@ -174,9 +174,9 @@ def test_errors_of_an_estimate_add_up(tiny: Any) -> None:
     """Fisher Scope's own error and that of the shuffles."""
     lin = tls.linearize(tiny, PROMPT_OF_TINY)
     exact, estimate = (
-        tls.PositionCorrectedScope(scope)(lin) for scope in (tls.FisherScope(exact=True), tls.FisherScope(probes=8))
+        tls.PositionCorrectedScope(scope)(lin) for scope in (tls.FisherScope(exact=True), tls.FisherScope(probes=24))
     )
-    inner = tls.FisherScope(probes=8)(lin)
+    inner = tls.FisherScope(probes=24)(lin)
     relative = (inner.standard_error / inner.scores).square()
     assert ((estimate.standard_error / estimate.scores).square() > relative).all()
     assert (exact.standard_error > 0).any()

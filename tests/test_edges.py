@@ -230,10 +230,10 @@ def test_mamba_goes_one_by_one() -> None:
     """Its scan has no batching rules: batched cotangents would take ten times as long."""
     with zoo.Float64():
         lin = tls.linearize(zoo.specimen("bridge mamba").model, PROMPT)
-        dealt = pulls([0], lin.trace.places, [torch.eye(16).double()[:3]])
+        dealt = pulls([lin.ends], [torch.eye(16).double()[:3]])
         assert [len(batch) for batch in pull(lin.model, lin.trace, lin.wrt, dealt)] == [1, 1, 1]
     other = tls.linearize(zoo.specimen("bridge llama").model, PROMPT)
-    dealt = pulls([0], other.trace.places, [torch.eye(16).double()[:3]])
+    dealt = pulls([other.ends], [torch.eye(16).double()[:3]])
     assert [len(batch) for batch in pull(other.model, other.trace, other.wrt, dealt)] == [3]
 
 

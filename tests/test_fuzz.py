@@ -143,6 +143,51 @@ def test_targets(target: Any, versus: Any, quantity: Any) -> None:
     assert answer is None or answer.target is not None
 
 
+@fuzzed(150)
+@given(said=st.one_of(PROMPTS, st.text(max_size=12)), versus=st.one_of(st.none(), VALUES), scored=st.booleans())
+def test_answers(said: Any, versus: Any, scored: bool) -> None:
+    """What follows a prompt gets scores for it, or a refusal."""
+    scope, prompt = tls.SemanticScope(versus=versus), "The keys to the old"
+    answer = asked(lambda: tls.attribute(TINY, prompt, scope, answer=said, score_answer=scored))
+    if answer is not None:
+        assert len(answer.scores) >= 6
+        assert answer.scores.isfinite().all()
+        assert tls.Attribution.from_json(answer.to_json()).target == answer.target
+
+
+CHATTY = tls.load_tiny()
+CHATTY.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}"
+MESSAGES = st.lists(
+    st.dictionaries(
+        st.sampled_from(["role", "content", "name"]),
+        st.one_of(st.sampled_from(["user", "assistant", "system", "x"]), st.text(max_size=9), ANYTHING),
+        max_size=3,
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@fuzzed(100)
+@given(chat=MESSAGES, unit=st.one_of(st.sampled_from(["word", "sentence", "number"]), VALUES))
+def test_chats_and_units(chat: Any, unit: Any) -> None:
+    answer = asked(lambda: tls.attribute(CHATTY, chat, tls.SemanticScope()))
+    if answer is not None:
+        assert len(answer.parts) == len(answer.scores)
+        asked(lambda: answer.by(unit))
+
+
+ROWS = tls.answer_map(TINY, "The keys to the old", " door are new.", tls.SemanticScope())
+
+
+@fuzzed(100)
+@given(where=st.one_of(VALUES, st.tuples(st.integers(-2, 20), st.integers(-2, 20)), st.text("dorane .", max_size=6)))
+def test_parts_of_an_answer(where: Any) -> None:
+    asked(lambda: ROWS.span(where))
+    asked(lambda: ROWS[where])
+    asked(lambda: ROWS.traced(where))
+
+
 OPTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
     tls.FisherScope: ("probes", "rtol", "exact", "rank", "generator"),
     tls.SpectralScope: ("statistic", "space", "rank", "generator"),

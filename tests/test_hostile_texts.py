@@ -12,7 +12,7 @@ import pytest
 import tl_scopes as tls
 from tests.pictures import LINEARITY, PROBE, SENTENCE, SINKS, Reader, answer, browse, needs_browser
 from tl_scopes import views
-from tl_scopes.models import Token
+from tl_scopes.models import Target, Token
 from tl_scopes.results.attribution import Prediction
 from tl_scopes.views import attribution as card
 from tl_scopes.views.markup import Html, joined, tag
@@ -31,8 +31,8 @@ def hostile_answer(**changes: Any) -> tls.Attribution:
         [evil("token"), "a", "b"],
         [0.5, 0.2, 0.3],
         **{
-            "target": Token(evil("target id"), evil("target")),  # type: ignore[arg-type]
-            "versus": Token(7, evil("versus")),
+            "target": Target((Token(evil("target id"), evil("target")),)),  # type: ignore[arg-type]
+            "versus": Target((Token(7, evil("versus")),)),
             "scope": evil("scope"),
             "unit": evil("unit"),
             "predictions": (Prediction(Token(evil("prediction id"), evil("prediction")), 0.5),),  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def hostile_sinks() -> tls.SinkReport:
         str_tokens=tuple(tokens),
         answers={evil("name"): answer(tokens, [1.0] * 8)},
         prediction=Prediction(Token(3, evil("prediction")), 0.5),
-        likeliest=((evil("instead"), "x"),) * 3,
+        likeliest=((evil("instead"), "x"),) * 4,
         notes=(evil("note"),),
     )
 

@@ -97,7 +97,7 @@ def test_batches_change_no_number(lin: tls.Linearization, monkeypatch: pytest.Mo
     zoo.batches_of(monkeypatch, 1)
     assert_close(lin.vjp(cotangents), whole, **EXACT)
     assert_close(lin.jvp(tangents), pushed, **EXACT)
-    dealt = pulls([0], lin.trace.places, [cotangents])
+    dealt = pulls([lin.ends], [cotangents])
     assert [len(batch) for batch in pull(lin.model, lin.trace, lin.wrt, dealt)] == [1] * 5
 
 
@@ -284,7 +284,7 @@ def test_estimates_of_a_sure_prediction(species: str) -> None:
         pushed = torch.einsum("kj,ktd->jtd", fisher, lin.as_matrix())
     trace = torch.einsum("jtd,jtd->t", pushed, lin.as_matrix())
     assert_close(trace, tls.FisherScope(exact=True)(lin).scores, rtol=1e-7, atol=0.0)
-    remainder = fisher - leading[1].T @ leading[1]
+    remainder = fisher - leading.L.T @ leading.L
     assert (draws.T @ draws / len(draws) - remainder).norm() < 0.05 * fisher.norm()
     assert rows.any()
 

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, VOCAB, Specimen
-from tl_scopes.scopes import baselines
+from tl_scopes.scopes import baselines, path_integrated
 
 POSITION, TARGET, VERSUS = 5, 7, 9
 EXACT = {"rtol": 1e-9, "atol": 1e-11}
@@ -340,8 +340,28 @@ def test_too_few_steps_are_told_once_per_call(tiny: Any) -> None:
 
 
 def test_too_few_steps(one: tls.Linearization) -> None:
-    with pytest.warns(UserWarning, match=r"sum to .*, not to the change of .*: steps=1 is too few. Take more, a start"):
+    with pytest.warns(UserWarning, match=r"sum to .*, not to the change of .*: steps=1 is too few. Leave steps out"):
         tls.PathIntegratedScope(TARGET, steps=1)(one)
+
+
+def test_points_go_where_they_are_needed(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default the contributions sum to the change within 2%, as those of many equal steps do; else that is said."""
+    lin = tls.linearize(tiny, "The keys to the old cabinet near the door")
+    found, plain = tls.PathIntegratedScope()(lin), tls.PathIntegratedScope(steps=300)(lin)
+    change = found.value - found.baseline_value
+    allowed = 0.02 * max(abs(change), 0.1 * float(found.signed.abs().sum()))
+    assert abs(found.completeness_gap) <= allowed
+    assert_close(found.scores, plain.scores, rtol=0.1, atol=0.02 * float(plain.scores.max()))
+    assert 42 <= len(found.alphas) - 1 <= 300
+    assert list(found.alphas) == sorted(found.alphas)
+    assert_close(found.profile[-1], tls.SemanticScope()(lin).scores, rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(path_integrated, "_MOST", 12)
+    monkeypatch.setattr(path_integrated, "_COMPLETE", 1e-6)
+    monkeypatch.setattr(tls.PathIntegratedScope, "_panels", lambda self: [0.0, 1.0])
+    with pytest.warns(
+        UserWarning, match=r"6 points are too few\. Take steps, or a start farther from the baseline .* 0\.3"
+    ):
+        tls.PathIntegratedScope()(lin)
 
 
 def test_hooks_that_went_away() -> None:

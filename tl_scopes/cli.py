@@ -27,12 +27,13 @@ Examples:
   tl-scopes "The keys to the old cabinet near the door"
   tl-scopes "The keys to the old cabinet" --target " are" --versus " is"
   tl-scopes "The keys to the old cabinet" --scope fisher --html answer.html
-  tl-scopes "The capital of France is" --model Qwen/Qwen3-0.6B
+  tl-scopes "The capital of France is" --model Qwen/Qwen3-0.6B --answer " Paris, of course"
+  tl-scopes --chat "What is the capital of France?" --model Qwen/Qwen3-0.6B --generate 20
   tl-scopes - --json - < prompt.txt | jq .scores"""
 
 EPILOG = """[bold]Exit codes[/bold]: [bold]0[/bold] success; [bold]1[/bold] the model could not be loaded or run, \
 or a file could not be written; [bold]2[/bold] the command line is wrong, or the question has no answer (an empty \
-prompt, a target of several tokens, a position out of range). The answer goes to stdout, everything else to stderr."""
+prompt, an unknown target, a position out of range). The answer goes to stdout, everything else to stderr."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -114,9 +115,12 @@ _PROMPT = "The text, or - to read it from stdin (less one final line break)."
 _SCOPE = """semantic: what moves the logit of one token? temperature: what moves the model's confidence?
 fisher: what moves the whole prediction? path-integrated: what built the logit up, from nothing to the prompt?
 spectral: how far can each token move the prediction at most? heta: attention, curvature and information lost; slow."""
-_TARGET = 'The token to explain, as text (" are", mind the space) or as id (id:42).'
+_TARGET = 'What to explain, as text (" are", mind the space; it may be several tokens) or as id (id:42).'
+_ANSWER = "What is said after the prompt: it is explained as a whole, with any scope but spectral and heta."
+_GENERATE = "Let the model say so many tokens at most, and explain them as with --answer."
+_CHAT = "The prompt is what a user says to a chat model, whose template is put around it."
 _POSITION = "The token after which the prediction is read: 0 is the first, -1 the last."
-_NAME = "A model on the Hugging Face Hub, or a folder in its layout; any that TransformerLens can load."
+_NAME = "A model on the Hugging Face Hub, a folder in its layout, or a GGUF file; any that TransformerLens can load."
 _CHECKPOINT = "For long prompts: keep less in memory, and run each block again on the way back."
 _CHECK = "Add what a careful reviewer would ask: sinks, linearity, saturation, weights, leaving tokens out."
 _JSON = "Write the whole answer, for Attribution.from_json; to - for stdout, in place of the report."
@@ -147,7 +151,10 @@ def main(
     target: Annotated[
         str | None, _Question(metavar="TOKEN", show_default="the most likely next token", help=_TARGET)
     ] = None,
-    versus: Annotated[str | None, _Question(metavar="TOKEN", help="Why the target rather than this token?")] = None,
+    versus: Annotated[str | None, _Question(metavar="TOKEN", help="Why the target rather than this?")] = None,
+    answer: Annotated[str | None, _Question(metavar="TEXT", help=_ANSWER)] = None,
+    generate: Annotated[int | None, _Question(metavar="N", min=1, help=_GENERATE)] = None,
+    chat: Annotated[bool, _Question("--chat", help=_CHAT)] = False,
     position: Annotated[int, _Question(metavar="N", help=_POSITION)] = -1,
     model: Annotated[str | None, _Model(metavar="NAME", show_default="the bundled model", help=_NAME)] = None,
     device: Annotated[
@@ -169,12 +176,16 @@ def main(
 ) -> None:
     """Answer one question about one prompt."""
     with _exits(2, ValueError):
-        text = _read(prompt, target, versus)
+        text = _read(prompt, target, versus, answer)
         question = QUESTIONS[scope]
         named = {name: token for name, token in (("target", target), ("versus", versus)) if token is not None}
         for name in set(named) - set(question.tokens):
             takers = ", ".join(other for other, asked in QUESTIONS.items() if name in asked.tokens)
             raise ValueError(f"--{name} goes with --scope {takers}, not with {scope}.")
+        if generate is not None and position != -1:
+            raise ValueError("--generate goes on after the whole prompt, and --position reads within it: give one.")
+        if answer is not None and generate is not None:
+            raise ValueError("--answer says what is said, and --generate lets the model say it: give one of them.")
         if check and Path("-") in (html, json):
             raise ValueError(
                 "--check prints below the report, in place of which --json - and --html - write: name a file."
@@ -192,7 +203,7 @@ def main(
         from tl_scopes import models
         from tl_scopes.views import attribution as card
 
-        if model is None or Path(model).is_dir() or not sys.stderr.isatty():
+        if model is None or Path(model).exists() or not sys.stderr.isatty():
             logging.disable_progress_bar()  # nothing is downloaded, or nobody watches
         with _exits(1, Exception):
             load = tls.load_tiny if model is None else partial(models.load, model)
@@ -202,15 +213,20 @@ def main(
             asked = getattr(tls, question.scope)(
                 **question.options, **{name: _token(token) for name, token in named.items()}
             )
-            lin = tls.linearize(loaded, text, position, prepend_bos=bos, checkpoint=checkpoint)
-            checks = tls.check(lin, asked) if check else None
-            answer = checks.answer if checks else asked(lin)
+            asked_of: Any = [{"role": "user", "content": text}] if chat else text
+            said = answer if generate is None else tls.generate(loaded, asked_of, generate, prepend_bos=bos)
+            options: dict[str, Any] = {"answer": said, "prepend_bos": bos, "checkpoint": checkpoint}
+            if check:
+                checks = tls.check(tls.linearize(loaded, asked_of, position, **options), asked)
+                found = checks.answer
+            else:
+                checks, found = None, tls.attribute(loaded, asked_of, asked, position, **options)
 
     with _quiet_pipe(), _exits(1, OSError):
         if Path("-") not in (html, json):
-            report(answer, question.subject, question.score, top, checks)
-        page = partial(card.page, answer, *([checks._repr_html_()] if checks else []))
-        for path, render in ((html, page), (json, answer.to_json)):
+            report(found, question.subject, question.score, top, checks)
+        page = partial(card.page, found, *([checks._repr_html_()] if checks else []))
+        for path, render in ((html, page), (json, found.to_json)):
             if path is not None:
                 _write(path, render())
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.softmax import log_prob
 from tl_scopes.models import Model, Token, Trace, Work
+from tl_scopes.progress import progress_bar
 
 
 def block_norms(
@@ -35,10 +36,10 @@ def block_norms(
         RuntimeError: under an attention kernel that has no double backward.
     """
     found: dict[int, Tensor] = {}
-    rounds = _rounds(lins)
-    jobs = [_jobs(len(directions[0]), max(len(lins[i].tokens) for i in some)) for some in rounds]
-    with tqdm(total=sum(map(len, jobs)), desc="Hessian products", delay=3, leave=False) as bar:
-        for some, of_round in zip(rounds, jobs, strict=True):
+    turns = rounds(lins)
+    jobs = [_jobs(len(directions[0]), max(len(lins[i].tokens) for i in some)) for some in turns]
+    with progress_bar(sum(map(len, jobs)), "Hessian products") as bar:
+        for some, of_round in zip(turns, jobs, strict=True):
             chosen = [lins[i] for i in some]
             slope, scales = _slope(chosen, [targets[i] for i in some])
             norms = _products(chosen, slope, [directions[i] for i in some], of_round, bar)
@@ -101,7 +102,7 @@ def _entry(lin: Linearization) -> int:
     return lin.trace.places[lin.row][0]
 
 
-def _rounds(lins: Sequence[Linearization]) -> list[list[int]]:
+def rounds(lins: Sequence[Linearization]) -> list[list[int]]:
     """The linearisations that go together: one per prompt of the batch, since positions of one prompt would mix."""
     rounds: list[list[int]] = []
     seen: dict[int, int] = {}

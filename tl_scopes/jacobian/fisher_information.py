@@ -1,15 +1,17 @@
 """The Fisher information F of a prediction about the readout: products with it, its root, and F as a sum for sketching.
 
-`Split` is the form in which the Fisher Scope takes it.
+`Seen` is a part of F that a few directions hold; `remainder_probes` are random draws of the rest.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes import models
+from tl_scopes.jacobian.linearization import Linearization, jvps
 from tl_scopes.jacobian.metric import Metric
 from tl_scopes.jacobian.softmax import balanced, deviations, left_open
 
@@ -25,7 +27,7 @@ def weighted_logits(lin: Linearization) -> Metric:
         ValueError: when the linearisation does not end at the readout.
     """
     p = lin.log_probs.exp()
-    return lambda readout, logits: p.sqrt() * deviations(p, logits)
+    return lambda readout, logits: (p.sqrt() * deviations(p, logits)).flatten()
 
 
 def fisher_products(lin: Linearization, tangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe d_of"]:
@@ -69,6 +71,15 @@ def fisher_root(lin: Linearization) -> Float[Tensor, "direction d_of"]:
     Raises:
         ValueError: when the linearisation does not end at the readout.
     """
+    if len(lin.single) == 1:
+        return _root(lin.single[0])
+    # Predictions of one answer are made one given the others, so that F has a block for each and nothing between them.
+    roots = [_root(one) for one in lin.single]
+    whole = torch.block_diag(*roots)
+    return whole[whole.square().sum(-1).argsort(descending=True, stable=True)]
+
+
+def _root(lin: Linearization) -> Float[Tensor, "direction d_of"]:
     p = lin.log_probs.exp()
     rounding = torch.finfo(lin.readout.dtype).eps if lin.readout.dtype == torch.float64 else 1e-7
     ascending, tokens = p.sort()
@@ -93,52 +104,86 @@ def fisher_root(lin: Linearization) -> Float[Tensor, "direction d_of"]:
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
-    """F = LᵀL + E[v vᵀ]: a few directions that are summed, and random draws that are averaged."""
+class Seen:
+    """A part of F, seen along a few directions Q of the readout: F = LᵀL + what Q does not see."""
 
+    Q: Float[Tensor, "direction d_of"]
+    """The directions, with Q F Qᵀ = 1."""
     L: Float[Tensor, "direction d_of"]
-    """The directions."""
-    v: Float[Tensor, "probe d_of"]
-    """The draws; empty where L is all of F."""
-    trace_share: float = 1.0
-    """The share of tr F that is kept."""
+    """Q F, whose rows are the cotangents to pull back."""
+
+    def and_also(self, other: "Seen") -> "Seen":
+        """Both parts, where the other was made of directions that are `unseen` by this one."""
+        return Seen(torch.cat([self.Q, other.Q]), torch.cat([self.L, other.L]))
+
+    def unseen(self, directions: Float[Tensor, "some d_of"]) -> Float[Tensor, "some d_of"]:
+        """What is left of some directions of the readout: δ with Q F δ = 0."""
+        return directions - (directions @ self.L.T) @ self.Q
 
 
-def whole(lin: Linearization) -> Split:
-    """All of F, from `fisher_root`."""
+def seen(lin: Linearization, directions: Float[Tensor, "some d_of"]) -> Seen:
+    """The part of F that these directions see, whatever their lengths.
+
+    Cost: two products with the unembedding per direction.
+    """
+    products = fisher_products(lin, directions)
+    sizes = (directions * products).sum(-1).clamp(min=0).sqrt()
+    there = sizes > 0
+    sizes = sizes[there, None]
+    return _ritz(directions[there] / sizes, products[there] / sizes, len(directions))
+
+
+def _ritz(directions: Tensor, products: Tensor, most: int) -> Seen:
+    """Q and L from directions δ and F δ: the steepest combinations of them, without those that others span already."""
+    eigenvalues, columns = (part.to(products) for part in torch.linalg.eigh((directions @ products.T).cpu()))
+    kept = eigenvalues > 1e-12 * eigenvalues.amax(0) if len(eigenvalues) else eigenvalues > 0
+    eigenvalues, ritz = eigenvalues[kept][-most:], columns.T[kept][-most:]
+    root = eigenvalues[:, None].sqrt()
+    return Seen((ritz @ directions) / root, (ritz @ products) / root)
+
+
+def pulled_further(
+    lins: Sequence[Linearization],
+    parts: Sequence[Seen],
+    pulled: Sequence[Float[Tensor, "_ _ d_model"]],
+) -> list[Seen]:
+    """For each linearisation the part of F along J Jᵀ L, which the part L given does not see.
+
+    J stretches directions in which F is small, so that the leading directions of F are not those of the scores. One
+    product with √F J Jᵀ √F turns them towards its own, of which few hold most of every score.
+
+    Args:
+        lins: linearisations of different prompts of a batch.
+        parts: what is seen already.
+        pulled: LᵀJ for each of them.
+
+    Cost: a Jacobian-vector product per direction.
+
+    Raises:
+        NoSecondDerivativeError: under an attention kernel that has no double backward.
+    """
+    found = []
+    for lin, part, pushed in zip(lins, parts, jvps(lins, pulled), strict=True):
+        directions = part.unseen(models.precise(pushed))
+        norms = directions.norm(dim=-1, keepdim=True)
+        directions = directions / norms.where(norms > 0, torch.ones_like(norms))
+        found.append(seen(lin, part.unseen(directions)))  # twice, since rounding leaves some of what was seen
+    return found
+
+
+def root_if_small(lin: Linearization, most: int) -> Float[Tensor, "direction d_of"] | None:
+    """R with RᵀR = F, where it has no more than so many rows."""
+    for one in lin.single:
+        p = one.log_probs.exp().sort(descending=True).values
+        # So few tokens are likely, or the readout has so few dimensions; else F need not be looked at.
+        if most < len(one.readout) and p[most:].sum() > 1e-9 * p[1:].sum():
+            return None
     root = fisher_root(lin)
-    return Split(root, root[:0])
+    return root if len(root) <= most else None
 
 
-def truncated(lin: Linearization, rank: int) -> Split:
-    """The leading directions of F alone, which are less than F."""
-    root = fisher_root(lin)
-    eigenvalues = root.square().sum(-1)
-    share = float(eigenvalues[:rank].sum() / eigenvalues.sum()) if len(root) else 1.0
-    return Split(root[:rank], root[:0], share)
-
-
-def drawn(lin: Linearization, probes: int, generator: torch.Generator) -> Split:
-    """A quarter of the probes for leading directions of F, the others for random draws of the remainder."""
-    leading = leading_part(lin, probes // 4, generator) if probes >= 4 else None
-    L = lin.log_probs.new_zeros(0, len(lin.readout)) if leading is None else leading[1]
-    return Split(L, remainder_probes(lin, probes - len(L), leading, generator))
-
-
-def whole_if_small(lin: Linearization, most: int) -> Split | None:
-    """All of F, where it has no more than so many directions."""
-    p = lin.log_probs.exp().sort(descending=True).values
-    # So few tokens are likely, or the readout has so few dimensions; else F need not be looked at.
-    if most < len(lin.readout) and p[most:].sum() > 1e-9 * p[1:].sum():
-        return None
-    found = whole(lin)
-    return found if len(found.L) <= most else None
-
-
-def leading_part(
-    lin: Linearization, count: int, generator: torch.Generator
-) -> tuple[Float[Tensor, "direction d_of"], Float[Tensor, "direction d_of"]]:
-    """Q, close to the `count` leading directions of F, and L = (Q F Qᵀ)^-½ Q F, so that LᵀL is the part of F they see.
+def leading_part(lin: Linearization, count: int, generator: torch.Generator) -> Seen:
+    """The part of F that directions close to its `count` leading ones see.
 
     By block power iteration and a Rayleigh-Ritz step. F − LᵀL is positive and what Q does not see, for any Q.
 
@@ -151,17 +196,13 @@ def leading_part(
     for _ in range(_ITERATIONS):
         Q = torch.linalg.qr(product.T).Q.T
         product = fisher_products(lin, Q)
-    eigenvalues, columns = (part.to(Q) for part in torch.linalg.eigh((Q @ product.T).cpu()))
-    seen = eigenvalues > 1e-12 * eigenvalues.max()
-    eigenvalues, ritz = eigenvalues[seen][-count:], columns.T[seen][-count:]
-    root = eigenvalues[:, None].sqrt()
-    return (ritz @ Q) / root, (ritz @ product) / root
+    return _ritz(Q, product, count)
 
 
 def remainder_probes(
-    lin: Linearization, count: int, leading: tuple[Tensor, Tensor] | None, generator: torch.Generator
+    lin: Linearization, count: int, part: Seen | None, generator: torch.Generator
 ) -> Float[Tensor, "probe d_of"]:
-    """Random v with E[v vᵀ] = F − LᵀL, what the `leading_part` (Q, L) leaves; with E[v vᵀ] = F without one.
+    """Random v with E[v vᵀ] = F − LᵀL, what a part of F leaves; with E[v vᵀ] = F without one.
 
     √p ε, with random signs ε over the vocabulary, goes through (diag p − p pᵀ)^½ and the unembedding, which gives F;
     taking (Q v) L away from it gives the remainder.
@@ -169,10 +210,7 @@ def remainder_probes(
     Cost: one product with the unembedding per probe.
     """
     p = lin.log_probs.exp()
-    signs = torch.randint(0, 2, (count, len(p)), generator=generator, device=p.device).to(p) * 2 - 1
+    signs = torch.randint(0, 2, (count, *p.shape), generator=generator, device=p.device).to(p) * 2 - 1
     draws = p.sqrt() * signs
     v = lin.logits_vjp(balanced(p, draws - p * draws.sum(-1, keepdim=True)))
-    if leading is None:
-        return v
-    Q, L = leading
-    return v - (v @ Q.T) @ L
+    return v if part is None else v - (v @ part.Q.T) @ part.L

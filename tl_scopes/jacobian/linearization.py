@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import SupportsIndex, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.pullback import Ends
 from tl_scopes.jacobian.tensor_arguments import require_real
 from tl_scopes.models import Model, Token, Trace
+from tl_scopes.progress import progress_bar
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -41,6 +43,8 @@ class Linearization:
     """Its place among those that the forward pass reads."""
     notes: tuple[str, ...] = ()
     """Sentences about the prompt that a reader of the scores should know: that it begins with two BOS tokens, say."""
+    parts: tuple[str, ...] = ()
+    """Of a chat: for each token whose it is, "user" say, or "template"."""
 
     def __repr__(self) -> str:
         return (
@@ -49,6 +53,27 @@ class Linearization:
         )
 
     # -- the point ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def ends(self) -> Ends:
+        """Which part of the forward pass this is: the tokens where J begins, the rows where it ends."""
+        entry, tokens = self.trace.places[self.row][0], torch.arange(len(self.tokens), device=self.tokens.device)
+        return Ends((self.row,), (entry,), (tokens,), len(self.tokens))
+
+    @property
+    def single(self) -> tuple["Linearization", ...]:
+        """The predictions that this is about, each for itself: this one alone."""
+        return (self,)
+
+    @property
+    def text(self) -> Int[Tensor, "token"]:
+        """The tokens as they went through the model, one after another."""
+        return self.tokens
+
+    @property
+    def scored(self) -> int:
+        """How many of the tokens answers have scores for, from the first on: all."""
+        return len(self.tokens)
 
     @property
     def embeddings(self) -> Float[Tensor, "token d_model"]:
@@ -61,7 +86,7 @@ class Linearization:
         return self.trace.output[self.row].detach()
 
     @property
-    def logits(self) -> Float[Tensor, " vocab"]:
+    def logits(self) -> Float[Tensor, "*row vocab"]:
         """The model's logits at the position.
 
         Raises:
@@ -71,13 +96,18 @@ class Linearization:
         return cast(Tensor, self.trace.logits)[self.row].detach()
 
     @property
-    def log_probs(self) -> Float[Tensor, " vocab"]:
+    def log_probs(self) -> Float[Tensor, "*row vocab"]:
         """Log-probabilities of the next token, in nats, in float64.
 
         Raises:
             ValueError: when `of` is not the readout.
         """
         return models.precise(self.logits).log_softmax(-1)
+
+    @property
+    def vocab(self) -> int | None:
+        """How many logits the model has; None where the linearisation ends before them."""
+        return None if self.trace.logits is None else self.trace.logits.shape[-1]
 
     @property
     def is_centered(self) -> bool:
@@ -156,7 +186,8 @@ class Linearization:
             ValueError: for a text that is several tokens or unknown to the tokenizer, and an id out of range.
             TypeError: for something that is neither text nor id.
         """
-        return models.token(self.model, self.logits.argmax() if target is None else target, len(self.logits), what)
+        logits = self.single[0].logits
+        return models.token(self.model, logits.argmax() if target is None else target, len(logits), what)
 
     # -- the Jacobian -------------------------------------------------------------------------------------------------
 
@@ -178,7 +209,7 @@ class Linearization:
         """‖cᵀJ_t‖² for every probe c and token t, which all first-order scopes are made of.
 
         In float64, since squares of what float32 holds may be too small or too large for it. A progress bar appears
-        after a few seconds.
+        on a terminal after a few seconds.
 
         Cost: about 0.6 of a forward pass per probe; memory for one batch.
 
@@ -200,7 +231,7 @@ class Linearization:
             RuntimeError: under an attention kernel that has no double backward.
         """
         self._check("tangents", tangents, (None, *self.embeddings.shape), "[probe token d_model]")
-        return pullback.jvps(self.model, self.trace, self.wrt, self.row, tangents)
+        return jvps([self], [tangents])[0]
 
     def as_matrix(self) -> Float[Tensor, "d_of token d_model"]:
         """J itself: `as_matrix()[:, t]` is J_t.
@@ -234,8 +265,14 @@ class Linearization:
         """
         models.check_model(self.model)
         self._check("embeddings", embeddings, (None, *self.embeddings.shape), "[point token d_model]")
+        lins = self._at_each(embeddings)
+        for lin in lins:
+            lin.require_finite()
+        return lins
+
+    def _at_each(self, embeddings: Float[Tensor, "point token d_model"]) -> tuple["Linearization", ...]:
         tokens, texts = self.tokens.expand(len(embeddings), -1), [self.str_tokens] * len(embeddings)
-        lins = linearize_places(
+        return linearize_places(
             self.model,
             tokens,
             texts,
@@ -244,10 +281,20 @@ class Linearization:
             values=embeddings,
             checkpoint=self.trace.checkpointed,
             notes=[self.notes] * len(embeddings),
+            parts=[self.parts] * len(embeddings),
         )
-        for lin in lins:
-            lin.require_finite()
-        return lins
+
+    def evaluate(
+        self, embeddings: Float[Tensor, "point token d_model"]
+    ) -> tuple[Float[Tensor, "point d_of"], Float[Tensor, "point *row vocab"] | None]:
+        """Readout and logits at other points, without a graph; the logits are None where `of` is not the readout.
+
+        Cost: one forward pass over all points.
+
+        Raises: as `models.evaluate` does.
+        """
+        tokens = self.tokens.expand(len(embeddings), -1)
+        return models.evaluate(self.model, tokens, wrt=self.wrt, of=self.of, values=embeddings)
 
     def at_tokens(self, tokens: Int[Tensor, "token"]) -> "Linearization":
         """The same question at another prompt: these token ids, read at their last position.
@@ -260,12 +307,14 @@ class Linearization:
             TypeError: for ids that are not integers.
         """
         models.check_model(self.model)
-        tokens = models.tokenize(self.model, tokens)
+        return self._at_tokens(models.tokenize(self.model, tokens))
+
+    def _at_tokens(self, tokens: Int[Tensor, "token"]) -> "Linearization":
         return linearize_tokens(self.model, tokens, self.wrt, self.of, checkpoint=self.trace.checkpointed)
 
     # -- the readout --------------------------------------------------------------------------------------------------
 
-    def cotangent(self, function: Callable[[Float[Tensor, " vocab"]], Tensor]) -> Float[Tensor, " d_of"]:
+    def cotangent(self, function: Callable[[Float[Tensor, "*row vocab"]], Tensor]) -> Float[Tensor, " d_of"]:
         """∂f/∂y = (∂f/∂z)ᵀ ∂z/∂y for a number f that is computed from the logits z: its `vjp` is the gradient of f.
 
         It goes through the model's real unembedding, soft-caps, scales and biases included. In float64.
@@ -298,7 +347,7 @@ class Linearization:
             )
         return self.logits_vjp(found[None])[0]
 
-    def logits_vjp(self, cotangents: Float[Tensor, "probe vocab"]) -> Float[Tensor, "probe d_of"]:
+    def logits_vjp(self, cotangents: Float[Tensor, "probe *row vocab"]) -> Float[Tensor, "probe d_of"]:
         """cᵀ ∂z/∂y for every probe c, with the logits z as a function of the readout y. In float64.
 
         Raises:
@@ -306,12 +355,15 @@ class Linearization:
             TypeError: for something that is not a tensor.
         """
         readout, logits = self._readout_and_logits
-        self._check("cotangents", cotangents, (None, logits.shape[-1]), "[probe vocab]")
+        self._check("cotangents", cotangents, (None, *self.logits.shape), "[probe vocab]")
         units, scales = pullback.near_one(cotangents)
-        pulled = pullback.products(logits, readout, units.to(logits)[:, None], together=self.unembeds_together)[:, 0]
+        together = self.unembeds_together
+        pulled = pullback.products(
+            logits, readout, units.to(logits).reshape(-1, *logits.shape), together=together
+        ).flatten(1)
         return models.precise(pulled) * units.new_tensor(scales)[:, None]
 
-    def logits_jvp(self, tangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe vocab"]:
+    def logits_jvp(self, tangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe *row vocab"]:
         """∂z/∂y · δ for every probe δ, with the logits z as a function of the readout y. In float64.
 
         Raises:
@@ -319,13 +371,15 @@ class Linearization:
             TypeError: for something that is not a tensor.
         """
         readout, logits = self._readout_and_logits
-        self._check("tangents", tangents, (None, readout.shape[-1]), "[probe d_of]")
+        self._check("tangents", tangents, (None, *self.readout.shape), "[probe d_of]")
         units, scales = pullback.near_one(tangents)
+        units = units.reshape(-1, *readout.shape)
         cotangent = torch.zeros_like(logits, requires_grad=True)
         (pulled,) = torch.autograd.grad(logits, readout, cotangent, create_graph=True)
         together = self.unembeds_together
-        pushed = pullback.products(pulled, cotangent, units.to(readout)[:, None], together=together)[:, 0]
-        return models.precise(pushed) * units.new_tensor(scales)[:, None]
+        pushed = pullback.products(pulled, cotangent, units.to(readout), together=together)
+        pushed = models.precise(pushed) * units.new_tensor(scales)[:, None, None]
+        return pushed.reshape(-1, *self.logits.shape)
 
     @property
     def unembeds_together(self) -> bool:
@@ -338,9 +392,9 @@ class Linearization:
     # -- private ------------------------------------------------------------------------------------------------------
 
     @property
-    def _readout_and_logits(self) -> tuple[Float[Tensor, "1 d_of"], Float[Tensor, "1 vocab"]]:
+    def _readout_and_logits(self) -> tuple[Float[Tensor, "row d_of"], Float[Tensor, "row vocab"]]:
         self.require_readout()
-        return models.readout_graph(self.model, self.trace, self.row)
+        return models.readout_graph(self.model, self.trace, self.ends.rows)
 
     def _check(self, what: str, value: Tensor, shape: tuple[int | None, ...], axes: str) -> None:
         require_real(value, what, axes)
@@ -379,17 +433,29 @@ def vjps(
     return pulled
 
 
+def jvps(
+    lins: Sequence[Linearization], tangents: Sequence[Float[Tensor, "_ _ d_model"]]
+) -> list[Float[Tensor, "_ d_of"]]:
+    """Σ_t J_t δ_t [probe d_of] for the tangents δ of each of several linearisations, of different prompts of a batch.
+
+    Raises:
+        NoSecondDerivativeError: under an attention kernel that has no double backward.
+    """
+    one = lins[0]
+    return pullback.jvps(one.model, one.trace, one.wrt, [lin.ends for lin in lins], tangents)
+
+
 def squared_norms(
     lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
 ) -> list[Float[Tensor, "_ _"]]:
     """‖cᵀJ_t‖² [probe token] for the cotangents [probe d_of] of each of several linearisations of one forward pass.
 
-    In float64, with memory for one batch of cotangents. A progress bar appears after a few seconds.
+    In float64, with memory for one batch of cotangents. A progress bar appears on a terminal after a few seconds.
     """
     precise = models.precise(lins[0].readout)
     norms = [precise.new_empty(len(c), len(lin.tokens)) for lin, c in zip(lins, cotangents, strict=True)]
     slots = [slot for of_one in norms for slot in of_one]
-    with tqdm(total=len(slots), desc="cotangents", delay=3, leave=False) as bar:
+    with progress_bar(len(slots), "cotangents") as bar:
         for batch in _pull(lins, cotangents):
             for i, gradient, scale in batch:
                 slots[i].copy_(models.precise(gradient).square().sum(-1) * scale**2)
@@ -399,7 +465,7 @@ def squared_norms(
 
 def _pull(lins: Sequence[Linearization], cotangents: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor, float]]]:
     one = lins[0]
-    dealt = pullback.pulls([lin.row for lin in lins], one.trace.places, cotangents)
+    dealt = pullback.pulls([lin.ends for lin in lins], cotangents)
     return pullback.pull(one.model, one.trace, one.wrt, dealt)
 
 
@@ -434,6 +500,8 @@ def linearize_places(
     values: Float[Tensor, "batch token d_model"] | None = None,
     checkpoint: bool = False,
     notes: Sequence[tuple[str, ...]] | None = None,
+    parts: Sequence[tuple[str, ...]] | None = None,
+    keep: Sequence[str] = (),
 ) -> tuple[Linearization, ...]:
     """Linearise at several places of one forward pass (see `models.trace`).
 
@@ -441,9 +509,22 @@ def linearize_places(
     batch is not a reason to refuse the others.
     """
     replacements = None if values is None else {wrt: values.detach()}
-    trace = models.trace(model, tokens, wrt=[wrt], of=of, places=places, values=replacements, checkpoint=checkpoint)
-    said = notes or [()] * len(tokens)
+    trace = models.trace(
+        model, tokens, wrt=[wrt], of=of, places=places, values=replacements, checkpoint=checkpoint, keep=keep
+    )
+    said, whose = notes or [()] * len(tokens), parts or [()] * len(tokens)
     return tuple(
-        Linearization(model, tokens[entry, : at + 1], str_tokens[entry][: at + 1], at, wrt, of, trace, row, said[entry])
+        Linearization(
+            model=model,
+            tokens=tokens[entry, : at + 1],
+            str_tokens=str_tokens[entry][: at + 1],
+            position=at,
+            wrt=wrt,
+            of=of,
+            trace=trace,
+            row=row,
+            notes=said[entry],
+            parts=whose[entry][: at + 1],
+        )
         for row, (entry, at) in enumerate(trace.places)
     )

@@ -76,15 +76,16 @@ class LocalMetric:
     def __init__(self, lin: Linearization, function: Metric) -> None:
         self.lin, self.function = lin, function
         self.precise = models.precise_dtype(lin.readout.device)
-        self.batch = models.at_once(lin.model, len(lin.tokens), Work.PREDICTION)
+        self.batch = models.at_once(lin.model, len(lin.tokens), Work.PREDICTION, batch=len(lin.single))
         self._scale = self._size_of_slope()
         with torch.enable_grad():
             if lin.trace.logits is None:
                 self._readout: Tensor = lin.readout[None].clone().requires_grad_()
                 logits = None
             else:
-                self._readout, logits = models.readout_graph(lin.model, lin.trace, lin.row)
-            self._value = self._apply(self._readout, logits)[0]
+                self._readout, logits = models.readout_graph(lin.model, lin.trace, lin.ends.rows)
+                logits = logits.reshape(1, *lin.logits.shape)
+            self._value = self._apply(self._readout.reshape(1, -1), logits)[0]
 
     @property
     def value(self) -> Float[Tensor, " m"]:
@@ -98,8 +99,7 @@ class LocalMetric:
         """
         lin, found = self.lin, []
         for some in points.split(self.batch):
-            tokens = lin.tokens.expand(len(some), -1)
-            found.append(self._apply(*models.evaluate(lin.model, tokens, wrt=lin.wrt, of=lin.of, values=some)))
+            found.append(self._apply(*lin.evaluate(some)))
         return torch.cat(found)
 
     def replaced(self, positions: list[int], embedding: Float[Tensor, " d_model"]) -> Float[Tensor, "position m"]:
@@ -149,7 +149,7 @@ class LocalMetric:
         """∂q/∂x, for a q that is a number. In float64."""
         seed = torch.full_like(self._value, 1 / self._scale)
         (cotangent,) = torch.autograd.grad(self._value, self._readout, seed, retain_graph=True)
-        return models.precise(self.lin.vjp(cotangent)[0]) * self._scale
+        return models.precise(self.lin.vjp(cotangent.reshape(1, -1))[0]) * self._scale
 
     def pull(self, cotangents: Float[Tensor, "some m"]) -> Float[Tensor, "some token d_model"]:
         """cᵀ ∂q/∂x for every c.
@@ -159,7 +159,7 @@ class LocalMetric:
         if len(self._value) == 1:
             return cotangents.to(self.gradient)[..., None] * self.gradient
         together = self.lin.unembeds_together
-        return self.lin.vjp(pullback.products(self._value, self._readout, cotangents, together=together)[:, 0])
+        return self.lin.vjp(pullback.products(self._value, self._readout, cotangents, together=together).flatten(1))
 
     def push(self, tangents: Float[Tensor, "some token d_model"]) -> Float[Tensor, "some m"]:
         """∂q/∂x δ for every δ.
@@ -174,7 +174,7 @@ class LocalMetric:
             return einsum(tangents.to(slope), slope, "some token d, token d -> some")[:, None]
         cotangent = torch.zeros_like(self._value, requires_grad=True)
         (pulled,) = torch.autograd.grad(self._value, self._readout, cotangent, create_graph=True)
-        moved = self.lin.jvp(tangents)[:, None].to(pulled)
+        moved = self.lin.jvp(tangents).to(pulled).reshape(-1, *pulled.shape)
         return pullback.products(pulled, cotangent, moved, together=self.lin.unembeds_together)
 
     def slopes(self, rays: Rays) -> Float[Tensor, "ray m"]:
@@ -221,20 +221,20 @@ class LocalMetric:
         with torch.enable_grad(), suppress(pullback.NoSecondDerivativeError), pullback.differentiated_twice():
             seed = torch.full_like(self._value, 1 / self._scale)
             (slope,) = torch.autograd.grad(self._value, y, seed, create_graph=True)
-            c = slope[0].detach().requires_grad_()
-            (pulled,) = torch.autograd.grad(lin.trace.output[lin.row], leaf, c, create_graph=True)
+            c = slope.detach().requires_grad_()
+            (pulled,) = torch.autograd.grad(lin.trace.output[list(lin.ends.rows)], leaf, c, create_graph=True)
             for some in torch.arange(len(rays), device=leaf.device).split(size):
-                u = rays.dense(some)[:, None]
+                u = lin.ends.spread(rays.dense(some), leaf.new_zeros(len(some), *leaf.shape))
                 Ju, bent = _derivatives(pulled, [c, leaf], u, together=size > 1)
-                (turned,) = _derivatives(slope, [y], Ju[:, None], together=lin.unembeds_together)
-                found.append((bent * u).sum((1, 2, 3)) + (turned[:, 0] * Ju).sum(-1))
+                (turned,) = _derivatives(slope, [y], Ju, together=lin.unembeds_together)
+                found.append((bent * u).sum((1, 2, 3)) + (turned * Ju).sum((1, 2)))
             return torch.cat(found).to(self.precise) * self._scale
         return None
 
     # -- private ------------------------------------------------------------------------------------------------------
 
     def _apply(
-        self, readouts: Float[Tensor, "row d_of"], logits: Float[Tensor, "row vocab"] | None
+        self, readouts: Float[Tensor, "row d_of"], logits: Float[Tensor, "row *prediction vocab"] | None
     ) -> Float[Tensor, "row m"]:
         empty: Sequence[Tensor] = [readouts.new_empty(0)] * len(readouts)
         seen = zip(readouts, empty if logits is None else logits, strict=True)

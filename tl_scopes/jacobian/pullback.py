@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
@@ -21,8 +21,8 @@ from tl_scopes.models import Model, Trace, Work
 class Pull:
     """One cotangent on its way back."""
 
-    row: int
-    """The row of the trace's output where it starts."""
+    ends: "Ends"
+    """Where it starts, and where it arrives."""
     slot: int
     """Cotangents of one slot go back together: there is at most one for each prompt of the batch."""
     cotangent: Float[Tensor, " d_of"]
@@ -31,20 +31,49 @@ class Pull:
     """The power of two that it was divided by."""
 
 
-def pulls(rows: Sequence[int], places: Sequence[tuple[int, int]], cotangents: Sequence[Tensor]) -> list[Pull]:
-    """Cotangents [probe d_of] of several rows, dealt out to as few slots as possible, in the order given.
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """Which part of a trace a Jacobian is: from the embeddings of some tokens to the outputs in some rows."""
 
-    Prompts of a batch do not influence one another, so that a slot takes one cotangent of each; the rows of one
-    prompt have to queue.
+    rows: tuple[int, ...]
+    """The rows of the trace's output, whose values one after another are the value."""
+    entries: tuple[int, ...]
+    """The prompts of the batch that these rows are read from."""
+    tokens: tuple[Int[Tensor, " _"], ...]
+    """For each of these prompts: which of the Jacobian's tokens stand there, one after another from the first place.
+    Some may stand in several prompts."""
+    count: int
+    """How many tokens the Jacobian has."""
+
+    def spread(self, values: Float[Tensor, "*some token d"], whole: Float[Tensor, "*some batch place d"]) -> Tensor:
+        """Values of the Jacobian's tokens, written to where these stand in the whole batch, which is returned."""
+        for entry, tokens in zip(self.entries, self.tokens, strict=True):
+            whole[..., entry, : len(tokens), :] = values[..., tokens, :]
+        return whole
+
+    def gathered(self, whole: Float[Tensor, "batch place d"]) -> Float[Tensor, "token d"]:
+        """Gradients for the whole batch, summed over the places where each of the Jacobian's tokens stands."""
+        if len(self.entries) == 1:
+            return whole[self.entries[0], : self.count]
+        summed = whole.new_zeros(self.count, whole.shape[-1])
+        for entry, tokens in zip(self.entries, self.tokens, strict=True):
+            summed.index_add_(0, tokens, whole[entry, : len(tokens)])
+        return summed
+
+
+def pulls(ends: Sequence[Ends], cotangents: Sequence[Tensor]) -> list[Pull]:
+    """Cotangents [probe d_of] of several Jacobians, dealt out to as few slots as possible, in the order given.
+
+    Prompts of a batch do not influence one another, so that a slot takes one cotangent of each; those that read from
+    one prompt have to queue.
     """
     filled: dict[int, int] = {}
     dealt = []
-    for row, of_row in zip(rows, cotangents, strict=True):
-        entry = places[row][0]
-        for cotangent, scale in zip(*near_one(of_row), strict=True):
-            slot = filled.get(entry, 0)
-            filled[entry] = slot + 1
-            dealt.append(Pull(row, slot, cotangent, scale))
+    for one, of_one in zip(ends, cotangents, strict=True):
+        for cotangent, scale in zip(*near_one(of_one), strict=True):
+            slot = max(filled.get(entry, 0) for entry in one.entries)
+            filled |= dict.fromkeys(one.entries, slot + 1)
+            dealt.append(Pull(one, slot, cotangent, scale))
     return dealt
 
 
@@ -78,39 +107,49 @@ def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterato
         batch = [i for i in by_slot if dealt[i].slot < first + size]
         by_slot = by_slot[len(batch) :]
         slots = [dealt[i].slot - first for i in batch]
-        rows = [dealt[i].row for i in batch]
+        starts = [(slot, row) for i, slot in zip(batch, slots, strict=True) for row in dealt[i].ends.rows]
         cotangents = output.new_zeros(max(slots) + 1, *output.shape)
-        cotangents[slots, rows] = torch.stack([dealt[i].cotangent for i in batch]).to(output)
+        given = torch.cat([dealt[i].cotangent.reshape(-1, output.shape[1]) for i in batch])
+        cotangents[[slot for slot, _ in starts], [row for _, row in starts]] = given.to(output)
         with models.undisturbed(trace):
             (pulled,) = gradients(output, [leaf], cotangents, together=size > 1)
         if pulled is None:  # the value depends on something else that is trainable, such as a tensor in a hook
             raise models.independence([wrt], "the end of the Jacobian")
-        yield [
-            (i, pulled[slot, trace.places[row][0], : trace.places[row][1] + 1], dealt[i].scale)
-            for i, slot, row in zip(batch, slots, rows, strict=True)
-        ]
+        yield [(i, dealt[i].ends.gathered(pulled[slot]), dealt[i].scale) for i, slot in zip(batch, slots, strict=True)]
 
 
 def jvps(
-    model: Model, trace: Trace, wrt: str, row: int, tangents: Float[Tensor, "probe token d_model"]
-) -> Float[Tensor, "probe d_of"]:
-    """Σ_t J_t δ_t for the tangents δ of one row: the derivative of cᵀJ δ with respect to c, in batches.
+    model: Model, trace: Trace, wrt: str, ends: Sequence[Ends], tangents: Sequence[Float[Tensor, "_ _ d_model"]]
+) -> list[Float[Tensor, "_ d_of"]]:
+    """Σ_t J_t δ_t for the tangents δ of each Jacobian: the derivative of cᵀJ δ with respect to c, in batches.
+
+    They begin at different prompts of the batch, which do not influence one another, so that they go together.
 
     Raises:
         NoSecondDerivativeError: under an attention kernel that has no double backward.
     """
-    leaf, output, (entry, position) = trace.perturbations[wrt], trace.output, trace.places[row]
+    leaf, output = trace.perturbations[wrt], trace.output
     size = _batch_size(model, trace, leaf)
     cotangent = torch.zeros_like(output, requires_grad=True)
-    units, scales = near_one(tangents)
-    pushed = output.new_empty(len(tangents), output.shape[1], dtype=models.sum_dtype(output))
+    scaled = [near_one(of_one) for of_one in tangents]
+    dtype = models.sum_dtype(output)
+    pushed = [
+        output.new_empty(len(of_one), len(one.rows) * output.shape[1], dtype=dtype)
+        for one, of_one in zip(ends, tangents, strict=True)
+    ]
     with differentiated_twice(", or multiply by as_matrix()"), models.undisturbed(trace):
         (pulled,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
-        for some in torch.arange(len(tangents), device="cpu").split(size):
+        for some in torch.arange(max(map(len, tangents)), device="cpu").split(size):
             directions = leaf.new_zeros(len(some), *leaf.shape)
-            directions[:, entry, : position + 1] = units[some].to(leaf)
-            pushed[some] = products(pulled, cotangent, directions, together=size > 1)[:, row].to(pushed)
-    return pushed * pushed.new_tensor(scales)[:, None]
+            for one, (units, _) in zip(ends, scaled, strict=True):
+                mine = some[some < len(units)]
+                one.spread(units[mine].to(leaf), directions[: len(mine)])
+            found = products(pulled, cotangent, directions, together=size > 1)
+            for one, of_one in zip(ends, pushed, strict=True):
+                mine = some[some < len(of_one)]
+                of_one[mine] = found[: len(mine), list(one.rows)].flatten(1).to(of_one)
+    scales = (of_one.new_tensor(each)[:, None] for of_one, (_, each) in zip(pushed, scaled, strict=True))
+    return [of_one * scale for of_one, scale in zip(pushed, scales, strict=True)]
 
 
 def products(output: Tensor, leaf: Tensor, cotangents: Tensor, *, together: bool) -> Tensor:
@@ -158,7 +197,7 @@ def differentiated_twice(otherwise: str = "") -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "derivative for" not in str(error):
+        if not any(part in str(error) for part in ("derivative for", "once_differentiable")):
             raise
         raise NoSecondDerivativeError(
             f"this model's attention kernel cannot be differentiated twice ({error}): "

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.span import Span
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
 from tl_scopes.models import Work
 
@@ -65,7 +66,7 @@ def with_replaced(
 
 def predictions(
     lin: Linearization, instead: Float[Tensor, "#token d_model"], kept: Bool[Tensor, "row token #d_model"]
-) -> Iterator[Float[Tensor, "_ vocab"]]:
+) -> Iterator[Float[Tensor, "_ *row vocab"]]:
     """Yield, in batches of rows, the log-probabilities p' after some embeddings are replaced. In float64.
 
     Args:
@@ -79,9 +80,11 @@ def predictions(
         ValueError: when the model's hooks or weights have changed since the linearisation.
     """
     lin.require_unchanged()
-    for rows in kept.split(models.at_once(lin.model, len(lin.tokens), Work.PREDICTION)):
+    size = models.at_once(lin.model, len(lin.tokens), Work.PREDICTION, batch=len(lin.single))
+    for rows in kept.split(size):
         values = torch.where(rows, lin.embeddings, instead.to(lin.embeddings))
-        logits = models.predict(lin.model, lin.tokens.expand(len(rows), -1), wrt=lin.wrt, values=values)
+        _, logits = lin.evaluate(values)
+        assert logits is not None
         yield models.precise(logits).log_softmax(-1)
 
 
@@ -93,6 +96,9 @@ def effects(
 ) -> tuple[Float[Tensor, "row target"], Float[Tensor, " row"]]:
     """log p'(target) and KL(p ‖ p'), in nats, of the predictions p' with some embeddings replaced (`predictions`).
 
+    Of an answer of several tokens the target is the answer itself, whatever tokens are asked for, and the divergences
+    of its predictions are summed.
+
     Args:
         lin, instead, kept: as for `predictions`.
         targets: the tokens whose log-probability is asked for.
@@ -103,8 +109,12 @@ def effects(
     """
     found, divergences = [], []
     for log_probs in predictions(lin, instead, kept):
-        found.append(log_probs[:, targets])
-        divergences.append(divergence(lin.log_probs, log_probs))
+        if isinstance(lin, Span):
+            found.append(lin.log_prob_said(log_probs)[:, None].expand(-1, len(targets)))
+            divergences.append(divergence(lin.log_probs, log_probs).sum(-1))
+        else:
+            found.append(log_probs[:, targets])
+            divergences.append(divergence(lin.log_probs, log_probs))
     return torch.cat(found), torch.cat(divergences)
 
 
@@ -113,8 +123,8 @@ def each_alone(tokens: int, device: torch.device) -> Bool[Tensor, "row token 1"]
     return ~torch.eye(tokens, dtype=torch.bool, device=device)[..., None]
 
 
-def divergence(before: Float[Tensor, " vocab"], after: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
-    """KL(p ‖ p') in nats, from log-probabilities."""
+def divergence(before: Float[Tensor, "*prediction vocab"], after: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
+    """KL(p ‖ p') in nats, from log-probabilities; the last axes of p' are those of p."""
     p = before.exp()
     # Padded vocabularies hold logits of minus infinity, which count in neither prediction.
     return torch.where(p > 0, p * (before - after), 0).sum(-1).clamp(min=0)

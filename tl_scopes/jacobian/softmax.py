@@ -22,30 +22,39 @@ def log_prob(logits: Float[Tensor, " vocab"], target: int) -> Float[Tensor, ""]:
     return -torch.log1p((others - logits[target]).exp().sum())
 
 
+def log_prob_of_any(logits: Float[Tensor, " vocab"], targets: list[int]) -> Float[Tensor, ""]:
+    """log Σ_v p_v over some tokens v, in the form −log(1 + Σ_{u∉v} exp z_u / Σ_v exp z_v)."""
+    inside = torch.zeros_like(logits, dtype=torch.bool)
+    inside[targets] = True
+    return -torch.nn.functional.softplus(logits[~inside].logsumexp(0) - logits[inside].logsumexp(0))
+
+
 def left_open(probabilities: Float[Tensor, " vocab"]) -> Float[Tensor, ""]:
     """1 − max p, as the sum of all other probabilities."""
     return probabilities.sort().values[:-1].sum()
 
 
 def deviations(
-    probabilities: Float[Tensor, " vocab"], values: Float[Tensor, "*row vocab"]
-) -> Float[Tensor, "*row vocab"]:
-    """x − p·x: how far each value is from the mean over the prediction, counted from the most likely token's value."""
-    best = int(probabilities.argmax())
+    probabilities: Float[Tensor, "*row vocab"], values: Float[Tensor, "*some vocab"]
+) -> Float[Tensor, "*some vocab"]:
+    """x − p·x: how far each value is from the mean over the prediction, counted from the most likely token's value.
+
+    The last axes of the values are those of the probabilities.
+    """
+    best = probabilities.argmax(-1, keepdim=True).expand(*values.shape[:-1], 1)
     # Padded vocabularies hold logits of minus infinity, which weigh nothing.
-    relative = torch.where(probabilities > 0, values - values[..., best : best + 1], 0)
-    return relative - (relative @ probabilities)[..., None]
+    relative = torch.where(probabilities > 0, values - values.gather(-1, best), 0)
+    return relative - (relative * probabilities).sum(-1, keepdim=True)
 
 
 def balanced(
-    probabilities: Float[Tensor, " vocab"], cotangents: Float[Tensor, "*row vocab"]
-) -> Float[Tensor, "*row vocab"]:
+    probabilities: Float[Tensor, "*row vocab"], cotangents: Float[Tensor, "*some vocab"]
+) -> Float[Tensor, "*some vocab"]:
     """Cotangents of the logits that sum to zero, as all do that come from probabilities, to the last digit.
 
-    The entry of the most likely token, which may have been rounded, becomes minus the sum of the others.
+    The entry of the most likely token, which may have been rounded, becomes minus the sum of the others. The last axes
+    of the cotangents are those of the probabilities.
     """
-    best = int(probabilities.argmax())
-    others = cotangents.clone()
-    others[..., best] = 0
-    others[..., best] = -others.sum(-1)
-    return others
+    best = probabilities.argmax(-1, keepdim=True).expand(*cotangents.shape[:-1], 1)
+    others = cotangents.scatter(-1, best, 0)
+    return others.scatter(-1, best, -others.sum(-1, keepdim=True))

@@ -7,8 +7,10 @@ tensors that `trace` returns.
 from tl_scopes.models.arguments import as_count, as_flag, as_int, as_number, as_position
 from tl_scopes.models.attention import AttentionLayer, attention_layers
 from tl_scopes.models.causality import check_model
+from tl_scopes.models.components import Component, Part, absent, components
 from tl_scopes.models.embedding import embed, embedding_matrix, mean_embedding
 from tl_scopes.models.forward import Trace, goes_back_together, independence, trace, undisturbed
+from tl_scopes.models.generation import Generated, generate
 from tl_scopes.models.hooks import EMBEDDING, READOUT, has_backward_hooks, is_readout, user_hooks
 from tl_scopes.models.interventions import (
     AttentionOutOfReachError,
@@ -16,17 +18,26 @@ from tl_scopes.models.interventions import (
     held_attention,
     masked_attention,
     predict,
+    push,
+    zeroed_values,
 )
 from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
 from tl_scopes.models.memory import Work, at_once
+from tl_scopes.models.patching import PatchingSite, activation_patching
 from tl_scopes.models.precision import precise, precise_dtype, sum_dtype
-from tl_scopes.models.prompts import Prompt, ReadPrompt, each_prompt, read_prompt, tokenize
+from tl_scopes.models.prompts import Answer, Prompt, ReadPrompt, each_prompt, read_answer, read_prompt, tokenize
 from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph
 from tl_scopes.models.state import ModelState
-from tl_scopes.models.supported import Model, model_name
+from tl_scopes.models.supported import Model, architecture, autocast_of, model_name
 from tl_scopes.models.tokens import (
+    Target,
     Token,
+    context_length,
+    output_size,
     padding_token,
+    read_target,
+    readable,
+    spacing_hint,
     starts_with_bos,
     token,
     token_text,
@@ -38,15 +49,24 @@ from tl_scopes.models.weights import exchanged_weights, fingerprint, shuffled_we
 __all__ = [
     "EMBEDDING",
     "READOUT",
+    "Answer",
     "AttentionLayer",
     "AttentionOutOfReachError",
+    "Component",
+    "Generated",
     "Model",
     "ModelState",
+    "Part",
+    "PatchingSite",
     "Prompt",
     "ReadPrompt",
+    "Target",
     "Token",
     "Trace",
     "Work",
+    "absent",
+    "activation_patching",
+    "architecture",
     "as_count",
     "as_flag",
     "as_int",
@@ -54,13 +74,17 @@ __all__ = [
     "as_position",
     "at_once",
     "attention_layers",
+    "autocast_of",
     "check_model",
+    "components",
+    "context_length",
     "each_prompt",
     "embed",
     "embedding_matrix",
     "evaluate",
     "exchanged_weights",
     "fingerprint",
+    "generate",
     "goes_back_together",
     "has_backward_hooks",
     "has_constant_readout_norm",
@@ -74,13 +98,19 @@ __all__ = [
     "masked_attention",
     "mean_embedding",
     "model_name",
+    "output_size",
     "padding_token",
     "precise",
     "precise_dtype",
     "predict",
+    "push",
+    "read_answer",
     "read_prompt",
+    "read_target",
+    "readable",
     "readout_graph",
     "shuffled_weights",
+    "spacing_hint",
     "starts_with_bos",
     "sum_dtype",
     "token",
@@ -91,4 +121,5 @@ __all__ = [
     "undisturbed",
     "user_hooks",
     "vocabulary_size",
+    "zeroed_values",
 ]

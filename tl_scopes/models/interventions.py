@@ -1,12 +1,13 @@
 """Forward passes in which something is replaced: values at one hook, or what tokens attend to."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tl_scopes.models.arguments import as_int, as_position
 from tl_scopes.models.attention import layers_with, listed, part_name
@@ -17,11 +18,12 @@ from tl_scopes.models.hooks import (
     attached,
     check_value,
     hook_point,
+    hook_points,
     is_readout,
-    one_at_a_time,
 )
 from tl_scopes.models.precision import sum_dtype
 from tl_scopes.models.supported import Model, architecture
+from tl_scopes.models.threads import one_at_a_time
 
 
 @torch.no_grad()
@@ -67,7 +69,7 @@ def evaluate(
     logits = None
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
-        points = model.hook_dict
+        points = hook_points(model)
         stack.enter_context(attached(hook_point(points, wrt), replace))
         stack.enter_context(attached(hook_point(points, of), choose))
         with suppress(StopForward):
@@ -92,6 +94,65 @@ def predict(
     logits = evaluate(model, tokens, wrt=wrt, places=places, values=values)[1]
     assert logits is not None
     return logits
+
+
+@torch.no_grad()
+def push(
+    model: Model,
+    tokens: Int[Tensor, "batch token"],
+    tangents: Float[Tensor, "batch token d_model"],
+    met: Mapping[str, Callable[[Tensor], None]],
+    *,
+    wrt: str,
+    of: str,
+    values: Float[Tensor, "batch token d_model"] | None = None,
+) -> Float[Tensor, "batch d_of"]:
+    """Tangents δ at the `wrt` hook, carried forward by forward-mode differentiation, as they arrive at other hooks.
+
+    Args:
+        model: a checked model.
+        tokens: prompts of one length.
+        tangents: δ for each.
+        met: by the name of a hook, what is to be done with ∂(value at that hook)/∂x δ, which is not kept.
+        wrt: hook where they enter.
+        of: hook where the result is read, at the last position.
+        values: what to put at `wrt`; None leaves what is there.
+
+    Cost: about three forward passes, without a graph.
+
+    Raises:
+        NotImplementedError, RuntimeError: for an operation of the model that has no forward-mode derivative.
+    """
+    arrived: list[Tensor] = []
+
+    def enter(value: Tensor, hook: Any) -> Tensor:
+        return forward_ad.make_dual(value if values is None else values.to(value), tangents.to(value))
+
+    def meet(act: Callable[[Tensor], None]) -> Callable[..., Tensor]:
+        def hook_function(value: Tensor, hook: Any) -> Tensor:
+            tangent = forward_ad.unpack_dual(value).tangent
+            if tangent is not None:
+                act(tangent)
+            return value
+
+        return hook_function
+
+    def leave(value: Tensor, hook: Any) -> None:
+        tangent = forward_ad.unpack_dual(value).tangent
+        arrived.append(torch.zeros_like(value[:, -1]) if tangent is None else tangent[:, -1].clone())
+        raise StopForward
+
+    with ExitStack() as stack:
+        stack.enter_context(one_at_a_time)
+        points = model.hook_dict
+        stack.enter_context(forward_ad.dual_level())
+        stack.enter_context(attached(hook_point(points, wrt), enter))
+        for name, act in met.items():
+            stack.enter_context(attached(points[name], meet(act)))
+        stack.enter_context(attached(hook_point(points, of), leave))
+        with suppress(StopForward):
+            model(tokens, return_type="logits")
+    return arrived[0]
 
 
 class AttentionOutOfReachError(ValueError):
@@ -168,9 +229,37 @@ def masked_attention(model: Model, keys: Sequence[SupportsIndex]) -> Iterator[No
 
 
 @contextmanager
-def _changed_patterns(model: Model, change: Callable[[Tensor], Tensor], verb: str, done: str) -> Iterator[None]:
-    """Inside, every attention pattern is changed before it is used."""
-    layers = layers_with(model, "hook_pattern", "hook_z")
+def zeroed_values(model: Model, keys: Sequence[SupportsIndex]) -> Iterator[None]:
+    """Inside, no head writes anything from these positions, in any layer; the attention paid to them stays as it is.
+
+    So it is told what a sink does from where attention would go without it: a masked or removed sink has another token
+    take its place. Other threads that would run a model through this package wait outside.
+
+    Args:
+        model: a checked model. Layers without attention (Jamba) work as before.
+        keys: positions whose values are zero, negative ones from the end.
+
+    Raises: as `masked_attention` does.
+    """
+    positions = [as_int(key, "values are zeroed at positions, integers") for key in keys]
+    # Latent attention (DeepSeek) has heads first.
+    axis = 2 if layers_with(model, "hook_kv_latent") else 1
+
+    def zero(value: Tensor) -> Tensor:
+        tokens = value.shape[axis]
+        chosen = [as_position(position, tokens, "values cannot be zeroed: position") for position in positions]
+        return value.index_fill(axis, torch.tensor(chosen, device=value.device), 0)
+
+    with _changed_patterns(model, zero, "zero", "zeroed", "hook_v"):
+        yield
+
+
+@contextmanager
+def _changed_patterns(
+    model: Model, change: Callable[[Tensor], Tensor], verb: str, done: str, part: str = "hook_pattern"
+) -> Iterator[None]:
+    """Inside, every attention pattern, or another part of the attention, is changed before it is used."""
+    layers = layers_with(model, "hook_pattern", part, "hook_z")
     if not layers:
         if layers_with(model, "hook_pattern"):
             raise AttentionOutOfReachError(
@@ -202,9 +291,9 @@ def _changed_patterns(model: Model, change: Callable[[Tensor], Tensor], verb: st
 
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
-        points = model.hook_dict
+        points = hook_points(model)
         for layer in layers:
-            stack.enter_context(attached(points[part_name(layer, "hook_pattern")], act(layer)))
+            stack.enter_context(attached(points[part_name(layer, part)], act(layer)))
             stack.enter_context(attached(points[part_name(layer, "hook_z")], check(layer)))
         yield
 

@@ -1,6 +1,6 @@
-"""From text, ids or what a tokenizer returned to the token ids of a prompt, with notes on what looks unintended."""
+"""From text, a chat, ids or what a tokenizer returned to the token ids of a prompt, with notes on what looks odd."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -9,11 +9,25 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_scopes.models.arguments import as_int
-from tl_scopes.models.supported import Model
-from tl_scopes.models.tokens import context_length, require_text, tokenizer_of, vocabulary_size
+from tl_scopes.models.chats import is_chat, read_chat
+from tl_scopes.models.generation import Generated
+from tl_scopes.models.supported import Model, device_of
+from tl_scopes.models.tokens import (
+    Target,
+    context_length,
+    read_target,
+    require_text,
+    token_text,
+    tokenizer_of,
+    vocabulary_size,
+)
 
-Prompt: TypeAlias = str | Sequence[int] | Tensor | np.ndarray | Mapping[str, Any]
-"""Text; token ids in a list, or in a tensor or array of one row; or what a tokenizer returned for one text."""
+Prompt: TypeAlias = str | Sequence[int] | Tensor | np.ndarray | Mapping[str, Any] | Sequence[Mapping[str, str]]
+"""Text; token ids in a list, or in a tensor or array of one row; what a tokenizer returned for one text; or a chat, a
+list of messages such as {"role": "user", "content": "Hello!"}."""
+
+Answer: TypeAlias = str | Sequence[int] | Tensor | np.ndarray | Generated
+"""What follows a prompt: text, token ids, or what was generated."""
 
 
 class ReadPrompt(NamedTuple):
@@ -23,23 +37,31 @@ class ReadPrompt(NamedTuple):
     """Token ids, on the model's device."""
     notes: tuple[str, ...]
     """Sentences about it that a reader of the scores should know."""
+    parts: tuple[str, ...] = ()
+    """Of a chat: for each token whose it is, "user" say, or "template" for what the chat's template puts around."""
+    is_cut: bool = False
+    """Whether tokens behind the position where the prediction is read were left out."""
 
 
 def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> ReadPrompt:
     """The token ids of one prompt.
 
     Text is tokenised as TransformerLens does it, BOS included by the same default; but a text that already begins with
-    BOS, as a chat template writes it, does not get a second one. Ids are taken as they are, but for those that an
+    BOS, as a chat template writes it, does not get a second one. A chat is written by the tokenizer's template, up to
+    where the assistant answers, and gets a BOS from nobody else. Ids are taken as they are, but for those that an
     attention mask leaves out.
 
     Raises:
         ValueError: for an empty prompt, several prompts, ids out of range, a prompt longer than the context, text where
-            the model has no tokenizer, and text that is not valid Unicode.
+            the model has no tokenizer, text that is not valid Unicode, a chat that `read_chat` refuses.
         TypeError: for anything that is not a prompt.
     """
     notes: list[str] = []
+    parts: tuple[str, ...] = ()
     if isinstance(prompt, str):
         ids = _of_text(model, prompt, prepend_bos, notes)
+    elif is_chat(prompt):
+        ids, parts = read_chat(model, prompt)
     else:
         ids = _of_mapping(prompt) if isinstance(prompt, Mapping) else _ids(prompt)
         notes += _about_ids(model, ids)
@@ -53,7 +75,58 @@ def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -
         raise ValueError(
             f"the prompt has {len(ids)} tokens, the model's context is {context}: shorten it, or pass a part of it."
         )
-    return ReadPrompt(torch.tensor(ids, device=next(model.parameters()).device), tuple(notes))
+    return ReadPrompt(torch.tensor(ids, device=device_of(model)), tuple(notes), parts)
+
+
+def read_answer(
+    model: Model, answer: Any, prompt: Prompt, tokens: Int[Tensor, "token"]
+) -> tuple[Target, tuple[str, ...]]:
+    """The tokens of an answer that follows a prompt, and notes.
+
+    The answer is tokenised apart from the prompt, so that the prompt's tokens are the same whatever is said after it,
+    and one answer can be compared with another. A note says where a tokenizer that is given both as one text would
+    make other tokens of the place where they meet.
+
+    Args:
+        model: a checked model.
+        answer: text, or token ids in a list or a tensor.
+        prompt: what the answer follows.
+        tokens: its token ids.
+
+    Raises:
+        ValueError: for an empty answer, and as `read_target` does.
+        TypeError: for something that is neither text nor ids.
+    """
+    if isinstance(answer, Set):
+        raise TypeError(f"an answer is a text or token ids in their order, got {answer!r}: a set is a scope's target.")
+    if answer is None or isinstance(answer, bytes):
+        raise TypeError(f"an answer is a text or token ids in their order, got {type(answer).__name__}.")
+    if isinstance(answer, str) and not answer:
+        raise ValueError("the answer is empty: give at least one character.")
+    if isinstance(answer, Mapping):
+        answer = _of_mapping(answer)
+        bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+        answer = answer[1:] if answer[:1] == [bos] else answer  # which tokenizers put in front of every text
+    elif not isinstance(answer, str | Generated):
+        answer = _ids(answer, what="an answer")
+        if not answer:
+            raise ValueError("the answer is empty: give at least one token.")
+    target = read_target(model, answer.ids if isinstance(answer, Generated) else answer, what="answer")
+    if not (isinstance(answer, str) and isinstance(prompt, str)):
+        return target, ()
+    apart = [*tokens.tolist(), *target.ids]
+    together: list[int] = model.to_tokens(prompt + answer, prepend_bos=False, truncate=False)[0].tolist()
+    if apart[-len(together) :] == together:
+        return target, ()
+    pairs = enumerate(zip(apart[::-1], together[::-1], strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(apart), len(together)))
+    there = [token_text(model, id) for id in together[: len(together) - same][-3:]]
+    here = [token_text(model, id) for id in apart[: len(apart) - same][-3:]]
+    note = (
+        f"prompt and answer are tokenised apart: where they meet the tokens are … {' '.join(map(repr, here))}; as one "
+        f"text they would be … {' '.join(map(repr, there))}"
+    )
+    return target, (note,)
 
 
 def tokenize(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> Int[Tensor, "token"]:
@@ -143,17 +216,18 @@ def _about_ids(model: Model, ids: list[int]) -> list[str]:
     return notes
 
 
-def _ids(prompt: Any, *, returned: bool = False) -> list[int]:
+def _ids(prompt: Any, *, returned: bool = False, what: str = "a prompt") -> list[int]:
     """Token ids from a list, or from the one row of a tensor, of an array, or of what a tokenizer returned."""
     if hasattr(prompt, "columns"):
         raise TypeError(f"a prompt is a str or token ids, got a {type(prompt).__name__}: give one of its cells.")
     values = prompt.tolist() if isinstance(prompt, Tensor) or hasattr(prompt, "__array__") else prompt
     if not isinstance(values, Sequence) or isinstance(values, bytes):
-        raise TypeError(f"a prompt is a str, a list of token ids or a 1-D tensor of them, got {type(prompt).__name__}.")
+        raise TypeError(f"{what} is a str, a list of token ids or a 1-D tensor of them, got {type(prompt).__name__}.")
     if len(values) == 1 and isinstance(values[0], list) and (returned or values is not prompt):
         values = values[0]  # the one row that model.to_tokens and tokenizers return
     if any(isinstance(value, str | Sequence) for value in values):
         raise ValueError(
-            f"expected one prompt, got a batch of {len(values)}: call attribute_many, or linearize once for each."
+            f"expected {what.replace('a ', 'one ').replace('an ', 'one ')}, got a batch of {len(values)}: call "
+            "attribute_many, or linearize once for each."
         )
     return [as_int(value, "token ids must be integers") for value in values]

@@ -1,7 +1,8 @@
 """Tokens, ids and positions: what a text or a number means, and how a token is shown."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,6 +18,55 @@ class Token(NamedTuple):
 
     id: int
     text: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is explained: one token, the tokens of a text one after another, or any of several tokens.
+
+    Attributes:
+        tokens: the tokens, each as id and text.
+        any_of: whether one of them is meant, whichever, and not all of them in this order.
+    """
+
+    tokens: tuple[Token, ...]
+    any_of: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the tokens."""
+        return [token.id for token in self.tokens]
+
+    @property
+    def id(self) -> int:
+        """The id of a target of one token.
+
+        Raises:
+            ValueError: for a target of several tokens.
+        """
+        if len(self.tokens) != 1:
+            raise ValueError(f"the target {self.text!r} is {len(self.tokens)} tokens: `ids` are {self.ids}.")
+        return self.tokens[0].id
+
+    @property
+    def text(self) -> str:
+        """The text: of all tokens in their order, or of each of them, with a bar between."""
+        if self.any_of:
+            return " | ".join(token.text for token in self.tokens)
+        return readable("".join(token.text for token in self.tokens))
+
+    @property
+    def steps(self) -> int:
+        """How many predictions it takes: one, or one for each token of a text."""
+        return 1 if self.any_of else len(self.tokens)
+
+    @property
+    def is_span(self) -> bool:
+        """Whether the tokens follow one another, so that they are predicted at several positions."""
+        return len(self.tokens) > 1 and not self.any_of
 
 
 def starts_with_bos(model: Model, tokens: Int[Tensor, "token"]) -> bool:
@@ -42,6 +92,12 @@ def require_text(text: str, what: str) -> None:
 def vocabulary_size(model: Model) -> int:
     """How many token ids the model has."""
     return int(model.cfg.d_vocab)
+
+
+def output_size(model: Model) -> int:
+    """How many outputs the model has: as many as token ids, but for models of algorithmic tasks."""
+    outputs = getattr(model.cfg, "d_vocab_out", None) or 0
+    return int(outputs) if outputs > 0 else vocabulary_size(model)
 
 
 def tokenizer_of(model: Model) -> Any:
@@ -77,6 +133,55 @@ def context_length(model: Model) -> int | None:
     return int(model.cfg.n_ctx)
 
 
+def read_target(model: Model, target: Any, vocab: int | None = None, what: str = "target") -> Target:
+    """What a text, an id, several ids in their order, or a set of texts and ids means.
+
+    Text is taken as one token where one has this text, and else as the tokens that the tokenizer makes of it, apart
+    from what stands before it. Of a set each member must be one token.
+
+    Args:
+        model: a checked model.
+        target: text, id, a list of ids, or a set of texts and ids.
+        vocab: how many entries the vocabulary has; None is as many as the model has token ids.
+        what: what the target is for, as errors call it.
+
+    Raises:
+        ValueError: for an empty text, list or set, a text unknown to the tokenizer, an id out of range, text without a
+            tokenizer, a member of a set that is several tokens.
+        TypeError: for anything else.
+    """
+    if isinstance(target, Set):
+        if not target:
+            raise ValueError(f"the {what} is an empty set: give at least one token.")
+        members = sorted(target, key=lambda one: (isinstance(one, str), one))
+        found = [_member(model, one, vocab, what) for one in members]
+        return Target(tuple(dict.fromkeys(found)), any_of=len(set(found)) > 1)
+    if isinstance(target, str):
+        return Target(tuple(_tokens_of_text(model, target, vocab, what)))
+    if getattr(target, "ndim", 1) and (isinstance(target, Sequence) or hasattr(target, "__len__")):
+        ids = list(target.tolist() if hasattr(target, "tolist") else target)
+        if not ids:
+            raise ValueError(f"the {what} is empty: give at least one token.")
+        if any(isinstance(id, str) for id in ids):
+            raise TypeError(
+                f"a {what} is a text, an id, a list of ids, or a set of which any one is meant, got {target!r}: write "
+                "one text, or a set."
+            )
+        return Target(tuple(token(model, id, vocab, what) for id in ids))
+    return Target((token(model, target, vocab, what),))
+
+
+def _member(model: Model, one: Any, vocab: int | None, what: str) -> Token:
+    if isinstance(one, str):
+        pieces = _tokens_of_text(model, one, vocab, f"member of the {what}")
+        if len(pieces) > 1:
+            raise ValueError(
+                f"the {what} is a set, of which {one!r} is {len(pieces)} tokens: its members must be one token each."
+                f"{spacing_hint(model, one)}"
+            )
+    return token(model, one, vocab, f"member of the {what}")
+
+
 def token(model: Model, target: Any, vocab: int | None = None, what: str = "target") -> Token:
     """The entry of a vocabulary that a text or an id means.
 
@@ -91,33 +196,54 @@ def token(model: Model, target: Any, vocab: int | None = None, what: str = "targ
         TypeError: for something that is neither text nor id.
     """
     vocab = vocabulary_size(model) if vocab is None else vocab
-    named = vocab == vocabulary_size(model)  # else the outputs are not tokens, as in models of algorithmic tasks
     if not isinstance(target, str):
         id = as_int(target, f"a {what} is a token as text or as id")
         if not 0 <= id < vocab:
             raise ValueError(f"{what} {id} is outside the vocabulary of {vocab} (ids 0 to {vocab - 1}).")
-        return Token(id, token_text(model, id) if named else f"<{id}>")
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None or not named:
-        raise ValueError(f"the model has no tokenizer for its output: pass the {what} {target!r} as a token id.")
-    require_text(target, what)
-    for piece in _pieces(target):
-        id = tokenizer.convert_tokens_to_ids(piece)
-        if id is not None and tokenizer.convert_ids_to_tokens(id) == piece and token_text(model, id) == target:
-            return Token(id, target)
-    ids = tokenizer.encode(target, add_special_tokens=False)
-    if not ids or ids == [getattr(tokenizer, "unk_token_id", None)]:
-        raise ValueError(f"the {what} {target!r} is unknown to the tokenizer: pass the token id.")
-    found = [Token(id, token_text(model, id)) for id in ids]
-    if len(found) == 1 and found[0].text.strip() == target.strip():
+        # Where the sizes differ the outputs are not tokens, as in models of algorithmic tasks.
+        return Token(id, token_text(model, id) if vocab == vocabulary_size(model) else f"<{id}>")
+    found = _tokens_of_text(model, target, vocab, what)
+    if len(found) == 1:
         return found[0]
     listed = ", ".join(f"{piece.text!r} (id {piece.id})" for piece in found)
-    spaced = tokenizer.encode(f" {target}", add_special_tokens=False)
-    hint = f" With a leading space it is one token: {' ' + target!r}." if len(spaced) == 1 else ""
     raise ValueError(
-        f"the {what} {target!r} is {len(found)} token{'s' * (len(found) > 1)}: {listed}.{hint} "
+        f"the {what} {target!r} is {len(found)} tokens: {listed}.{spacing_hint(model, target)} "
         f"Pass the id of one of them, say the first, {what}={found[0].id}."
     )
+
+
+def spacing_hint(model: Model, text: str) -> str:
+    """A sentence that says so, where a text of several tokens would be one with a space in front; else nothing."""
+    spaced = tokenizer_of(model).encode(f" {text}", add_special_tokens=False)
+    return f" With a leading space it is one token: {' ' + text!r}." if len(spaced) == 1 else ""
+
+
+def _tokens_of_text(model: Model, text: str, vocab: int | None, what: str) -> list[Token]:
+    """The tokens of a text that stands by itself, without a space that some tokenizers put in front."""
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None or vocab not in (None, vocabulary_size(model)):
+        raise ValueError(f"the model has no tokenizer for its output: pass the {what} {text!r} as a token id.")
+    require_text(text, what)
+    for piece in _pieces(text):
+        id = tokenizer.convert_tokens_to_ids(piece)
+        if id is not None and tokenizer.convert_ids_to_tokens(id) == piece and token_text(model, id) == text:
+            return [Token(id, text)]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if not ids or ids == [getattr(tokenizer, "unk_token_id", None)]:
+        raise ValueError(f"the {what} {text!r} is unknown to the tokenizer: pass the token id.")
+    found = [Token(id, token_text(model, id)) for id in ids]
+    if "".join(piece.text for piece in found) != text:  # SentencePiece puts a space in front of a text
+        before = tokenizer.encode("\n", add_special_tokens=False)
+        behind = tokenizer.encode(f"\n{text}", add_special_tokens=False)
+        if behind[: len(before)] == before and len(behind) > len(before):
+            found = [Token(id, token_text(model, id)) for id in behind[len(before) :]]
+    made = readable("".join(piece.text for piece in found))
+    if made.strip() != text.strip():
+        listed = ", ".join(f"{piece.text!r} (id {piece.id})" for piece in found)
+        raise ValueError(
+            f"the {what} {text!r} is {made!r} to the tokenizer, which is another text: {listed}. Pass the ids."
+        )
+    return found
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -147,6 +273,18 @@ def token_text(model: Model, id: int) -> str:
     if piece.startswith("▁") and not text.startswith(" "):  # decoding a single piece drops its space
         return " " + text
     return text or piece
+
+
+def readable(text: str) -> str:
+    """A text in which bytes that stand side by side, as <0xE8><0xAF><0xB7>, are the characters they make up."""
+
+    def decoded(found: re.Match[str]) -> str:
+        try:
+            return bytes.fromhex(found[0].replace("<0x", "").replace(">", "")).decode()
+        except UnicodeDecodeError:
+            return found[0]
+
+    return re.sub("(?:<0x[0-9A-F]{2}>)+", decoded, text)
 
 
 @cache

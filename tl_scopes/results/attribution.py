@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Token, as_count, as_int
-from tl_scopes.results import json_record
+from tl_scopes.models import Target, Token, as_count, as_int, readable
+from tl_scopes.results import json_record, units
+from tl_scopes.results.units import Unit
 from tl_scopes.views import attribution as card
 from tl_scopes.views.live import LiveView
 
@@ -46,6 +47,20 @@ class Prediction(NamedTuple):
     probability: float
 
 
+def _ends(span: object) -> tuple[int, int]:
+    """Where a span begins, and where it ends.
+
+    Raises:
+        TypeError: for something that is neither a range of positions nor a pair of them.
+    """
+    if isinstance(span, range) and span.step == 1:
+        return span.start, span.stop
+    if not isinstance(span, tuple | list) or len(span) != 2:
+        raise TypeError(f"a span is a range of positions or a pair (start, stop), got {span!r}.")
+    start, stop = (as_int(end, "a span is given by positions") for end in span)
+    return start, stop
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
     """How much each input token moves one prediction. It never changes: `without` returns another one.
@@ -59,8 +74,9 @@ class Attribution:
         str_tokens: the text of each token.
         positions: where each token stands in the prompt, counted from 0.
         position: the position after which the prediction was read.
-        target: the token explained, as id and text; None where the scope asks about the whole prediction.
-        versus: the token that the target is compared with, for a difference of logits; else None.
+        target: what is explained, a token or several, with ids and text; None where the scope asks about the whole
+            prediction.
+        versus: what the target is compared with, for a difference; else None.
         scope: the question, as it is written in Python.
         unit: the unit of a score, in words.
         predictions: the most likely next tokens with their probabilities, the best first; empty where the linearisation
@@ -72,6 +88,13 @@ class Attribution:
         notes: what a reader of the scores should know, such as how the weights were processed.
         details: what else the scope found, by names that no field or method has: tensors with the tokens on their last
             axis, and numbers and texts about the whole. The scope's docstring gives their units.
+        value: the number that the scores are about, such as a logit or a log-probability; None where it is not one.
+        quantity: what `value` is, such as "log p(' Paris')"; None where it has no name.
+        parts: of a chat: for each token whose it is, "system", "user", "assistant", "tool", "reasoning", "answer", or
+            "template" for what the chat's template puts around the messages; else empty.
+        uncounted: parts that stand outside of shares and `top`.
+        grouping: what the score of several tokens together is: "norm" for √Σ score², "sum" for Σ score, "signed" for
+            |Σ signed| with the detail of that name; None where the scores of the tokens do not tell.
     """
 
     scores: Float[Tensor, "token"]
@@ -79,8 +102,8 @@ class Attribution:
     str_tokens: tuple[str, ...]
     positions: tuple[int, ...]
     position: int
-    target: Token | None
-    versus: Token | None
+    target: Target | None
+    versus: Target | None
     scope: str
     unit: str
     predictions: tuple[Prediction, ...]
@@ -90,6 +113,11 @@ class Attribution:
     dtype: str
     notes: tuple[str, ...] = field(default=())
     details: Mapping[str, Any] = field(default_factory=dict)
+    value: float | None = None
+    quantity: str | None = None
+    parts: tuple[str, ...] = ()
+    uncounted: tuple[str, ...] = ("template",)
+    grouping: Literal["norm", "sum", "signed"] | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.scores), len(self.tokens), len(self.str_tokens), len(self.positions)}
@@ -98,6 +126,8 @@ class Attribution:
                 f"scores, tokens, str_tokens and positions differ in length: {len(self.scores)}, {len(self.tokens)}, "
                 f"{len(self.str_tokens)}, {len(self.positions)}."
             )
+        if self.parts and len(self.parts) != len(self.scores):
+            raise ValueError(f"parts must be one for each of the {len(self.scores)} tokens, got {len(self.parts)}.")
         taken = [name for name in self.details if name in {f.name for f in fields(self)} or hasattr(type(self), name)]
         if taken:
             raise ValueError(
@@ -140,11 +170,35 @@ class Attribution:
     def share(self) -> Float[Tensor, "token"]:
         """Each score over the sum of the sizes of all scores; zeros where all scores are zero.
 
-        So a share has the sign of its score, and the sizes of all shares sum to 1.
+        So a share has the sign of its score, and the sizes of all shares sum to 1. Tokens of an `uncounted` part have
+        no share: they count as zero.
         """
+        scores = self.scores
+        if not all(self._counted):
+            scores = scores * torch.tensor(self._counted, device="cpu")
         # Without a copy where none is needed, because the sum of a copy may be rounded otherwise.
-        total = (self.scores.abs() if (self.scores < 0).any() else self.scores).sum()
-        return self.scores / total if total != 0 else torch.zeros_like(self.scores)
+        total = (scores.abs() if (scores < 0).any() else scores).sum()
+        return scores / total if total != 0 else torch.zeros_like(scores)
+
+    @property
+    def _counted(self) -> list[bool]:
+        """For each token whether it has a share."""
+        return [part not in self.uncounted for part in self.parts] or [True] * len(self.scores)
+
+    @property
+    def shown_tokens(self) -> tuple[str, ...]:
+        """The tokens as pictures show them: of tokens that are bytes of one character, the first shows it whole."""
+        return units.shown(self.str_tokens)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The tokens as tables and axes name them: `shown_tokens`, with the later bytes of a character written out."""
+        return units.labels(self.str_tokens)
+
+    @property
+    def is_counted(self) -> tuple[bool, ...]:
+        """For each token whether it has a share: tokens of an `uncounted` part have none."""
+        return tuple(self._counted)
 
     def top(self, count: int | SupportsIndex = 5) -> tuple[Influence, ...]:
         """The most influential tokens, the score of the largest size first; all tokens where there are fewer.
@@ -153,8 +207,8 @@ class Attribution:
             ValueError: for a count below 1.
         """
         count = as_count(count, "count must be at least 1")
-        share = self.share
-        order = self.scores.abs().argsort(descending=True, stable=True)[:count].tolist()
+        share, counted = self.share, self._counted
+        order = [i for i in self.scores.abs().argsort(descending=True, stable=True).tolist() if counted[i]][:count]
         return tuple(
             Influence(self.positions[i], self.str_tokens[i], self.scores[i].item(), share[i].item()) for i in order
         )
@@ -180,14 +234,106 @@ class Attribution:
         kept = [i for i, position in enumerate(self.positions) if position not in gone]
         if not kept:
             raise ValueError("no token would be left: leave at least one position in.")
+        return self._of(kept)
+
+    def _of(self, kept: list[int]) -> "Attribution":
+        """The same answer with some of its tokens alone."""
         return replace(
             self,
             scores=self.scores[kept],
             tokens=self.tokens[kept],
             str_tokens=tuple(self.str_tokens[i] for i in kept),
             positions=tuple(self.positions[i] for i in kept),
+            parts=tuple(self.parts[i] for i in kept) if self.parts else (),
             details={k: v[..., kept] if isinstance(v, Tensor) else v for k, v in self.details.items()},
         )
+
+    def part(self, name: str) -> "Attribution":
+        """The same answer with the tokens of one part of a chat alone: "user", "system", "template".
+
+        Raises:
+            ValueError: for a part that the answer does not have.
+        """
+        kept = [i for i, part in enumerate(self.parts) if part == name]
+        if not kept:
+            known = ", ".join(map(repr, dict.fromkeys(self.parts))) or "no parts, since its prompt was not a chat"
+            raise ValueError(f"the answer has no part {name!r}: it has {known}.")
+        return replace(self._of(kept), uncounted=tuple(part for part in self.uncounted if part != name))
+
+    def with_template(self) -> "Attribution":
+        """The same answer with what the chat's template puts around the messages counted in shares."""
+        return replace(self, uncounted=tuple(part for part in self.uncounted if part != "template"))
+
+    def by(self, unit: Unit | Iterable[tuple[int, int] | range]) -> "Attribution":
+        """The same answer with tokens put together to words, sentences or numbers, or to spans of your own.
+
+        The score of a unit is what the scope would find for its tokens together: √Σ score² where scores are norms of
+        gradients, the sum for Fisher's, |Σ signed| for gradient times input and integrated gradients. A unit's position
+        is that of its first token, and its id that of its first token.
+
+        Args:
+            unit: "word" and "sentence" by Unicode's rules (UAX #29, by the library uniseg), "number" for the digits of
+                a number, everything else token by token; or spans, each a range of positions or a pair (start, stop),
+                which may leave tokens to themselves.
+
+        Raises:
+            TypeError: for spans that are neither ranges nor pairs of positions.
+            ValueError: for another unit; for spans that overlap or that the answer does not have; where the scores of
+                the scope do not tell what several tokens have together, such as leave-one-out.
+        """
+        if self.grouping is None:
+            raise ValueError(
+                f"the scores of {self.scope} do not tell what several tokens have together: they are neither norms of "
+                "gradients nor parts of a sum. Ask SemanticScope, TemperatureScope or FisherScope."
+            )
+        if isinstance(unit, str):
+            parts = self.parts or ("",) * len(self.scores)
+            # Where tokens were set aside, what stood beside them does not belong together.
+            apart = [(part, position - i) for i, (part, position) in enumerate(zip(parts, self.positions, strict=True))]
+            groups, how = units.grouped(self.str_tokens, unit, apart), str(unit)
+        else:
+            groups, how = self._spans(unit), "span"
+        combined = {
+            "norm": lambda: torch.stack([self.scores[g.start : g.stop].norm() for g in groups]),
+            "sum": lambda: torch.stack([self.scores[g.start : g.stop].sum() for g in groups]),
+            "signed": lambda: torch.stack([self.details["signed"][g.start : g.stop].sum().abs() for g in groups]),
+        }[self.grouping]()
+        details = {name: value for name, value in self.details.items() if not isinstance(value, Tensor)}
+        if self.grouping == "signed":
+            details["signed"] = torch.stack([self.details["signed"][g.start : g.stop].sum() for g in groups])
+        rule = {"norm": "√Σ score²", "sum": "Σ score", "signed": "|Σ signed|"}[self.grouping]
+        firsts = [group.start for group in groups]
+        return replace(
+            self,
+            scores=combined,
+            tokens=self.tokens[firsts],
+            str_tokens=tuple(readable("".join(self.str_tokens[g.start : g.stop])) for g in groups),
+            positions=tuple(self.positions[i] for i in firsts),
+            parts=tuple(self.parts[i] for i in firsts) if self.parts else (),
+            details=details,
+            notes=(*self.notes, f"tokens are grouped by {how}: the score of a {how} is {rule} over its tokens"),
+        )
+
+    def _spans(self, spans: Iterable[tuple[int, int] | range]) -> list[range]:
+        """Groups of tokens for spans of positions."""
+        if not isinstance(spans, Iterable) or isinstance(spans, Tensor):
+            raise ValueError(f'tokens are grouped by "word", "sentence", "number", or a list of spans, got {spans!r}.')
+        groups: list[range] = []
+        done = 0
+        pairs = [_ends(span) for span in spans]
+        for start, stop in sorted(pairs):
+            begin, end = self.positions[0], self.positions[-1] + 1
+            if not begin <= start < stop <= end:
+                raise ValueError(
+                    f"the span ({start}, {stop}) is not in the answer, which has positions {begin} to {end}."
+                )
+            inside = [i for i, position in enumerate(self.positions) if start <= position < stop]
+            if not inside or inside[0] < done:
+                raise ValueError(f"the span ({start}, {stop}) overlaps another one, or holds no token of the answer.")
+            groups += [range(i, i + 1) for i in range(done, inside[0])]
+            groups.append(range(inside[0], inside[-1] + 1))
+            done = inside[-1] + 1
+        return groups + [range(i, i + 1) for i in range(done, len(self.positions))]
 
     # -- other forms --------------------------------------------------------------------------------------------------
 
@@ -203,6 +349,7 @@ class Attribution:
                 "score": self.scores.tolist(),
                 "share": self.share.tolist(),
             }
+            | ({"part": self.parts} if self.parts else {})
             | {k: v.tolist() for k, v in self.details.items() if isinstance(v, Tensor) and v.ndim == 1}
         )
 
@@ -222,7 +369,7 @@ class Attribution:
             ValueError: for text that is not an Attribution, or that a later version has written.
         """
         found = json_record.read(text)
-        found |= {name: found[name] and Token(*found[name]) for name in ("target", "versus")}
+        found |= {name: json_record.target_of(found[name]) for name in ("target", "versus")}
         found["predictions"] = tuple(Prediction(Token(*token), p) for token, p in found["predictions"])
         return cls(**found)
 

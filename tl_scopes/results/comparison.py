@@ -1,10 +1,10 @@
-"""Several answers about one prompt, side by side."""
+"""Several answers side by side: about one prompt, or about a pair of prompts."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import comparison as card
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Answers about the same tokens, side by side.
+    """Answers side by side.
 
     Attributes:
-        answers: the answers by their names; all of them have the same tokens at the same positions.
+        answers: the answers by their names. Where they are about the same positions they are aligned token by token.
     """
 
     answers: Mapping[str, Attribution]
@@ -28,14 +28,42 @@ class Comparison:
         return f"Comparison({', '.join(self.answers)}; {len(self._first.tokens)} tokens)"
 
     @property
+    def aligned(self) -> bool:
+        """Whether all answers are about the same positions, so that their tokens stand for one another."""
+        return all(answer.positions == self._first.positions for answer in self.answers.values())
+
+    @property
+    def differing(self) -> tuple[int, ...]:
+        """Of aligned answers: the positions at which their tokens differ."""
+        texts = zip(*(answer.str_tokens for answer in self.answers.values()), strict=False)
+        pairs = zip(self._first.positions, texts, strict=False) if self.aligned else ()
+        return tuple(position for position, several in pairs if len(set(several)) > 1)
+
+    @property
+    def str_tokens(self) -> tuple[str, ...]:
+        """Of aligned answers: the text of each token, with a bar between those that differ."""
+        columns = zip(*(answer.str_tokens for answer in self.answers.values()), strict=False)
+        return tuple(" | ".join(dict.fromkeys(several)) for several in columns)
+
+    @property
     def _first(self) -> Attribution:
         return next(iter(self.answers.values()))
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """The shares: one row for each position and token, one column for each answer."""
+        """The shares: one row for each position and token, one column for each answer.
+
+        Answers that are not aligned have a row for each position of any of them, and two columns each: its token and
+        its share.
+        """
         import pandas as pd
 
-        index = pd.MultiIndex.from_arrays([self._first.positions, self._first.str_tokens], names=["position", "token"])
+        if not self.aligned:
+            columns: dict[tuple[str, str], Any] = {}
+            for name, answer in self.answers.items():
+                frame = answer.to_dataframe().set_index("position")
+                columns |= {(name, "token"): frame.token, (name, "share"): frame.share}
+            return pd.DataFrame(columns).sort_index()
+        index = pd.MultiIndex.from_arrays([self._first.positions, self.str_tokens], names=["position", "token"])
         return pd.DataFrame({name: answer.share.tolist() for name, answer in self.answers.items()}, index=index)
 
     # -- pictures -----------------------------------------------------------------------------------------------------
@@ -55,15 +83,19 @@ class Comparison:
         return card.fragment(self)
 
 
-def compare(answers: Iterable[Attribution] | Mapping[str, Attribution]) -> Comparison:
-    """Put several answers about the same prompt side by side: of all scopes, of two models, before and after a patch.
+def compare(answers: Attribution | Iterable[Attribution] | Mapping[str, Attribution], *more: Attribution) -> Comparison:
+    """Put several answers side by side: of all scopes, of two models, before and after a patch, of a pair of prompts.
+
+    Answers about prompts of one length are aligned, and the tokens that differ are marked; others stand side by side
+    without that.
 
     Args:
-        answers: answers about the same tokens. They are named by their scopes, or by the keys of a mapping.
+        answers: several answers, named by their scopes, or by the keys of a mapping.
+        more: more answers, where the first is a single one: a pair may be given as it is, `compare(clean, corrupted)`.
 
     Raises:
-        TypeError: for anything among them that is not an Attribution.
-        ValueError: for no answers, or for answers about different tokens.
+        TypeError: for anything among them that is not an Attribution, and for a single one.
+        ValueError: for no answers; for answers about prompts of one length from which other tokens were set aside.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door", position=-1)
@@ -73,11 +105,12 @@ def compare(answers: Iterable[Attribution] | Mapping[str, Attribution]) -> Compa
         >>> comparison.to_dataframe().idxmax()["FisherScope()"]
         (2, ' keys')
     """
-    if isinstance(answers, Attribution) or not isinstance(answers, Iterable):
+    given: Any = [answers, *more] if isinstance(answers, Attribution) and more else answers
+    if isinstance(given, Attribution) or not isinstance(given, Iterable):
         raise TypeError(
-            f"answers must be several Attributions, in a list or by name in a dict, got one {type(answers).__name__}."
+            f"answers must be several Attributions, in a list or by name in a dict, got one {type(given).__name__}."
         )
-    pairs = list(answers.items()) if isinstance(answers, Mapping) else [(None, answer) for answer in answers]
+    pairs = list(given.items()) if isinstance(given, Mapping) else [(None, answer) for answer in given]
     if not pairs:
         raise ValueError("there is nothing to compare: give at least one answer.")
     named: dict[str, Attribution] = {}
@@ -86,7 +119,7 @@ def compare(answers: Iterable[Attribution] | Mapping[str, Attribution]) -> Compa
             raise TypeError(f"answers must be Attributions, got one {type(answer).__name__} among them.")
         named[_free(answer.scope, named) if name is None else str(name)] = answer
     for name, answer in named.items():
-        _require_same_tokens(next(iter(named.items())), (name, answer))
+        _require_comparable(next(iter(named.items())), (name, answer))
     return Comparison(named)
 
 
@@ -96,17 +129,12 @@ def _free(scope: str, taken: Mapping[str, Attribution]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _require_same_tokens(*named: tuple[str, Attribution]) -> None:
+def _require_comparable(*named: tuple[str, Attribution]) -> None:
     (one, first), (other, second) = named
-    here, there = (list(zip(answer.positions, answer.str_tokens, strict=True)) for answer in (first, second))
-    if len(here) != len(there):
+    aside = any(answer.positions != tuple(range(len(answer.positions))) for answer in (first, second))
+    if first.position == second.position and first.positions != second.positions and aside:
         raise ValueError(
-            f"answers must be about the same tokens: {one} has {len(here)}, {other} {len(there)}. Ask both at the same "
-            "position, and use `without` on all of them or on none."
+            f"answers must be about the same positions: {one} has {len(first.positions)}, {other} "
+            f"{len(second.positions)}, from {first.positions[0]} and {second.positions[0]} on. Use `without` on all of "
+            "them or on none."
         )
-    for (position, text), (place, another) in zip(here, there, strict=True):
-        if (position, text) != (place, another):
-            raise ValueError(
-                f"answers must be about the same tokens: {one} has {text!r} at position {position} where {other} has "
-                f"{another!r} at position {place}."
-            )

@@ -1,6 +1,7 @@
 """An `Attribution` as JSON: the schema of the text, the fields it holds, and how numbers survive the journey."""
 
 import json
+from dataclasses import asdict
 from math import isfinite
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -9,7 +10,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 from torch import Tensor
 
-FORMAT, VERSION = "tl_scopes.Attribution", 1
+from tl_scopes.models import Target, Token
+
+FORMAT, VERSION = "tl_scopes.Attribution", 2
 
 _DType = Literal["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "float"]
 _TokenRecord: TypeAlias = tuple[NonNegativeInt, str]
@@ -43,20 +46,29 @@ class _Scores(_Numbers):
     values: list[float]
 
 
+class TargetRecord(BaseModel):
+    """What is explained."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    tokens: Annotated[list[_TokenRecord], Field(min_length=1)]
+    any_of: bool
+
+
 class _Record(BaseModel):
     """What the text must hold; anything else is refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal["tl_scopes.Attribution"]
-    version: Literal[1]
+    version: Literal[2]
     scores: _Scores
     tokens: list[_Id]
     str_tokens: list[str]
     positions: list[NonNegativeInt]
     position: NonNegativeInt
-    target: _TokenRecord | None
-    versus: _TokenRecord | None
+    target: TargetRecord | None
+    versus: TargetRecord | None
     scope: str
     unit: str
     predictions: list[tuple[_TokenRecord, Annotated[float, Field(ge=0, le=1)]]]
@@ -66,13 +78,20 @@ class _Record(BaseModel):
     dtype: str
     notes: list[str]
     details: dict[str, Any]
+    value: float | Literal["Infinity", "-Infinity", "NaN"] | None
+    quantity: str | None
+    parts: list[str]
+    uncounted: list[str]
+    grouping: Literal["norm", "sum", "signed"] | None
 
     @model_validator(mode="after")
     def _positions_increase(self) -> "_Record":
         if any(a >= b for a, b in zip(self.positions, self.positions[1:], strict=False)):
             raise ValueError(f"positions must increase, got {self.positions[:20]}")
-        if self.positions and self.positions[-1] > self.position:
-            raise ValueError(f"the prediction was read at position {self.position}, before {self.positions[-1]}")
+        # Of an answer of several tokens the first is predicted at the position, and earlier ones may be scored.
+        last = self.position + (len(self.target.tokens) - 1 if self.target and not self.target.any_of else 0)
+        if self.positions and self.positions[-1] > last:
+            raise ValueError(f"the prediction was read at position {last}, before {self.positions[-1]}")
         return self
 
 
@@ -86,6 +105,9 @@ def written(fields: dict[str, Any]) -> str:
         ValueError: for a detail that JSON cannot hold, a set say.
     """
     record = {"format": FORMAT, "version": VERSION, **fields, "tokens": fields["tokens"].tolist()}
+    if fields["value"] is not None and not isfinite(fields["value"]):
+        record["value"] = json.loads(json.dumps(fields["value"]), parse_constant=str)
+    record |= {name: fields[name] and asdict(fields[name]) for name in ("target", "versus")}
     record["scores"] = _encoded(fields["scores"], "scores")
     record["details"] = {name: _encoded(value, f"the detail {name!r}") for name, value in fields["details"].items()}
     return json.dumps(record, ensure_ascii=True, allow_nan=False)
@@ -101,19 +123,41 @@ def read(text: str) -> dict[str, Any]:
     """
     if not isinstance(text, str):
         raise TypeError(f"an Attribution is read from the text that to_json wrote, got {type(text).__name__}.")
-    _require_format(text)
+    given = _known_format(text)
+    if given["version"] == 1:
+        text = json.dumps(_from_version_1(given))
     try:
         record = _Record.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"a field of this Attribution is not what it should be: {_first(error)}.") from error
     fields = record.model_dump(exclude={"format", "version"})
     fields["scores"] = record.scores.decoded("scores")
+    fields["value"] = None if record.value is None else float(record.value)
     fields["tokens"] = torch.tensor(record.tokens, dtype=torch.long, device="cpu")
     fields["details"] = {name: _decoded(value, f"the detail {name!r}") for name, value in record.details.items()}
-    return fields | {name: tuple(fields[name]) for name in ("str_tokens", "positions", "notes", "predictions")}
+    return fields | {
+        name: tuple(fields[name]) for name in ("str_tokens", "positions", "notes", "predictions", "parts", "uncounted")
+    }
 
 
-def _require_format(text: str) -> None:
+def _from_version_1(given: dict[str, Any]) -> dict[str, Any]:
+    """What version 1 wrote, as version 2 writes it: its targets are one token, and it has no value."""
+    later: dict[str, Any] = {"version": 2, "value": None, "quantity": None}
+    later |= {"parts": [], "uncounted": ["template"], "grouping": None}
+    for name in ("target", "versus"):
+        if isinstance(given.get(name), list):
+            later[name] = {"tokens": [given[name]], "any_of": False}
+    if isinstance(details := given.get("details"), dict) and isinstance(details.get("value"), float):
+        later |= {"value": details["value"], "details": {k: v for k, v in details.items() if k != "value"}}
+    return {**given, **later}
+
+
+def target_of(record: dict[str, Any] | None) -> Target | None:
+    """The target that a `TargetRecord` holds, as the dict of its fields."""
+    return None if record is None else Target(tuple(Token(*token) for token in record["tokens"]), record["any_of"])
+
+
+def _known_format(text: str) -> dict[str, Any]:
     """Say first what the text is, if it is something else."""
     try:
         record = json.loads(text)
@@ -127,6 +171,7 @@ def _require_format(text: str) -> None:
         raise ValueError("this Attribution was written by a later version of tl_scopes: upgrade to read it.")
     if type(version) is not int or version < 1:
         raise ValueError(f"this Attribution has the version {version!r}, and versions are numbers from 1 on.")
+    return record
 
 
 def _first(error: ValidationError) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization, vjps
 from tl_scopes.jacobian.randomness import prompt_generator
-from tl_scopes.jacobian.replacement import each_alone, effects, substitute
-from tl_scopes.models import Token
+from tl_scopes.jacobian.replacement import divergence, each_alone, predictions, substitute
+from tl_scopes.jacobian.span import Span
+from tl_scopes.models import Target
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
 from tl_scopes.scopes.scope import Measurement, Scope, TargetScope
 
@@ -43,6 +44,10 @@ class RandomBaseline(Scope):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", models.as_int(self.seed, "seed must be an integer"))
+
+    @property
+    def takes_spans(self) -> bool:
+        return True
 
     def measure(self, lin: Linearization) -> Measurement:
         purpose = (self.seed,) if self.seed else ()  # published tables were drawn without a seed
@@ -77,13 +82,17 @@ class GradientTimesInput(TargetScope):
     def measure(self, lin: Linearization) -> Measurement:
         return self.measure_many([lin])[0]
 
+    @property
+    def grouping(self) -> Literal["signed"]:
+        return "signed"
+
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
         gradients = vjps(lins, [lin.cotangent(self.function(lin))[None] for lin in lins])
         signed = [(g[0] * lin.embeddings).sum(-1) for lin, g in zip(lins, gradients, strict=True)]
         return [Measurement(one.abs(), {"signed": one}) for one in signed]
 
     def unit(self, lin: Linearization) -> str:
-        return self.quantity_unit
+        return self.quantity_unit(lin)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -109,6 +118,10 @@ class IntegratedGradients(PathIntegratedScope):
         details = super().measure(lin).details
         return Measurement(details["signed"].abs(), details)
 
+    @property
+    def grouping(self) -> Literal["norm", "sum", "signed"]:
+        return "signed"
+
 
 @dataclass(frozen=True)
 class LeaveOneOut(Scope):
@@ -116,12 +129,14 @@ class LeaveOneOut(Scope):
 
         score_t = KL(p ‖ p_t), or log p(target) − log p_t(target),   p_t the prediction with x_t replaced
 
+    Of an answer of several tokens it is the sum over its predictions, each given the same tokens before it.
+
     Args:
         replacement: what takes the embedding's place: "zero"; "mean", the mean embedding of the vocabulary; "pad", the
             embedding of the padding token.
         quantity: "kl", the change of the whole prediction, or "log_prob", the drop of the target, which is negative
             where the token spoke against it.
-        target: a token as text or id, for "log_prob"; None is the most likely next token.
+        target: a text, an id or a list of ids, for "log_prob"; None is the most likely next token, or the answer.
         mean: the mean embedding (`models.mean_embedding`), so that "mean" need not compute it at each prompt.
 
     Unit: nat.
@@ -141,7 +156,7 @@ class LeaveOneOut(Scope):
 
     replacement: Literal["zero", "mean", "pad"] = "zero"
     quantity: Literal["kl", "log_prob"] = "kl"
-    target: str | SupportsIndex | None = None
+    target: str | SupportsIndex | Sequence[int] | None = None
     mean: Float[Tensor, " d_model"] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -157,15 +172,54 @@ class LeaveOneOut(Scope):
     def runs_again(self) -> Literal["point"]:
         return "point"
 
+    @property
+    def asks_for_mean(self) -> bool:
+        return self.replacement == "mean" and self.mean is None
+
     def measure(self, lin: Linearization) -> Measurement:
         lin.require_readout()
         instead = substitute(lin, self.replacement, self.mean)
-        target = torch.tensor([lin.token(self.target).id], device=lin.tokens.device)
-        log_probs, divergences = effects(lin, instead, each_alone(len(lin.tokens), lin.tokens.device), target)
-        return Measurement(divergences if self.quantity == "kl" else lin.log_probs[target] - log_probs[:, 0])
+        kept = each_alone(len(lin.tokens), lin.tokens.device)[: lin.scored]
+        target, _ = self.explained(lin)
+        ids = [lin.token().id] if target is None else target.ids
+        before, rows = lin.log_probs.reshape(len(lin.single), -1), torch.arange(len(lin.single))
+        found = []
+        for after in predictions(lin, instead, kept):
+            after = after.reshape(len(after), *before.shape)
+            if self.quantity == "kl":
+                found.append(divergence(before, after).sum(-1))
+            else:
+                found.append((before[rows, ids] - after[:, rows, ids]).sum(-1))
+        scores = before.new_zeros(len(lin.tokens))
+        scores[: lin.scored] = torch.cat(found)
+        return Measurement(scores)
 
-    def explained(self, lin: Linearization) -> tuple[Token | None, Token | None]:
-        return (lin.token(self.target), None) if self.quantity == "log_prob" else (None, None)
+    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+        return None if self.target is None else models.read_target(model, self.target, vocab), None
+
+    def explained(self, lin: Linearization) -> tuple[Target | None, Target | None]:
+        if self.quantity == "kl":
+            return None, None
+        target, _ = self.said(lin.model, lin.vocab)
+        target = target or (lin.answer if isinstance(lin, Span) else Target((lin.token(),)))
+        if target.any_of:
+            raise ValueError(f"LeaveOneOut takes one target, got the set {target.text!r}: ask once for each token.")
+        return target, None
+
+    def quantity_explained(self, lin: Linearization) -> str | None:
+        target, _ = self.explained(lin)
+        return None if target is None else f"log p({target.text!r})"
+
+    def value(self, lin: Linearization) -> float | None:
+        target, _ = self.explained(lin)
+        if target is None:
+            return None
+        rows = torch.arange(len(lin.single), device=lin.tokens.device)
+        return float(lin.log_probs.reshape(len(rows), -1)[rows, target.ids].sum())
+
+    @property
+    def takes_spans(self) -> bool:
+        return True
 
     def unit(self, lin: Linearization) -> str:
         return "nat"
@@ -192,6 +246,10 @@ class AttentionRollout(Scope):
     @property
     def runs_again(self) -> Literal["prompt"]:
         return "prompt"
+
+    @property
+    def grouping(self) -> Literal["sum"]:
+        return "sum"
 
     def measure(self, lin: Linearization) -> Measurement:
         if lin.wrt != models.EMBEDDING:

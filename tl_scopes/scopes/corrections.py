@@ -12,9 +12,9 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import source
-from tl_scopes.models import Token
+from tl_scopes.models import Target
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Measurement, Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Measurement, Scope, as_written, require_scope, targets_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,25 @@ class Around(Scope):
     def __post_init__(self) -> None:
         require_scope(self.scope)
 
-    def explained(self, lin: Linearization) -> tuple[Token | None, Token | None]:
+    def explained(self, lin: Linearization) -> tuple[Target | None, Target | None]:
         return self.scope.explained(lin)
+
+    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+        return self.scope.said(model, vocab)
+
+    def quantity_explained(self, lin: Linearization) -> str | None:
+        return self.scope.quantity_explained(lin)
+
+    def value(self, lin: Linearization) -> float | None:
+        return self.scope.value(lin)
+
+    @property
+    def takes_spans(self) -> bool:
+        return self.scope.takes_spans
+
+    @property
+    def compares(self) -> bool:
+        return self.scope.compares
 
     def aimed(self, lin: Linearization, target: int) -> Scope:
         return replace(self, scope=self.scope.aimed(lin, target))
@@ -41,9 +58,8 @@ class Around(Scope):
     def depends_on_basis(self) -> bool:
         return self.scope.depends_on_basis
 
-    @property
-    def depends_on_mean_logit(self) -> bool:
-        return self.scope.depends_on_mean_logit
+    def depends_on_mean_logit(self, lin: Linearization) -> bool:
+        return self.scope.depends_on_mean_logit(lin)
 
     def notes(self, lin: Linearization) -> tuple[str, ...]:
         return self.scope.notes(lin)
@@ -101,15 +117,17 @@ class PositionCorrectedScope(Around):
 
     def measure(self, lin: Linearization) -> Measurement:
         first = int(models.starts_with_bos(lin.model, lin.tokens))
-        target, _ = self.scope.explained(lin)
-        scope = self.scope if target is None else self.scope.aimed(lin, target.id)
+        target, _ = targets_of(self.scope, lin)
+        # An answer of several tokens stays behind the shuffled prompt, and so the target stays what it is.
+        scope = self.scope if target is None or len(target) > 1 else self.scope.aimed(lin, target.id)
         generator = source(lin, self.generator, "shuffles")
         own = scope.measure(lin)
-        shares = [self._share(own)]
+        shares = [self._share(own, lin.scored)]
         for _ in range(self.shuffles):
-            tokens = _shuffled(lin.tokens, first, generator)
-            other = lin.at_tokens(tokens)
-            shares.append(self._share(scope.measure(other)))
+            prompt = lin.single[0].tokens
+            shuffled = _shuffled(prompt, first, generator)
+            other = lin.at_tokens(torch.cat([shuffled, lin.tokens[len(prompt) :]]))
+            shares.append(self._share(scope.measure(other), lin.scored))
         others = torch.stack(shares[1:])
         # Where no shuffle gives a position anything, the prompt is counted as one of its own arrangements.
         expected = torch.where(others.mean(0) > 0, others.mean(0), shares[0] / len(shares))
@@ -120,13 +138,15 @@ class PositionCorrectedScope(Around):
         found = {"expected": expected, "uncorrected": own.scores, "standard_error": scores * spread}
         return Measurement(scores, {**own.details, **found})
 
-    def _share(self, found: Measurement) -> Tensor:
+    def _share(self, found: Measurement, scored: int) -> Tensor:
         if found.scores.min() < 0:
             raise ValueError(
                 f"{as_written(self.scope)} has negative scores, {found.scores.min():.3g} for one token, which have no "
                 "shares: take a scope whose scores are sizes, without a sign."
             )
-        return found.scores / found.scores.sum().clamp(min=torch.finfo(found.scores.dtype).tiny)
+        counted = found.scores.clone()
+        counted[scored:] = 0
+        return counted / counted.sum().clamp(min=torch.finfo(counted.dtype).tiny)
 
     def unit(self, lin: Linearization) -> str:
         return "times the share expected at the position"
@@ -176,6 +196,10 @@ class FrozenAttentionScope(Around):
     def measure(self, lin: Linearization) -> Measurement:
         with models.held_attention(lin.model, self.keys):
             return self.scope.measure(lin.at(lin.embeddings))
+
+    @property
+    def grouping(self) -> Literal["norm", "sum", "signed"] | None:
+        return self.scope.grouping
 
     def unit(self, lin: Linearization) -> str:
         return self.scope.unit(lin)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.metric import Metric
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
 from tl_scopes.scopes.scope import JacobianScope
 
@@ -64,9 +65,19 @@ class DirectionScope(JacobianScope):
                 'DirectionScope(direction, "blocks.3.hook_resid_post"), for example; the readout is "ln_final".'
             )
 
+    _knows_spans = True
+
     def cotangents(self, lin: Linearization) -> Float[Tensor, "1 d_of"]:
         self._require_at_home(lin)
-        return models.precise(self.direction.detach().to(lin.readout.device))[None]
+        d = models.precise(self.direction.detach().to(lin.readout.device))
+        return d.repeat(len(lin.single))[None]  # of an answer of several tokens it is the sum of dᵀy over its readouts
+
+    def metric(self, lin: Linearization) -> Metric:
+        d = self.cotangents(lin)[0]
+        return lambda readout, logits: d.to(readout) @ readout
+
+    def quantity_explained(self, lin: Linearization) -> str:
+        return self.name or "dᵀy"
 
     def unit(self, lin: Linearization) -> str:
         return f"{self.name or 'dᵀy'} per {lin.unit}"
@@ -83,8 +94,9 @@ class DirectionScope(JacobianScope):
                 f"the direction belongs to {hook!r}, and the linearisation ends at {lin.of!r}: linearise with "
                 f"of={hook!r}, or, if the direction was found there, write DirectionScope(direction, {lin.of!r})."
             )
-        if self.direction.shape != lin.readout.shape:
+        width = len(lin.single[0].readout)
+        if len(self.direction) != width:
             raise ValueError(
-                f"the direction has {len(self.direction)} entries, the value at {lin.of!r} has {len(lin.readout)}: "
+                f"the direction has {len(self.direction)} entries, the value at {lin.of!r} has {width}: "
                 "name the hook where the direction was found, and linearise with `of` that hook."
             )

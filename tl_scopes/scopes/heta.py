@@ -17,7 +17,7 @@ from tl_scopes.jacobian.metric import Metric
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.jacobian.replacement import each_alone, effects, substitute
 from tl_scopes.jacobian.softmax import log_prob
-from tl_scopes.models import Token
+from tl_scopes.models import Target, Token
 from tl_scopes.models.arguments import as_flag, as_number
 from tl_scopes.scopes.scope import Measurement, Scope
 
@@ -118,8 +118,11 @@ class HetaScope(Scope):
     def measure(self, lin: Linearization) -> Measurement:
         return self.measure_many([lin])[0]
 
-    def explained(self, lin: Linearization) -> tuple[Token, None]:
-        return lin.token(self.target), None
+    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+        return None if self.target is None else Target((models.token(model, self.target, vocab),)), None
+
+    def explained(self, lin: Linearization) -> tuple[Target, None]:
+        return Target((lin.token(self.target),)), None
 
     def unit(self, lin: Linearization) -> str:
         if self.normalize:
@@ -154,7 +157,7 @@ class HetaScope(Scope):
 
     def _curvatures(self, lins: Sequence[Linearization]) -> list[Float[Tensor, "probe token"]]:
         """‖H_ii r‖₁ for random signs r."""
-        targets = [self.explained(lin)[0] for lin in lins]
+        targets = [self.explained(lin)[0].tokens[0] for lin in lins]
         return block_norms(lins, targets, [self._signs(lin) for lin in lins])
 
     def _signs(self, lin: Linearization) -> Int8[Tensor, "probe token d_model"]:

@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal, NamedTuple, SupportsIndex
@@ -15,9 +15,10 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization, squared_norms
 from tl_scopes.jacobian.metric import Metric
-from tl_scopes.jacobian.softmax import log_prob
+from tl_scopes.jacobian.softmax import log_prob, log_prob_of_any
+from tl_scopes.jacobian.span import Exchange, Span, linearize_answers
 from tl_scopes.jacobian.tensor_arguments import require_real
-from tl_scopes.models import Token
+from tl_scopes.models import Target, Token
 from tl_scopes.results.attribution import Attribution, Prediction
 
 _PREDICTIONS = 5
@@ -68,15 +69,39 @@ class Scope(ABC):
 
     # -- what the scores are about ------------------------------------------------------------------------------------
 
-    def explained(self, lin: Linearization) -> tuple[Token | None, Token | None]:
-        """The target, and the token that it is compared with; None where the question has none."""
+    def explained(self, lin: Linearization) -> tuple[Target | None, Target | None]:
+        """The target, and what it is compared with; None where the question has none."""
         return None, None
 
     def aimed(self, lin: Linearization, target: int) -> "Scope":
         """The same question about this target, where it has one that was left to the prediction."""
+        if isinstance(lin, Span):
+            return self  # what is said is what is explained
         if is_dataclass(self) and getattr(self, "target", 0) is None and self.explained(lin)[0] is not None:
             return replace(self, target=target)
         return self
+
+    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+        """The target and what it is compared with, as far as the scope itself names them.
+
+        Args:
+            model: a checked model.
+            vocab: how many logits it has; None is as many as it has token ids.
+        """
+        return None, None
+
+    def quantity_explained(self, lin: Linearization) -> str | None:
+        """What `value` is, as a formula or in words: "log p(' Paris')"; None where it has no name."""
+        return None
+
+    def value(self, lin: Linearization) -> float | None:
+        """The number that the scores are about, where `metric` is one: a logit, a log-probability."""
+        if type(self).metric in (Scope.metric, JacobianScope.metric):
+            return None
+        metric = self.metric(lin)
+        logits = lin.readout[:0] if lin.trace.logits is None else lin.logits
+        found = None if metric is None else metric(models.precise(lin.readout), models.precise(logits))
+        return float(found) if found is not None and found.numel() == 1 else None
 
     def metric(self, lin: Linearization) -> Metric | None:
         """The quantity that the scores are about, as a function of readout and logits; None where there is none.
@@ -99,6 +124,12 @@ class Scope(ABC):
         return True
 
     @property
+    def asks_for_mean(self) -> bool:
+        """Whether the mean embedding of the vocabulary was left out of its option `mean`, and is computed at each
+        prompt: what asks many prompts can hand it in."""
+        return False
+
+    @property
     def runs_again(self) -> Literal["no", "point", "prompt"]:
         """What the scope has to run the model on again: nothing, points near the linearisation's, or the prompt itself.
 
@@ -112,10 +143,27 @@ class Scope(ABC):
         """Whether scores depend on the coordinates of the readout, which folding the final norm's gain changes."""
         return False
 
-    @property
-    def depends_on_mean_logit(self) -> bool:
+    def depends_on_mean_logit(self, lin: Linearization) -> bool:
         """Whether scores depend on the mean of all logits, which centring the unembedding sets to zero."""
         return False
+
+    @property
+    def takes_spans(self) -> bool:
+        """Whether it can be asked about all predictions of an answer together, a `Span`."""
+        return False
+
+    @property
+    def compares(self) -> bool:
+        """Whether it can be asked about the difference of two answers."""
+        return False
+
+    @property
+    def grouping(self) -> Literal["norm", "sum", "signed"] | None:
+        """What the score of several tokens together is: √Σ score² for norms, whose gradients are written one after
+        another; Σ score; for sizes of signed numbers |Σ signed|, with the detail "signed"; None where it is not known
+        from the scores of the tokens.
+        """
+        return None
 
     def estimate(self, answer: Attribution) -> Estimate | None:
         """How well the scores of an answer to this question are known; None where nothing was estimated.
@@ -161,25 +209,89 @@ class Scope(ABC):
 
     def ask(self, lins: Sequence[Linearization]) -> list[Attribution]:
         """Ask it of several linearisations of one forward pass, together where the scope can."""
+        if not self.takes_spans and all(isinstance(lin, Span) and len(lin.rows) == 1 for lin in lins):
+            # A prediction of an answer is a prediction, of which it is known what is to be explained.
+            for lin in lins:
+                self.placed(lin)  # says so where the question names another target
+            asked = [(self.aimed(lin.single[0], lin.token_said.id), lin.single[0]) for lin in lins]  # type: ignore[attr-defined]
+            return [answer for scope, lin in asked for answer in scope.ask([lin])]
         # The targets come first, so that an unknown one is refused before the work.
-        explained = [self.explained(lin) for lin in lins]
+        placed = [self.placed(lin) for lin in lins]
+        if any(one is not lin for one, lin in zip(placed, lins, strict=True)) and len(lins) > 1:
+            return [answer for lin in lins for answer in self.ask([lin])]  # they no longer share a forward pass
+        lins = placed
+        explained = [targets_of(self, lin) for lin in lins]
         for lin in lins:
             self._require_model(lin)
+            self._require_single(lin)
         found = self.measure_many(lins)
         return [self._answer(lin, *tokens, one) for lin, tokens, one in zip(lins, explained, found, strict=True)]
 
+    def placed(self, lin: Linearization) -> Linearization:
+        """The linearisation that the question is about, where it names an answer of several tokens that has to be put
+        behind the prompt first, which takes a forward pass; else the one given.
+
+        Raises:
+            ValueError: when the model's hooks or weights have changed since it was linearised; when the linearisation
+                is of another answer than the one that the question names.
+        """
+        target, versus = self.said(lin.model, lin.vocab)
+        spoken = lin.answer if isinstance(lin, Span) else None
+        if spoken is not None and target is not None and target != spoken:
+            raise ValueError(
+                f"the linearisation is of the answer {spoken.text!r}, and {as_written(self)} asks about "
+                f"{target.text!r}: leave the target out, or linearise without an answer."
+            )
+        against = lin.against if isinstance(lin, Span) else None
+        target, versus = target or spoken, versus or against
+        several = any(one is not None and one.is_span for one in (target, versus))
+        if not several or (spoken is not None and versus == against):
+            return lin
+        lin.require_repeatable()
+        lin.require_readout()
+        prompt, score_answer = lin.tokens, False
+        if isinstance(lin, Span):
+            prompt, score_answer = lin.tokens[: lin.prompt_length], lin.score_answer
+        exchange = Exchange(prompt, target or Target((lin.token(),)), versus, lin.parts, lin.notes)
+        exchange.require_answerable(lin.model)
+        options = {"score_answer": score_answer, "checkpoint": lin.trace.checkpointed}
+        (span,) = linearize_answers(lin.model, [exchange], lin.wrt, lin.of, **options)
+        span.require_finite()
+        return span
+
+    def _require_single(self, lin: Linearization) -> None:
+        """Refuse an answer of several tokens where the question is about one prediction.
+
+        Raises:
+            ValueError: with what to do instead.
+        """
+        if isinstance(lin, Span) and lin.against is not None and not self.compares:
+            raise ValueError(
+                f"{as_written(self)} does not compare two answers, and this is {lin.answer.text!r} against "
+                f"{lin.against.text!r}: linearise each of them."
+            )
+        if isinstance(lin, Span) and not self.takes_spans:
+            raise ValueError(
+                f"{as_written(self)} is about one prediction at a time, and this is the answer {lin.answer.text!r} of "
+                f"{len(lin.answer)} tokens: ask it of each, [scope(one) for one in lin.single]."
+            )
+
     def _answer(
-        self, lin: Linearization, target: Token | None, versus: Token | None, found: Measurement
+        self, lin: Linearization, target: Target | None, versus: Target | None, found: Measurement
     ) -> Attribution:
         self._require_valid(lin, found)
-        dtype = _kept_dtype(lin, found.scores)
+        scored = lin.scored
+        dtype = _kept_dtype(lin, found.scores[:scored])
+        details = {
+            name: value[..., :scored] if isinstance(value, Tensor) else value for name, value in found.details.items()
+        }
         return Attribution(
-            scores=_kept(found.scores, dtype),
-            tokens=lin.tokens.cpu(),
-            str_tokens=lin.str_tokens,
-            positions=tuple(range(len(lin.tokens))),
+            scores=_kept(found.scores[:scored], dtype),
+            tokens=lin.tokens[:scored].cpu(),
+            str_tokens=lin.str_tokens[:scored],
+            positions=tuple(range(scored)),
             position=lin.position,
-            target=target,
+            target=lin.answer if target is None and isinstance(lin, Span) else target,
             versus=versus,
             scope=as_written(self),
             unit=self.unit(lin),
@@ -187,9 +299,13 @@ class Scope(ABC):
             wrt=lin.wrt,
             of=lin.of,
             model=models.model_name(lin.model),
-            dtype=str(lin.readout.dtype).removeprefix("torch."),
+            dtype=str(lin.trace.state.autocast or lin.readout.dtype).removeprefix("torch."),
             notes=(*lin.notes, *self.notes(lin)),
-            details={name: _kept(value, dtype) for name, value in found.details.items()},
+            parts=(*lin.parts, *["answer"] * scored)[:scored] if lin.parts else (),
+            grouping=self.grouping,
+            details={name: _kept(value, dtype) for name, value in details.items()},
+            value=self.value(lin),
+            quantity=self.quantity_explained(lin),
         )
 
     def _require_model(self, lin: Linearization) -> None:
@@ -253,7 +369,7 @@ class JacobianScope(Scope):
 
     def metric(self, lin: Linearization) -> Metric | None:
         """c·y for every cotangent c, with the cotangents of this point."""
-        cotangents = self.cotangents(lin)
+        cotangents = self._checked_cotangents(lin)
         return lambda readout, logits: cotangents.to(readout) @ readout
 
     def combine(self, lin: Linearization, squared_norms: Float[Tensor, "probe token"]) -> Measurement:
@@ -270,7 +386,21 @@ class JacobianScope(Scope):
         norms = squared_norms(lins, cotangents)
         return [self.combine(lin, of_one) for lin, of_one in zip(lins, norms, strict=True)]
 
+    @property
+    def takes_spans(self) -> bool:
+        return True
+
+    @property
+    def grouping(self) -> Literal["norm", "sum", "signed"] | None:
+        own = type(self).combine is not JacobianScope.combine or type(self).measure is not JacobianScope.measure
+        return None if own else "norm"
+
+    _knows_spans = False
+    """Whether `cotangents` takes a Span itself; else it is asked about each prediction of it."""
+
     def _checked_cotangents(self, lin: Linearization) -> Tensor:
+        if isinstance(lin, Span) and not self._knows_spans:
+            return self._joined(lin)
         found = self.cotangents(lin)
         if not isinstance(found, Tensor) or found.shape[1:] != lin.readout.shape:
             got = f"shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -281,67 +411,168 @@ class JacobianScope(Scope):
         require_real(found, f"the cotangents of {as_written(self)}", "[probe d_of]")
         return found
 
+    def _joined(self, span: Span) -> Float[Tensor, "1 d_of"]:
+        """One cotangent of the span: that of each prediction in it, so that their gradients are summed.
+
+        Raises:
+            ValueError: for a question that has several cotangents at one prediction, whose norms would not add up.
+        """
+        each = [self._checked_cotangents(one) for one in span.single]
+        if any(len(found) != 1 for found in each):
+            raise ValueError(
+                f"{as_written(self)} has {max(map(len, each))} cotangents at one prediction, and how those of several "
+                "predictions belong together is not known: ask it of each, [scope(one) for one in lin.single]."
+            )
+        return torch.cat(each, dim=1)
+
 
 @dataclass(frozen=True, eq=False)
 class TargetScope(Scope):
-    """A question about one token's logit z_v; with `versus` about z_v − z_u; with quantity="log_prob" about log p_v.
+    """A question about what is said: about one token's logit z_v, or about the log-probability of several tokens,
 
-    A difference of log-probabilities is a difference of logits, so that with `versus` both quantities are the same.
+        S = Σ_k log p(v_k | prompt, v_1 … v_{k−1})
+
+    With `versus` it is about a difference: z_v − z_u for two tokens, S_v − S_u for longer texts, which may differ in
+    length. A difference of log-probabilities of two tokens is a difference of logits, so that there both quantities are
+    the same.
+
+    A target may be text, an id, a list of ids, or a set of tokens any of which is meant: then it is log Σ_v exp z_v.
+    Where nothing else is said, one token is explained by its logit, as in the paper, and several by S.
     """
 
-    target: str | SupportsIndex | None = None
-    versus: str | SupportsIndex | None = None
-    quantity: Literal["logit", "log_prob"] = "logit"
+    target: str | SupportsIndex | Collection[Any] | None = None
+    versus: str | SupportsIndex | Collection[Any] | None = None
+    quantity: Literal["logit", "log_prob"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("target", "versus"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, Set):
+                object.__setattr__(self, name, frozenset(value))
+            elif (isinstance(value, Tensor) and value.ndim) or isinstance(value, list):
+                object.__setattr__(self, name, tuple(value.tolist() if isinstance(value, Tensor) else value))
+            elif value is not None and not isinstance(value, str | tuple):
                 with suppress(TypeError):  # a number of NumPy or torch is shown as the number that it is
                     object.__setattr__(self, name, models.as_int(value, name))
-        if self.quantity not in ("logit", "log_prob"):
+        if self.quantity not in (None, "logit", "log_prob"):
             raise ValueError(f'quantity is "logit" or "log_prob", got {self.quantity!r}.')
 
-    def explained(self, lin: Linearization) -> tuple[Token, Token | None]:
-        """The target, by default the most likely token, and the token that it is compared with.
+    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+        return tuple(
+            None if given is None else models.read_target(model, given, vocab, name)
+            for name, given in (("target", self.target), ("versus", self.versus))
+        )  # type: ignore[return-value]
+
+    def explained(self, lin: Linearization) -> tuple[Target, Target | None]:
+        """The target, by default the answer linearised, or else the most likely token; and what it is compared with.
 
         Raises:
-            ValueError: for a token that is unknown or several, and for `versus` equal to the target.
+            ValueError: for an unknown token, and for `versus` equal to the target or, of two sets, sharing a token.
         """
-        target = lin.token(self.target)
-        versus = None if self.versus is None else lin.token(self.versus, "versus")
+        lin.require_readout()
+        target, versus = self.said(lin.model, lin.vocab)
+        if isinstance(lin, Span):
+            target, versus = target or lin.answer, versus or lin.against
+        else:
+            target = target or Target((lin.token(),))
+            for one in (target, versus):
+                if one is not None and one.is_span:
+                    raise ValueError(
+                        f"{one.text!r} is {len(one)} tokens, which are predicted at several positions, and this "
+                        "linearisation is of one prediction: linearise with answer=, or call attribute."
+                    )
+        if versus is not None and set(target.ids) & set(versus.ids) and not (target.is_span or versus.is_span):
+            same = next(token for token in target.tokens if token in versus.tokens)
+            raise ValueError(f"target and versus are the same token, {same.text!r}: their difference is zero.")
         if target == versus:
-            raise ValueError(f"target and versus are the same token, {target.text!r}: their difference is zero.")
+            raise ValueError(f"target and versus are the same tokens, {target.text!r}: their difference is zero.")
+        if self.quantity == "logit" and (target.is_span or (versus is not None and versus.is_span)):
+            longer = target if target.is_span else versus
+            assert longer is not None
+            hint = models.spacing_hint(lin.model, longer.text)
+            raise ValueError(
+                f'quantity="logit" of {longer.text!r} has no meaning: it is {len(longer)} tokens, each predicted '
+                f'elsewhere, and only their log-probabilities add up. Take quantity="log_prob", the default.{hint}'
+            )
         return target, versus
 
     def function(self, lin: Linearization) -> Callable[[Tensor], Tensor]:
-        """The quantity explained, as a function of the logits [vocab]."""
+        """The quantity explained, as a function of the logits [vocab], or of those of all predictions [row vocab]."""
         target, versus = self.explained(lin)
+        if isinstance(lin, Span) and len(lin.rows) > 1:
+            tokens = [*lin.answer.ids, *(lin.against.ids if lin.against else ())]
+            signed = list(zip(lin.signs.tolist(), tokens, strict=True))
+            return lambda logits: torch.stack(
+                [sign * log_prob(z, id) for z, (sign, id) in zip(logits, signed, strict=True)]
+            ).sum()
+        of_one = self._function_of_one(target, versus, self.quantity_of(lin))
+        return (lambda logits: of_one(logits[0])) if isinstance(lin, Span) else of_one
+
+    def _function_of_one(
+        self, target: Target, versus: Target | None, quantity: Literal["logit", "log_prob"]
+    ) -> Callable[[Tensor], Tensor]:
         if versus is not None:
-            return lambda logits: logits[target.id] - logits[versus.id]
-        if self.quantity == "log_prob":
+            return lambda logits: _logit(logits, target) - _logit(logits, versus)
+        if quantity == "log_prob":
+            if target.any_of:
+                return lambda logits: log_prob_of_any(logits, target.ids)
             return lambda logits: log_prob(logits, target.id)
-        return lambda logits: logits[target.id]
+        return lambda logits: _logit(logits, target)
 
     def metric(self, lin: Linearization) -> Metric:
         """`function`, which does not look at the readout."""
         function = self.function(lin)
         return lambda readout, logits: function(logits)
 
-    @property
-    def quantity_unit(self) -> str:
+    def quantity_of(self, lin: Linearization) -> Literal["logit", "log_prob"]:
+        """What is explained of the target."""
+        if self.quantity is not None:
+            return self.quantity
+        return "log_prob" if isinstance(lin, Span) and (len(lin.rows) > 1 or lin.of_answer) else "logit"
+
+    def quantity_unit(self, lin: Linearization) -> str:
         """The unit of the quantity explained."""
-        return "logit" if self.quantity == "logit" else "nat"
+        return "logit" if self.quantity_of(lin) == "logit" else "nat"
+
+    def quantity_explained(self, lin: Linearization) -> str:
+        target, versus = self.explained(lin)
+        name = "logit of {}" if self.quantity_of(lin) == "logit" else "log p({})"
+        return " − ".join(name.format(repr(one.text)) for one in (target, versus) if one is not None)
 
     @property
-    def depends_on_mean_logit(self) -> bool:
+    def takes_spans(self) -> bool:
+        return True
+
+    @property
+    def compares(self) -> bool:
+        return True
+
+    def depends_on_mean_logit(self, lin: Linearization) -> bool:
         """A single logit does. A difference of logits and a log-probability do not."""
-        return self.quantity == "logit" and self.versus is None
+        against = lin.against if isinstance(lin, Span) else None
+        return self.quantity_of(lin) == "logit" and self.versus is None and against is None
 
     def notes(self, lin: Linearization) -> tuple[str, ...]:
-        if self.depends_on_mean_logit and lin.is_centered:
-            return ("the unembedding is centred: the logit explained is the logit minus the vocabulary mean",)
-        return ()
+        notes = []
+        if self.depends_on_mean_logit(lin) and lin.is_centered:
+            notes.append("the unembedding is centred: the logit explained is the logit minus the vocabulary mean")
+        for name, given in (("target", self.target), ("versus", self.versus)):
+            if isinstance(given, str) and isinstance(lin, Span) and (hint := models.spacing_hint(lin.model, given)):
+                steps = models.read_target(lin.model, given, lin.vocab, name).steps
+                if steps > 1:
+                    notes.append(f"the {name} {given!r} is explained as {steps} tokens.{hint.rstrip('.')}")
+        return tuple(notes)
+
+
+def _logit(logits: Float[Tensor, " vocab"], target: Target) -> Float[Tensor, ""]:
+    """The logit of a token, or of a set of tokens together: log Σ_v exp z_v."""
+    return logits[target.ids].logsumexp(0) if target.any_of else logits[target.id]
+
+
+def targets_of(scope: Scope, lin: Linearization) -> tuple[Target | None, Target | None]:
+    """What a scope explains, and what that is compared with; a scope of the user's may name a Token, as in 0.1."""
+    target, versus = (Target((one,)) if isinstance(one, Token) else one for one in scope.explained(lin))
+    return target, versus
 
 
 def estimate_by(answer: Attribution, error: Float[Tensor, "token"], kind: str) -> Estimate | None:
@@ -359,7 +590,8 @@ def most_likely(lin: Linearization, count: int = _PREDICTIONS) -> tuple[Predicti
     """The most likely next tokens, best first; empty where the linearisation ends before the logits."""
     if lin.trace.logits is None:
         return ()
-    best = lin.log_probs.exp().topk(min(count, len(lin.log_probs)))
+    first = lin.single[0]
+    best = first.log_probs.exp().topk(min(count, len(first.log_probs)))
     return tuple(
         Prediction(lin.token(id), p) for id, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
@@ -422,6 +654,8 @@ def as_written(scope: Scope) -> str:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, frozenset):
+        return "{" + ", ".join(sorted(map(repr, value))) + "}"
     if not isinstance(value, Tensor):
         return repr(value)
     size = "×".join(map(str, value.shape))

@@ -15,29 +15,42 @@ class SemanticScope(TargetScope, JacobianScope):
 
         score_t = ‖(∂z_v/∂y) J_t‖₂
 
-    With `versus`, of the difference z_v − z_u of two logits, which neither centring nor the softmax changes.
+    With `versus`, of the difference z_v − z_u of two logits, which neither centring nor the softmax changes. For a
+    target of several tokens, of its log-probability after the prompt, the sum of those of its tokens, each given the
+    ones before it:
+
+        score_t = ‖∂S/∂x_t‖₂,   S = Σ_k log p(v_k | prompt, v_1 … v_{k−1}) = Σ_k log softmax(z_k)_{v_k}
 
     Args:
-        target: the token, as text or id; None is the most likely next token.
-        versus: a token to compare with: "why this rather than that?".
-        quantity: "logit", as in the paper, or "log_prob".
+        target: a text, an id, or a list of ids; a set of tokens any of which is meant, {" Yes", " yes"}; None is the
+            most likely next token, or the answer of a linearisation that has one.
+        versus: what to compare with, "why this rather than that?": as `target`, also of another length.
+        quantity: "logit", as in the paper, or "log_prob"; None is "logit" for one token and "log_prob" for several,
+            whose logits do not add up.
 
-    Unit: logit (nat for "log_prob") per unit of embedding norm.
-    Cost: one backward pass.
-    Raises: ValueError for a target that is several tokens or unknown, `versus` equal to the target, another
-        quantity, or a linearisation that does not end at the readout.
+    Unit: logit (nat for a log-probability) per unit of embedding norm.
+    Cost: one backward pass; and a forward pass over prompt and target, where the linearisation is of the prompt alone
+        and the target has several tokens.
+    Raises: ValueError for a target that is unknown, `versus` equal to the target, another quantity, "logit" of several
+        tokens, a set with a member of several tokens, an answer that does not fit into the context, or a linearisation
+        that does not end at the readout.
     Source: Liu et al. 2026 (arXiv:2601.16407), Semantic Scope.
     Departure: the cotangent is ∂z_v/∂y through the model's real readout, which is the row w_v of the unembedding only
-        where logits are linear. The target need not stand in the prompt.
+        where logits are linear. The target need not stand in the prompt. Targets of several tokens and sets are ours.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
         >>> tls.SemanticScope(target=" are", versus=" is")(lin).unit
         'logit per unit of embedding norm'
+        >>> answer = tls.SemanticScope(" are very old")(lin)
+        >>> answer.quantity, answer.unit
+        ("log p(' are very old')", 'nat per unit of embedding norm')
     """
+
+    _knows_spans = True
 
     def cotangents(self, lin: Linearization) -> Float[Tensor, "1 d_of"]:
         return lin.cotangent(self.function(lin))[None]
 
     def unit(self, lin: Linearization) -> str:
-        return f"{self.quantity_unit} per {lin.unit}"
+        return f"{self.quantity_unit(lin)} per {lin.unit}"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,7 +20,8 @@ class TemperatureScope(JacobianScope):
 
         score_t = ‖(∂β/∂y) J_t‖₂,   β = ‖y‖₂,   ∂β/∂y = ŷ = y/‖y‖₂
 
-    The logits are W y = β W ŷ: the direction of the readout says what the model predicts, its norm how firmly.
+    The logits are W y = β W ŷ: the direction of the readout says what the model predicts, its norm how firmly. Of an
+    answer of several tokens it is the sum of their β, so that the gradient is the sum of those of its tokens.
 
     Args:
         norm: "readout", as in the paper, or "logits": β = ‖z − mean z‖₂/√vocab, the spread of the logits, which is an
@@ -44,17 +46,22 @@ class TemperatureScope(JacobianScope):
         if self.norm not in ("readout", "logits"):
             raise ValueError(f'norm is "readout" or "logits", got {self.norm!r}.')
 
+    _knows_spans = True
+
     def cotangents(self, lin: Linearization) -> Float[Tensor, "1 d_of"]:
         beta = self.metric(lin)
         if self.norm == "logits":
             return lin.cotangent(partial(beta, lin.readout))[None]
-        y = lin.readout.to(models.sum_dtype(lin.readout))  # float16 ends at 65,504
-        return (y / y.norm())[None]
+        y = torch.stack([one.readout for one in lin.single])
+        y = y.to(models.sum_dtype(y))  # float16 ends at 65,504
+        return (y / y.norm(dim=-1, keepdim=True)).reshape(1, -1)
 
     def metric(self, lin: Linearization) -> Metric:
         lin.require_readout()
         if self.norm == "logits":
-            return lambda readout, logits: (logits - logits.mean()).norm() / len(logits) ** 0.5
+            return lambda readout, logits: (
+                (logits - logits.mean(-1, keepdim=True)).norm(dim=-1).sum() / logits.shape[-1] ** 0.5
+            )
         if models.has_constant_readout_norm(lin.model):
             raise ValueError(
                 f"the final norm of {models.model_name(lin.model)!r} has no gain (folded, untrained, or by "
@@ -62,7 +69,11 @@ class TemperatureScope(JacobianScope):
                 "model unprocessed (HookedTransformer.from_pretrained_no_processing, or a TransformerBridge without "
                 'enable_compatibility_mode), or ask TemperatureScope(norm="logits").'
             )
-        return lambda readout, logits: readout.norm()
+        d_of = len(lin.single[0].readout)
+        return lambda readout, logits: readout.reshape(-1, d_of).norm(dim=-1).sum()
+
+    def quantity_explained(self, lin: Linearization) -> str:
+        return "β"
 
     def unit(self, lin: Linearization) -> str:
         return f"inverse temperature per {lin.unit}"

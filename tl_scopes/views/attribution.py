@@ -1,5 +1,6 @@
 """Pictures of an `Attribution`: a static card that works everywhere, and circuitsvis' tokens for a live notebook."""
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from tl_scopes.views import markup
@@ -13,8 +14,17 @@ if TYPE_CHECKING:
 
 def strengths(attribution: "Attribution") -> list[float]:
     """How strongly to colour each token: 0 for a score of zero, 1 for the strongest; negative where the score is."""
-    scores = attribution.scores.tolist()
-    return list(map(Scale.of(scores).strength, scores))
+    scale = scale_of(attribution)
+    return [
+        scale.strength(score) if counted else 0.0
+        for score, counted in zip(attribution.scores.tolist(), attribution.is_counted, strict=True)
+    ]
+
+
+def scale_of(attribution: "Attribution") -> Scale:
+    """The scale of the scores that count."""
+    pairs = zip(attribution.scores.tolist(), attribution.is_counted, strict=True)
+    return Scale.of(score for score, counted in pairs if counted)
 
 
 def page(attribution: "Attribution", *below: str) -> Html:
@@ -30,8 +40,13 @@ def fragment(attribution: "Attribution") -> Html:
 def colored_tokens(attribution: "Attribution") -> LiveView:
     """circuitsvis' coloured tokens for a live notebook; a tooltip tells the score."""
     scores, shares = attribution.scores.tolist(), attribution.share.tolist()
-    scale, tokens, values = Scale.of(scores), [], []
-    for text, score, share in zip(attribution.str_tokens, scores, shares, strict=True):
+    scale, tokens, values = scale_of(attribution), [], []
+    columns = zip(attribution.shown_tokens, scores, shares, attribution.is_counted, strict=True)
+    for text, score, share, counted in columns:
+        if not counted:
+            tokens.append(as_html(visible(text)) + "\n" * text.count("\n"))
+            values.append(Written(0.0, "not counted in shares"))
+            continue
         tokens.append(as_html(visible(text) + _mark(scale, score, share)) + "\n" * text.count("\n"))
         values.append(Written(scale.strength(score), f"{score:.3g} {attribution.unit}, {share:.1%}"))
     props = {"tokens": tokens, "values": values, "minValue": -1, "maxValue": 1}
@@ -41,26 +56,47 @@ def colored_tokens(attribution: "Attribution") -> LiveView:
     )
 
 
-def running_text(answer: "Attribution", *, marks: bool = True) -> Html:
-    """The prompt, each token on its colour; `marks` write the share beside a token whose score is over the scale."""
+def running_text(answer: "Attribution", *, marks: bool = True, underlined: Collection[int] = ()) -> Html:
+    """The prompt, each token on its colour; `marks` write the share beside a token whose score is over the scale.
+
+    Tokens at the `underlined` positions differ from those of another prompt.
+    """
     parts: list[Html] = []
     before = ""
     scores, shares = answer.scores.tolist(), answer.share.tolist()
-    scale = Scale.of(scores)
-    lines = zip(answer.positions, answer.str_tokens, answer.tokens.tolist(), scores, shares, strict=True)
-    for position, text, id, score, share in lines:
-        is_target = answer.target is not None and id == answer.target.id
-        about = f"{text!r}, id {id}" + (", the token explained" if is_target else "")
-        title = f"position {position}: {about}\nscore {score:.3g} {answer.unit}\nshare {share:.1%}"
+    scale = scale_of(answer)
+    named = answer.target.ids if answer.target is not None and not answer.target.is_span else []
+    spoken = answer.target is not None and answer.target.is_span
+    parts_of = answer.parts or ("",) * len(scores)
+    lines = zip(
+        answer.positions,
+        answer.str_tokens,
+        answer.shown_tokens,
+        answer.tokens.tolist(),
+        scores,
+        shares,
+        parts_of,
+        answer.is_counted,
+        strict=True,
+    )
+    for position, own, text, id, score, share, part, counted in lines:
+        said = spoken and position > answer.position  # it is a part of the answer explained
+        is_target = id in named or said
+        about = f"{own!r}, id {id}" + (", the token explained" if id in named else ", of the answer explained" * said)
+        about += f", {part}" if part else ""
+        title = f"position {position}: {about}\nscore {score:.3g} {answer.unit}"
+        title += f"\nshare {share:.1%}" if counted else "\nnot counted in shares"
+        strength = scale.strength(score) if counted else None
         # Lines break between words, and after every newline, within a token too.
         if text[:1].isspace() or not before[-1:].isalnum():
             parts.append(tag("wbr"))
         *ended, last = text.split("\n")
         for line in ended:
-            parts += [chip(line + "\n", scale.strength(score), title, "", is_target), tag("br")]
-        mark = _mark(scale, score, share) if marks else ""
+            line_chip = chip(line + "\n", strength, title, "", is_target, position in underlined)
+            parts += [line_chip, tag("br")]
+        mark = _mark(scale, score, share) if marks and counted else ""
         if last or mark or not ended:
-            parts.append(chip(last, scale.strength(score), title, mark, is_target))
+            parts.append(chip(last, strength, title, mark, is_target, position in underlined))
         before = text
     return joined(*parts)
 
@@ -73,13 +109,22 @@ def about(answer: "Attribution") -> str:
 def explains(answer: "Attribution") -> Html:
     """The tokens that the answer explains; empty where it is about the whole prediction."""
     named = [boxed(token.text) for token in (answer.target, answer.versus) if token is not None]
-    return joined("explains ", joined(*named, by=" against ")) if named else Html()
+    told = joined("explains ", joined(*named, by=" against ")) if named else Html()
+    if answer.value is None or answer.quantity is None:
+        return told
+    value = f"{answer.quantity} = {answer.value:.4g}"
+    return joined(told, value, by=" · ")
 
 
 def next_token(answer: "Attribution") -> Html:
     """An arrow to the token explained, or to the most likely one."""
     if answer.target is not None:
-        return joined(tag("wbr"), boxed(answer.target.text, "the token explained", arrow="→"))
+        # A part of the answer may stand among the scored tokens already.
+        pairs = zip(answer.positions, answer.str_tokens, strict=True)
+        scored = "".join(text for at, text in pairs if answer.target.is_span and at > answer.position)
+        left = answer.target.text.removeprefix(scored)
+        what = "the answer explained" if answer.target.is_span else "the token explained"
+        return joined(tag("wbr"), boxed(left, what, arrow="" if scored else "→"))
     if answer.predictions:
         likeliest = answer.predictions[0].token.text
         return joined(tag("wbr"), boxed(likeliest, "the most likely next token", "dashed", arrow="→"))
@@ -87,9 +132,10 @@ def next_token(answer: "Attribution") -> Html:
 
 
 def _card(answer: "Attribution", tokens: Html) -> Html:
-    scale = Scale.of(answer.scores.tolist())
-    top = [([str(i), chip(text, scale.strength(s)), f"{s:.3g}"], share) for i, text, s, share in answer.top()]
-    heading = f"Most influential tokens, {len(top)} of {len(answer.scores)}"
+    scale = scale_of(answer)
+    named = dict(zip(answer.positions, answer.labels, strict=True))
+    top = [([str(i), chip(named[i], scale.strength(s)), f"{s:.3g}"], share) for i, _, s, share in answer.top()]
+    heading = f"Most influential tokens, {len(top)} of {sum(answer.is_counted)}"
     predictions = [([str(token.id), chip(token.text)], probability) for token, probability in answer.predictions]
     return markup.card(
         answer.scope,
@@ -103,7 +149,9 @@ def _card(answer: "Attribution", tokens: Html) -> Html:
 
 
 def _legend(answer: "Attribution", scale: Scale) -> Html:
-    scores = answer.scores.tolist()
+    scores = [score for score, counted in zip(answer.scores.tolist(), answer.is_counted, strict=True) if counted]
+    if not scores:
+        return tag("div", markup.SMALL, "no token counts: answer.with_template() counts those of the template")
     if scale.end == 0:
         return tag("div", markup.SMALL, f"every score is 0, in {answer.unit}")
     low = -1.0 if min(scores) < 0 else 0.0
@@ -115,6 +163,8 @@ def _legend(answer: "Attribution", scale: Scale) -> Html:
     ]
     drawn = tag("div", "line-height:0;white-space:nowrap", *bar), rows([numbers])
     said = [f"score in {answer.unit}", tag("br"), "colour: square root of the score"]
+    if not all(answer.is_counted):
+        said += ["; grey: ", ", ".join(answer.uncounted), ", not counted"]
     if scale.top < 1:
         said += ["; ", chip("▲", 1.0), f" over the scale, up to {max(scores, key=abs):.3g}, with its share"]
     beside = "display:inline-block;vertical-align:middle"  # or below, in a narrow card

@@ -110,7 +110,7 @@ def _figure(prompt_map: "AttributionMap", title: str = "") -> "Figure":
         values,
         _scale(values),
         rows,
-        [shortened(text) for text in prompt_map.str_tokens],
+        [shortened(text) for text in prompt_map.answers[-1].labels],
         names=("after token → prediction", "token", "share of the scores"),
         title=title,
     )

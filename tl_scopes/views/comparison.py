@@ -31,12 +31,16 @@ def colored_tokens(comparison: "Comparison") -> LiveView:
     Departure: circuitsvis has one bound for all answers and colours in proportion to the value, so it is given shares.
     The bound is the largest share that lies on the scale of its own answer; a reader can change it in the picture.
     """
+    if not comparison.aligned:
+        raise ValueError(
+            "the answers are about prompts of different lengths, and circuitsvis draws one text: show each of them, or "
+            "take the static card, to_html()."
+        )
     answers = comparison.answers
     shares = [answer.share.tolist() for answer in answers.values()]
     bound = max(Scale.of(line).end for line in shares) or 1.0
-    first = next(iter(answers.values()))
     props = {
-        "tokens": [as_html(visible(text)) + "\n" * text.count("\n") for text in first.str_tokens],
+        "tokens": [as_html(visible(text)) + "\n" * text.count("\n") for text in comparison.str_tokens],
         "values": list(zip(*shares, strict=True)),
         "labels": list(answers),
         "positiveBounds": [bound] * len(shares),
@@ -56,7 +60,7 @@ def _card(comparison: "Comparison", body: Html, legend: str) -> Html:
     places = dict.fromkeys(card.about(answer) for answer in answers)
     notes = dict.fromkeys(note for answer in answers for note in answer.notes)
     return markup.card(
-        f"{len(answers)} answer{'s' * (len(answers) > 1)} about one prompt",
+        f"{len(answers)} answer{'s' * (len(answers) > 1)} about {_prompts(comparison)}",
         *(tag("div", SMALL, place) for place in places if len(places) == 1),
         tag("div", "margin:14px 0 6px", body),
         tag("div", SMALL, legend),
@@ -65,11 +69,18 @@ def _card(comparison: "Comparison", body: Html, legend: str) -> Html:
     )
 
 
+def _prompts(comparison: "Comparison") -> str:
+    if not comparison.aligned:
+        return "prompts of different lengths"
+    count = len(comparison.differing)
+    return f"prompts that differ in {count} token{'s' * (count > 1)}, underlined" if count else "one prompt"
+
+
 def _texts(comparison: "Comparison") -> Html:
     """The prompt once for each answer."""
     parts: list[Html] = []
     for name, answer in comparison.answers.items():
-        tokens = card.running_text(answer, marks=False), card.next_token(answer)
+        tokens = card.running_text(answer, marks=False, underlined=comparison.differing), card.next_token(answer)
         parts.append(tag("div", "font-weight:600;font-size:13px", name))
         parts.append(tag("div", "font-size:16px;line-height:2;margin-bottom:8px", *tokens))
     return joined(*parts)
@@ -79,7 +90,7 @@ def _most_influential(comparison: "Comparison", *, say_where: bool) -> Html:
     """The top tokens of each answer with their shares, its unit, and on request where it was asked."""
     parts = [tag("div", f"color:{MUTED}", "Most influential tokens and their shares")]
     for name, answer in comparison.answers.items():
-        scale = Scale.of(answer.scores.tolist())
+        scale = card.scale_of(answer)
         told = f"in {answer.unit}", card.explains(answer), card.about(answer) if say_where else ""
         about = tag("span", f"color:{MUTED}", joined(*told, by=" · "))
         parts.append(tag("div", "margin-top:6px", tag("b", "font-weight:600", name), " ", about))

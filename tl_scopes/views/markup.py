@@ -31,6 +31,7 @@ _CELL = (
     "white-space:nowrap"
 )
 _TOKEN_CELL = "text-align:left;white-space:normal;min-width:60px"
+_ASIDE = "#eceef1"
 _EMPTY = ("br", "wbr", "meta", "img")
 """Elements that hold nothing and are not closed."""
 
@@ -138,10 +139,19 @@ def table(title: str, head: Sequence[str], lines: Sequence[tuple[Sequence[str], 
 # Tokens
 
 
-def chip(text: str, strength: float = 0.0, title: str = "", mark: str = "", outlined: bool = False) -> Html:
-    """A token on the colour of its strength."""
-    style = f"background-color:{color(strength)};color:{text_color(strength)};padding:2px;margin:0 1px;{_TOKEN}"
+def chip(
+    text: str,
+    strength: float | None = 0.0,
+    title: str = "",
+    mark: str = "",
+    outlined: bool = False,
+    underlined: bool = False,
+) -> Html:
+    """A token on the colour of its strength; in grey where it has none."""
+    hues = (_ASIDE, MUTED) if strength is None else (color(strength), text_color(strength))
+    style = f"background-color:{hues[0]};color:{hues[1]};padding:2px;margin:0 1px;{_TOKEN}"
     style += f";outline:2px solid {INK};outline-offset:-1px" if outlined else ""
+    style += f";border-bottom:3px double {INK}" if underlined else ""
     return tag("span", style, _told(text), mark and tag("span", "font-size:11px;margin-left:3px", mark), title=title)
 
 

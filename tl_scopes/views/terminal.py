@@ -47,14 +47,16 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
     for token, probability in answer.predictions:
         predictions.add_row(name(token.text), f"{probability:.1%}", bar(probability))
 
-    asked, what = Text(subject), "the difference" if answer.versus else "this logit"
+    logs = answer.quantity is not None and answer.quantity.startswith("log p")
+    asked = Text(subject.replace("the logit", "the log-probability") if logs else subject)
+    what = "the difference" if answer.versus else "this log-probability" if logs else "this logit"
     if answer.target is not None:
         asked.append(" ").append(name(answer.target.text))
     if answer.versus is not None:
         asked.append(" against ").append(name(answer.versus.text))
 
     prompt = Text()
-    for text, strength in zip(answer.str_tokens, strengths(answer), strict=True):
+    for text, strength in zip(answer.shown_tokens, strengths(answer), strict=True):
         shown = text if text.isprintable() else visible(text)  # spaces stay spaces, where lines may break
         prompt.append(shown, f"{text_color(strength)} on {color(strength)}")
         prompt.append("\n" if text.endswith("\n") else "")
@@ -62,19 +64,25 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
 
     rows = answer.top(top)
     number = _number_format(rows[0].score)
+    named = dict(zip(answer.positions, answer.labels, strict=True))
     influences = _table("right", "left", "right", "right", "left")
     influences.add_row("position", "token", "score", "share", style="dim")
     for row in rows:
         length = bar(abs(row.share / rows[0].share) if rows[0].share else 0.0)
-        influences.add_row(str(row.position), name(row.token), format(row.score, number), f"{row.share:.1%}", length)
+        influences.add_row(
+            str(row.position), name(named[row.position]), format(row.score, number), f"{row.share:.1%}", length
+        )
 
     legend = Table.grid(padding=(0, 2))
-    facts = {"score": score.format(what=what), "unit": answer.unit, "note": "; ".join(answer.notes)}
+    facts = {"score": score.format(what=what), "unit": answer.unit}
+    if answer.value is not None and answer.quantity is not None:
+        facts["value"] = f"{answer.quantity} = {answer.value:.4g}"
+    facts["note"] = "; ".join(answer.notes)
     for label, fact in (facts | {"model": f"{answer.model}, {answer.dtype}"}).items():
         if fact:
             legend.add_row(label, Text(fact), style="dim")
 
-    console.print(Text.assemble("Next token after ", name(answer.str_tokens[-1])))
+    console.print(Text.assemble("Next token after ", name(_last_read(answer))))
     console.print(Padding(predictions, (0, 0, 1, 2), expand=False))
     console.print(Text.assemble("What moves ", asked, "?"))
     console.print(Padding(prompt, (0, 0, 1, 2), expand=False))
@@ -83,6 +91,13 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
     if checks is not None:
         console.print("\nCan it be trusted?")
         console.print(Padding(_verdicts(checks), (0, 0, 0, 2), expand=False))
+
+
+def _last_read(answer: "Attribution") -> str:
+    """The token after which the first prediction is read."""
+    if answer.position not in answer.positions:
+        return answer.str_tokens[-1]
+    return answer.str_tokens[answer.positions.index(answer.position)]
 
 
 def _verdicts(checks: "Checks") -> Table:

@@ -1,0 +1,226 @@
+"""Chats, words and sentences, and tokens that are bytes: what people have on a real tokenizer."""
+
+from typing import Any
+
+import pytest
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+import tl_scopes as tls
+from tests import zoo
+from tl_scopes.models import readable
+from tl_scopes.results.units import grouped, offsets, shown
+from tl_scopes.scopes.baselines import GradientTimesInput, LeaveOneOut
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": " Where are the keys? "},
+    {"role": "assistant", "content": "<think>He asks for keys.</think>Near the door."},
+    {"role": "user", "content": "Which door?"},
+]
+
+
+@pytest.fixture
+def chatty() -> Any:
+    """The bundled model with a chat template, as a chat model has one."""
+    model = tls.load_tiny()
+    model.tokenizer.chat_template = TEMPLATE
+    return model
+
+
+def test_a_chat_is_written_by_its_template(chatty: Any) -> None:
+    answer = tls.attribute(chatty, CHAT, tls.SemanticScope(), answer=" The old one.")
+    text = chatty.tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert answer.tokens.tolist() == chatty.tokenizer(text, add_special_tokens=False)["input_ids"]
+    of_parts: dict[str, str] = {}
+    for part, token in zip(answer.parts, answer.str_tokens, strict=True):
+        of_parts[part] = of_parts.get(part, "") + token
+    assert of_parts["system"] == "Be brief."
+    assert of_parts["user"].replace("?", "? ").split() == "Where are the keys? Which door?".split()
+    assert of_parts["reasoning"] == "<think>He asks for keys.</think>"
+    assert of_parts["assistant"] == "Near the door."
+    assert "im_start" in of_parts["template"]
+
+
+def test_template_tokens_stand_outside_of_shares(chatty: Any) -> None:
+    answer = tls.attribute(chatty, CHAT, tls.SemanticScope())
+    aside = [i for i, part in enumerate(answer.parts) if part == "template"]
+    assert not answer.share[aside].any()
+    assert float(answer.share.sum()) == pytest.approx(1, rel=1e-6)
+    assert not {row.position for row in answer.top(99)} & set(aside)
+    whole = answer.with_template()
+    assert whole.share[aside].any()
+    assert float(whole.share.sum()) == pytest.approx(1, rel=1e-6)
+    users = answer.part("user")
+    assert set(users.parts) == {"user"}
+    assert float(users.share.sum()) == pytest.approx(1, rel=1e-6)
+    assert answer.part("template").share.any()
+    with pytest.raises(ValueError, match="the answer has no part 'tool': it has 'template', 'system', 'user'"):
+        answer.part("tool")
+    with pytest.raises(ValueError, match="it has no parts, since its prompt was not a chat"):
+        tls.attribute(chatty, "The keys", tls.SemanticScope()).part("user")
+    html = answer.to_html()
+    assert "grey: template, not counted" in html
+    assert "not counted in shares" in html
+    again = tls.Attribution.from_json(answer.to_json())
+    assert (again.parts, again.uncounted) == (answer.parts, answer.uncounted)
+    assert set(answer.to_dataframe().part) == set(answer.parts)
+
+
+def test_chats_everywhere(chatty: Any) -> None:
+    """Wherever a prompt goes, a chat goes."""
+    alone = tls.attribute(chatty, CHAT, tls.SemanticScope())
+    (many,) = tls.attribute_many(chatty, [CHAT], tls.SemanticScope())
+    assert many is not None
+    assert_close(many.scores, alone.scores)
+    assert many.parts == alone.parts
+    mapped = tls.attribution_map(chatty, CHAT, tls.SemanticScope())
+    assert mapped[-1].parts == alone.parts
+    rows = tls.answer_map(chatty, CHAT, tls.generate(chatty, CHAT, 3), tls.SemanticScope())
+    assert rows[-1].parts[-2:] == ("answer", "answer")
+    assert rows.traced().parts == alone.parts
+
+
+def test_bad_chats(chatty: Any) -> None:
+    for chat, message in (
+        (
+            [{"role": "oracle", "content": "a"}],
+            "message 0 of the chat has the role 'oracle': roles are system",
+        ),
+        ([{"role": "user"}], "message 0 of the chat must have its text as 'content', got None"),
+        ([*CHAT, {"role": "assistant", "content": "That one."}], "the chat ends with what the assistant says"),
+        ([{"role": "user", "content": "\ud800"}], "not valid Unicode"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tls.linearize(chatty, chat)
+    with pytest.raises(ValueError, match="the model's tokenizer has no chat template"):
+        tls.linearize(tls.load_tiny(), CHAT)
+    chatty.tokenizer.chat_template = "{{ raise_exception('no systems here') }}"
+    with pytest.raises(ValueError, match="the model's chat template refuses this chat: no systems here"):
+        tls.linearize(chatty, CHAT)
+    with pytest.raises(ValueError, match="the model has no tokenizer"):
+        tls.linearize(zoo.specimen("bridge llama").model, CHAT)
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "unit", "expected"),
+    [
+        (["<s>", "The", " ke", "ys", ",", " don", "'t"], "word", ["<s>", "The", " keys", ",", " don't"]),
+        (["\u8bf7", "\u6c42", " a"], "word", ["\u8bf7", "\u6c42", " a"]),
+        (["x", "<0xE8>", "<0xAF>", "<0xB7>", "y"], "word", ["x", "\u8bf7", "y"]),
+        ([" ", "<0xF0><0x9F>", "<0x98>", "<0x80>", "!"], "word", [" ", "\U0001f600", "!"]),
+        (["Hi", ".", " It", " is", " 3", ".", "1", "4", " now", "."], "sentence", ["Hi.", " It is 3.14 now."]),
+        (["a", " ", "1", "2", ".", "5", "+", "3", " keys"], "number", ["a", " ", "12.5", "+", "3", " keys"]),
+        (["до", "м", "а", " ", "тут"], "word", ["дома", " ", "тут"]),
+    ],
+)
+def test_units(texts: list[str], unit: Any, expected: list[str]) -> None:
+    groups = grouped(texts, unit, [""] * len(texts))
+    assert [readable("".join(texts[i] for i in group)) for group in groups] == expected
+    assert [i for group in groups for i in group] == list(range(len(texts)))
+
+
+def test_units_end_where_parts_do() -> None:
+    assert grouped(["ke", "ys"], "word", ["user", "template"]) == [range(1), range(1, 2)]
+
+
+def test_bytes_are_shown_as_text() -> None:
+    texts = ("a", "<0xE8>", "<0xAF>", "<0xB7>", "<0xE8>", " b", "<0xFF>")
+    assert shown(texts) == ("a", "\u8bf7", "⋯", "⋯", "<0xE8>", " b", "<0xFF>")
+    whole, places = offsets(texts)
+    assert whole == "a\u8bf7<0xE8> b<0xFF>"
+    assert places[1:4] == [(1, 2)] * 3
+
+
+def test_grouped_scores(tiny: Any, no_type_checks: None) -> None:
+    """√Σ score² for norms, as of the gradients written one after another; sums for Fisher; |Σ signed|."""
+    prompt = "The keys to the unheard door"
+    lin = tls.linearize(tiny, prompt)
+    scope = tls.SemanticScope()
+    answer = scope(lin)
+    words = answer.by("word")
+    word = next(i for i, text in enumerate(words.str_tokens) if text.strip() == "unheard")
+    inside = [i for i, text in enumerate(answer.str_tokens) if text in " unheard" and len(text) > 0]
+    inside = [i for i in inside if words.positions[word] <= i < words.positions[word + 1]]
+    assert len(inside) > 1
+    gradient = lin.vjp(scope.cotangents(lin))[0][inside]
+    assert_close(words.scores[word], gradient.norm().float())
+    fisher = tls.FisherScope(exact=True)(lin)
+    assert_close(fisher.by("word").scores[word], fisher.scores[inside].sum())
+    times = GradientTimesInput()(lin)
+    assert_close(times.by("word").scores[word], times.signed[inside].sum().abs())
+    assert_close(times.by("word").signed[word], times.signed[inside].sum())
+    assert float(words.share.sum()) == pytest.approx(1, rel=1e-6)
+    assert "the score of a word is √Σ score² over its tokens" in words.notes[-1]
+    assert len(words.to_dataframe()) == len(words.scores)
+    assert tls.Attribution.from_json(words.to_json()).str_tokens == words.str_tokens
+    spans = answer.by([(1, 3), range(4, 6)])
+    assert spans.positions[:4] == (0, 1, 3, 4)
+    assert_close(spans.scores[1], answer.scores[1:3].norm())
+    with pytest.raises(ValueError, match='grouped by "word", "sentence", "number", or a list of spans, got \'line\''):
+        answer.by("line")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"the span \(2, 99\) is not in the answer, which has positions 0 to"):
+        answer.by([(2, 99)])
+    with pytest.raises(TypeError, match=r"a span is a range of positions or a pair \(start, stop\), got \(1, 2, 3\)"):
+        answer.by([(1, 2, 3)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"the span \(2, 4\) overlaps another one"):
+        answer.by([(1, 3), (2, 4)])
+    with pytest.raises(ValueError, match=r"the scores of LeaveOneOut\(\) do not tell what several tokens have"):
+        LeaveOneOut()(lin).by("word")
+
+
+def test_grouping_spans_by_number(no_type_checks: None, tiny: Any) -> None:
+    with pytest.raises(ValueError, match="or a list of spans, got 3"):
+        tls.attribute(tiny, "The keys", tls.SemanticScope()).by(3)  # type: ignore[arg-type]
+
+
+# -- two tokenizers ---------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on a few lines: byte-level as GPT-2's, or SentencePiece's way with bytes for the unknown."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    lines = ["The maison is near the old door.", "la maison du chat", "maisons et portes 12 345", "the keys"] * 20
+    if kind == "byte-level":
+        built = Tokenizer(models.BPE())
+        built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        built.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"])
+    else:
+        built = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+        built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        built.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        special = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=len(special) + 45, special_tokens=special)
+    built.train_from_iterator(lines, trainer)
+    unknown = "<unk>" if "<unk>" in built.get_vocab() else None
+    return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", unk_token=unknown)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_answers_and_words_on_a_tokenizer(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tl_scopes.models import read_target, token_text
+
+    class Model:
+        tokenizer = _tokenizer(kind)
+        cfg = type("cfg", (), {"d_vocab": len(tokenizer)})
+
+    for text in (" maisonette", "maisonette", "\u8bf7 keys", " the old door"):
+        target = read_target(Model(), text)
+        assert target.text == text
+        assert len(target) > 1
+        ids = target.ids
+        texts = [token_text(Model(), id) for id in ids]
+        words = grouped(texts, "word", [""] * len(texts))
+        assert [readable("".join(texts[i] for i in group)).strip() for group in words if group][-1] == text.split()[-1]

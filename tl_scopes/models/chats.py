@@ -1,0 +1,107 @@
+"""A chat as the model's template writes it: its token ids, and for each token whose it is."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from tl_scopes.models.supported import Model
+from tl_scopes.models.tokens import require_text, tokenizer_of
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who may say something in a chat."""
+TEMPLATE, REASONING = "template", "reasoning"
+"""The other parts of a chat: what the template puts around messages, and what is thought before an answer."""
+
+
+_MARK = "\u2063\u2064\u2063"
+"""A text that no message holds."""
+
+
+def is_chat(prompt: object) -> bool:
+    """Whether a prompt is a list of messages."""
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(isinstance(one, Mapping) for one in prompt)
+
+
+def read_chat(model: Model, messages: Any) -> tuple[list[int], tuple[str, ...]]:
+    """The token ids of a chat, up to where the assistant answers, and for each the part that it belongs to.
+
+    The parts are the roles, "template" for what the template puts around the messages, and "reasoning" for what stands
+    between <think> and </think> in what the assistant said.
+
+    Raises:
+        ValueError: for a model without a tokenizer or a tokenizer without a template; a message without role or
+            content; an unknown role; a chat that ends with what the assistant says; one that the template refuses.
+    """
+    tokenizer = tokenizer_of(model)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the model's tokenizer has no chat template, so that it is not known how a chat is written: give the text "
+            "of the whole prompt, or set tokenizer.chat_template."
+        )
+    roles = [_message(message, i) for i, message in enumerate(messages)]
+    if roles[-1] == "assistant":
+        raise ValueError(
+            "the chat ends with what the assistant says: leave that message out, and explain it by answer=, or add "
+            "what the user says next."
+        )
+
+    def written(said: Sequence[Mapping[str, Any]]) -> str:
+        chat = [dict(one) for one in said]
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    try:
+        text = written(messages)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise ValueError(f"the model's chat template refuses this chat: {error}") from error
+
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast))
+    ids: list[int] = list(encoded["input_ids"])
+    ranges = _ranges(text, messages, written)
+    if not tokenizer.is_fast:  # it does not say where its tokens stand
+        return ids, ()
+    return ids, tuple(_part(ranges, start, end) for start, end in encoded["offset_mapping"])
+
+
+def _message(message: Mapping[str, Any], number: int) -> str:
+    """The role of a message."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"message {number} of the chat has the role {role!r}: roles are {', '.join(ROLES)}.")
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} of the chat must have its text as 'content', got {content!r}.")
+    require_text(content, "message")
+    return str(role)
+
+
+def _ranges(
+    text: str, messages: Sequence[Mapping[str, Any]], written: Callable[[Sequence[Mapping[str, Any]]], str]
+) -> list[tuple[int, int, str]]:
+    """Where in the text of a chat its messages stand, each found by writing the chat with a mark in its place.
+
+    Templates may strip messages, and leave out what was thought before an earlier answer.
+    """
+    found = []
+    for i, message in enumerate(messages):
+        content = message["content"].strip()
+        marked = ""
+        with suppress(Exception):  # a template may refuse the mark
+            marked = written([*messages[:i], {**message, "content": _MARK}, *messages[i + 1 :]])
+        start = marked.find(_MARK)
+        if start < 0 or not content:
+            continue
+        thought = re.match(r"<think>.*?</think>\s*", content, re.DOTALL) if message["role"] == "assistant" else None
+        said = content[thought.end() :] if thought else content
+        if thought and text.startswith(content, start):
+            found.append((start, start + thought.end(), REASONING))
+            start += thought.end()
+        if text.startswith(said, start):
+            found.append((start, start + len(said), str(message["role"])))
+    return found
+
+
+def _part(ranges: Sequence[tuple[int, int, str]], start: int, end: int) -> str:
+    """The part in which most of a token stands."""
+    shares = [(min(end, stop) - max(start, begin), part) for begin, stop, part in ranges]
+    most, part = max(shares, default=(0, TEMPLATE))
+    return part if 2 * most > end - start else TEMPLATE

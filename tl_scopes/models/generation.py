@@ -1,0 +1,108 @@
+"""What a model says after a prompt, by its own generation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_scopes.models.hooks import user_hooks
+from tl_scopes.models.supported import Model
+from tl_scopes.models.tokens import context_length, readable, token_text
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Generated:
+    """What a model said after a prompt.
+
+    Attributes:
+        text: the text, without the end of sequence.
+        ids: its token ids.
+        str_tokens: the text of each token.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    str_tokens: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: Model, ids: list[int]) -> "Generated":
+        """What these ids say.
+
+        Raises:
+            ValueError: where they are none.
+        """
+        if not ids:
+            raise ValueError("the model said nothing but its end of sequence: there is no answer to explain.")
+        texts = tuple(token_text(model, id) for id in ids)
+        return cls(readable("".join(texts)), tuple(ids), texts)
+
+    def __repr__(self) -> str:
+        return f"Generated({self.text!r}: {len(self.ids)} tokens)"
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """Where each token stands in the text: its first character, and the one behind its last."""
+        ends = [len(readable("".join(self.str_tokens[: i + 1]))) for i in range(len(self.str_tokens))]
+        return tuple(zip([0, *ends[:-1]], ends, strict=True))
+
+
+@torch.no_grad()
+def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: Any) -> list[int]:
+    """The ids that the model's own method appends to a prompt, up to its end of sequence.
+
+    On a bridge this is the method of the wrapped Hugging Face model. Its key-value cache is used where it is right: on
+    TransformerLens 3.9 and 4.3 with transformers 5.24 bridges of some architectures (Llama) write another text with a
+    cache than without one, by either method.
+
+    Raises:
+        ValueError: for a prompt that leaves no room in the context.
+    """
+    context = context_length(model)
+    if context is not None and len(tokens) + count > context:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens and {count} are to follow, the model's context is {context}: shorten "
+            "the prompt, or take fewer max_new_tokens."
+        )
+    inner: Any = getattr(model, "original_model", None)
+    if inner is not None and hasattr(inner, "generate"):
+        # Hooks of the user's may count positions, of which a pass with a cache has one.
+        cached = not user_hooks(model) and _cache_is_right(inner, tokens)
+        settings = {"do_sample": False, "max_new_tokens": count, "use_cache": cached, **options}
+        pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+        if pad is not None:
+            settings.setdefault("pad_token_id", pad)
+        whole = inner.generate(tokens[None], attention_mask=torch.ones_like(tokens[None]), **settings)
+    else:
+        method: Any = model.generate
+        settings = {"do_sample": False, "max_new_tokens": count, "verbose": False, "return_type": "tokens"}
+        settings |= {"use_past_kv_cache": not user_hooks(model), **options}
+        if getattr(model, "tokenizer", None) is None:
+            settings.setdefault("stop_at_eos", False)
+        whole = method(tokens[None], **settings)
+    whole = getattr(whole, "sequences", whole)
+    ids: list[int] = whole[0, len(tokens) :].tolist()
+    ends = {getattr(getattr(model, "tokenizer", None), "eos_token_id", None)}
+    configured = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
+    ends |= set(configured) if isinstance(configured, list) else {configured}
+    stop = next((i for i, id in enumerate(ids) if id in ends), len(ids))
+    return ids[:stop]
+
+
+def _cache_is_right(inner: Any, tokens: Int[Tensor, "token"]) -> bool:
+    """Whether the last token gets the same logits from a cache of the tokens before it as from all tokens."""
+    if len(tokens) < 2:
+        return False
+    expected = inner(tokens[None], use_cache=False).logits[0, -1]
+    try:
+        cache = inner(tokens[None, :-1], use_cache=True).past_key_values
+        found = inner(tokens[None, -1:], past_key_values=cache, use_cache=True).logits[0, -1]
+    except (TypeError, AttributeError, ValueError, RuntimeError):  # a model without such a cache
+        return False
+    # A broken cache is off by much; where half precision makes it unsure, the slower way is the right one.
+    rounding = min(0.03, 100 * torch.finfo(expected.dtype).eps) * float(expected.abs().max())
+    return bool((found - expected).abs().max() <= rounding)

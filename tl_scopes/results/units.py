@@ -1,0 +1,81 @@
+"""Tokens put together to what readers see: words, numbers, sentences; and readable text for tokens that are bytes."""
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Literal
+
+from tl_scopes.models import readable
+
+Unit = Literal["word", "sentence", "number"]
+
+
+def offsets(texts: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """The text that tokens make up, and where in it each stands. Tokens that are bytes of one character share it."""
+    whole, found, i = "", [], 0
+    while i < len(texts):
+        run = 1
+        if re.fullmatch("(?:<0x[0-9A-F]{2}>)+", texts[i]):
+            # The shortest run of bytes that is text; what is none stays as it is written.
+            while i + run < len(texts) and "<0x" in readable("".join(texts[i : i + run])):
+                if not texts[i + run].startswith("<0x"):
+                    break
+                run += 1
+            run = run if "<0x" not in readable("".join(texts[i : i + run])) else 1
+        shown = readable("".join(texts[i : i + run]))
+        found += [(len(whole), len(whole) + len(shown))] * run
+        whole += shown
+        i += run
+    return whole, found
+
+
+def shown(texts: Sequence[str]) -> tuple[str, ...]:
+    """Tokens as they are shown one by one: of those that are bytes of one character, the first shows it whole."""
+    whole, found = offsets(texts)
+    before = [(-1, -1), *found[:-1]]
+    return tuple("⋯" if one == previous else whole[slice(*one)] for one, previous in zip(found, before, strict=True))
+
+
+def labels(texts: Sequence[str]) -> tuple[str, ...]:
+    """Tokens as tables name them: as they are shown, but for the later bytes of a character, which are written out."""
+    return tuple(own if one == "⋯" != own else one for one, own in zip(shown(texts), texts, strict=True))
+
+
+def grouped(texts: Sequence[str], unit: Unit, apart: Sequence[object]) -> list[range]:
+    """Which tokens stand together in one unit.
+
+    Words and sentences end where Unicode's rules say so (UAX #29), and where `apart` changes from one token to the
+    next. A token that holds the end of one word and the beginning of the next keeps them together.
+
+    Raises:
+        ValueError: for another unit.
+    """
+    if unit not in ("word", "sentence", "number"):
+        raise ValueError(f'tokens are grouped by "word", "sentence", "number", or a list of spans, got {unit!r}.')
+    whole, places = offsets(texts)
+    ends = _ends(whole, unit)
+    starts = [0]
+    for i in range(1, len(texts)):
+        (_, end), (start, _) = places[i - 1], places[i]
+        inside = start < end  # bytes of one character
+        spaces = len(texts[i]) - len(texts[i].lstrip()) if unit == "sentence" else 0  # which end the sentence before
+        at = bisect_left(ends, end)
+        ended = at < len(ends) and ends[at] <= end + spaces
+        if not inside and (ended or apart[i] != apart[i - 1]):
+            starts.append(i)
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(texts)], strict=True)]
+
+
+def _ends(text: str, unit: Unit) -> list[int]:
+    """Where units end, in characters."""
+    from uniseg.sentencebreak import sentence_boundaries
+    from uniseg.wordbreak import word_boundaries
+
+    if unit == "sentence":
+        return list(sentence_boundaries(text))
+    ends = list(word_boundaries(text))
+    if unit == "word":
+        return ends
+    numbers = [range(*found.span()) for found in re.finditer(r"\d[\d.,]*\d|\d", text)]
+    within = {at for number in numbers for at in number[1:]}
+    return [at for at in range(len(text) + 1) if at not in within]
