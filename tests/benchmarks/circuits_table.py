@@ -1,0 +1,122 @@
+"""How far `carried_by` and attribution patching agree with activation patching, on pairs of prompts of four kinds.
+
+    python -m tests.benchmarks.circuits_table MODEL [SITE ...] [--pairs N]
+
+MODEL is a name or a folder that `tl_scopes.models.load` takes. Only pairs count to which the model gives the right
+answer at both prompts; of each kind the first N such pairs (6 by default). It prints a table in Markdown, in which
+brackets are 95% bootstrap intervals over pairs, and one line for each kind.
+"""
+
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import torch
+
+import tl_scopes as tls
+from tl_scopes import models
+
+SITES = ("head_out", "attn_out", "mlp_out", "resid_pre")
+
+
+def agreement() -> Iterator[tuple[str, str, str, str]]:
+    """The number of the subject decides the verb."""
+    nouns = [
+        ("key", "keys"),
+        ("book", "books"),
+        ("dog", "dogs"),
+        ("car", "cars"),
+        ("boy", "boys"),
+        ("picture", "pictures"),
+    ]
+    places = ["to the old cabinet", "near the big house", "on the small table", "behind the door"]
+    for place, (one, many) in product(places, nouns):
+        yield f"The {many} {place}", f"The {one} {place}", " are", " is"
+
+
+def capitals() -> Iterator[tuple[str, str, str, str]]:
+    """The country decides the city."""
+    cities = {
+        "France": " Paris", "Germany": " Berlin", "Italy": " Rome", "Spain": " Madrid", "Japan": " Tokyo",
+        "Russia": " Moscow", "China": " Beijing", "England": " London", "Egypt": " Cairo", "Greece": " Athens",
+    }  # fmt: skip
+    names = list(cities)
+    for i, country in enumerate(names):
+        other = names[(i + 1) % len(names)]
+        yield f"The capital of {country} is", f"The capital of {other} is", cities[country], cities[other]
+
+
+def names() -> Iterator[tuple[str, str, str, str]]:
+    """Who is named twice is not the one who is given something (Wang et al. 2022, IOI)."""
+    people = ["John", "Mary", "Tom", "Anna", "James", "Sarah", "David", "Lisa"]
+    places = [("store", "a drink"), ("park", "a book"), ("school", "a letter")]
+    for (place, thing), i in product(places, range(0, len(people), 2)):
+        a, b = people[i], people[i + 1]
+        start = f"When {a} and {b} went to the {place},"
+        yield f"{start} {b} gave {thing} to", f"{start} {a} gave {thing} to", f" {a}", f" {b}"
+
+
+def translation() -> Iterator[tuple[str, str, str, str]]:
+    """The foreign word decides the English one."""
+    words = {
+        "perro": " dog", "gato": " cat", "casa": " house", "agua": " water", "libro": " book", "rojo": " red",
+        "sol": " sun", "mano": " hand", "noche": " night", "amigo": " friend", "leche": " milk", "verde": " green",
+    }  # fmt: skip
+    start = "Spanish: uno. English: one. Spanish: dos. English: two. Spanish:"
+    for one, other in product(words, words):
+        if one != other:
+            yield f"{start} {one}. English:", f"{start} {other}. English:", words[one], words[other]
+
+
+KINDS = {"agreement": agreement, "capitals": capitals, "names": names, "translation": translation}
+
+
+def pairs(model: Any, kind: str, count: int) -> list[tls.PromptPair]:
+    """The first pairs of a kind that the model gets right on both sides; a clean prompt is taken once."""
+    found: dict[str, tls.PromptPair] = {}
+    for clean, corrupted, answer, wrong in KINDS[kind]():
+        if clean in found:
+            continue
+        try:
+            pair = tls.PromptPair(model, clean, corrupted, answer=answer, wrong=wrong)
+        except ValueError:  # of another length, or an answer of several tokens
+            continue
+        if pair.is_confirmed:
+            found[clean] = pair
+        if len(found) == count:
+            break
+    return list(found.values())
+
+
+def main(model: Any, sites: list[str], count: int) -> None:
+    of_kind = {kind: pairs(model, kind, count) for kind in KINDS}
+    print({kind: len(found) for kind, found in of_kind.items()}, flush=True)
+    every = [pair for found in of_kind.values() for pair in found]
+    whole = tls.agreement(every, sites=sites)  # type: ignore[arg-type]
+    print("\n| site | method | Pearson | least | Spearman | same in the first 10 | same first |\n" + "|---" * 7 + "|")
+    for row in whole.summary().itertuples():
+        print(
+            f"| {row.site} | {row.method} | {row.pearson:.2f} ({row.pearson_low:.2f} to {row.pearson_high:.2f}) | "
+            f"{row.least_pearson:.2f} | {row.spearman:.2f} ({row.spearman_low:.2f} to {row.spearman_high:.2f}) | "
+            f"{row.overlap:.0%} | {row.same_first:.0%} |"
+        )
+    table = whole.to_dataframe()
+    table["kind"] = [kind for _ in range(2 * len(sites)) for kind, found in of_kind.items() for _ in found]
+    print(
+        "\n"
+        + table.groupby(["site", "kind", "method"], sort=False)["pearson"].agg(["mean", "min"]).round(2).to_string()
+    )
+    by_head = whole.effects.get(("head_out", "carried"))
+    for kind, place in zip(of_kind, (0, count, 2 * count, 3 * count), strict=True):
+        if by_head and place < len(every):
+            truth = whole.effects["head_out", "activation patching"][place]
+            print(f"{kind}: {every[place]!r}: {by_head[place]!r}, {truth!r}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, *options = sys.argv[1:]
+    number = int(options.pop(options.index("--pairs") + 1)) if "--pairs" in options else 6
+    chosen = [option for option in options if option != "--pairs"]
+    main(models.load(name), chosen or list(SITES), number)

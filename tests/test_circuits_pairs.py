@@ -1,0 +1,317 @@
+"""Metrics, pairs of prompts, and agreement with TransformerLens' own activation patching."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import tl_scopes as tls
+from tests import zoo
+from tests.test_left_as_found import unchanged
+from tests.zoo import PROMPT
+
+CLEAN, CORRUPTED = "The keys to the old cabinet near the door", "The key to the old cabinet near the door"
+SHORT = "The keys to the door near the cabinet", "The key to the door near the cabinet"
+SCOPE = tls.SemanticScope(" are", versus=" is")
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def pairs(tiny: Any) -> list[tls.PromptPair]:
+    texts = [(CLEAN, CORRUPTED), SHORT]
+    return [tls.PromptPair(tiny, clean, corrupted, answer=" are", wrong=" is") for clean, corrupted in texts]
+
+
+@pytest.fixture(scope="module")
+def compared(pairs: list[tls.PromptPair]) -> tls.Agreement:
+    return tls.agreement(pairs, sites=("head_out", "resid_pre"), top=4)
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def difference(logits: Tensor) -> Tensor:
+    """As circuit papers write it."""
+    last = logits[:, -1, :]
+    return (last[:, 7] - last[:, 3]).mean()
+
+
+@pytest.mark.parametrize("species", ["bridge llama", "bridge gpt2", "native soft cap"])
+def test_a_metric_is_a_scope(species: str) -> None:
+    """A difference of logits is the Semantic Scope of it."""
+    with zoo.Float64():
+        lin = tls.linearize(zoo.specimen(species).model, PROMPT)
+        answer = tls.MetricScope(difference)(lin)
+        assert_close(answer.scores, tls.SemanticScope(7, versus=3)(lin).scores, **EXACT)
+        assert (answer.scope, answer.unit) == (
+            "MetricScope(name='difference')",
+            "difference per unit of embedding norm",
+        )
+        assert_close(
+            tls.carried_by(lin, tls.MetricScope(difference), tokens=2).values,
+            tls.carried_by(lin, tls.SemanticScope(7, versus=3), tokens=2).values,
+            **EXACT,
+        )
+        assert tls.MetricScope(lambda logits: logits.logsumexp(-1), name="lse")(lin).scores.all()
+
+
+def test_checks_measure_the_metric(tiny: Any) -> None:
+    lin = tls.linearize(tiny, CLEAN)
+    scope = tls.MetricScope(difference)
+    assert scope.metric(lin)(lin.readout, lin.logits).item() == pytest.approx(difference(lin.logits[None, None]).item())
+    assert repr(tls.check(lin, scope))
+    assert repr(scope) == "MetricScope(name='difference')"
+    assert repr(tls.MetricScope(lambda logits: logits[0, -1, 1])) == "MetricScope(name='metric')"
+
+
+def test_a_metric_of_centred_logits() -> None:
+    """A single logit is counted from the mean there; a difference is not."""
+    with zoo.Float64():
+        model = zoo.SPECIES["bridge gpt2"]().model
+        model.enable_compatibility_mode()
+        lin = tls.linearize(model, PROMPT)
+        assert tls.MetricScope(difference)(lin).notes == lin.notes
+        [note] = set(tls.MetricScope(lambda logits: logits[0, -1, 7])(lin).notes) - set(lin.notes)
+    assert "the metric counts logits from the vocabulary mean" in note
+
+
+@pytest.mark.parametrize(
+    ("function", "match"),
+    [
+        (lambda logits: logits[:, -1, :2], "must give one finite number"),
+        (lambda logits: logits[0, -1, 0].item(), "must give one finite number"),
+        (lambda logits: logits[0, -1].argmax(), "cannot be differentiated with respect to them"),
+        (lambda logits: logits[0, -1, 0].detach(), "cannot be differentiated with respect to them"),
+        (lambda logits: logits[0, 3, 0], "looks for something that is not there.*sees the logits of one position"),
+        (lambda logits: logits[0, -1, 0] * float("nan"), "must give one finite number"),
+    ],
+)
+def test_bad_metrics(tiny: Any, function: Any, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        tls.attribute(tiny, CLEAN, tls.MetricScope(function))
+
+
+def test_something_else_than_a_metric(tiny: Any, no_type_checks: None) -> None:
+    with pytest.raises(TypeError, match="a metric is a function of the logits"):
+        tls.MetricScope(" are")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="needs the logits, and the linearisation ends at 'blocks.2.hook_resid_post'"):
+        tls.attribute(tiny, CLEAN, tls.MetricScope(difference), of="blocks.2.hook_resid_post")
+
+
+def test_a_scope_is_a_patching_metric(tiny: Any) -> None:
+    lin = tls.linearize(tiny, CLEAN)
+    metric = tls.patching_metric(SCOPE, lin)
+    logits = tiny(lin.tokens[None])
+    are, versus = (tiny.to_single_token(text) for text in (" are", " is"))
+    assert metric(logits).item() == pytest.approx((logits[0, -1, are] - logits[0, -1, versus]).item(), rel=1e-5)
+    assert metric(logits.expand(3, -1, -1)).shape == (3,)
+    log_prob = tls.patching_metric(tls.SemanticScope(" are", quantity="log_prob"), lin)
+    assert log_prob(logits).item() == pytest.approx(logits[0, -1].log_softmax(-1)[are].item(), rel=1e-5)
+    again = tls.patching_metric(tls.MetricScope(difference), lin)
+    assert again(logits).item() == pytest.approx(difference(logits).item(), rel=1e-5)
+
+
+def test_bad_patching_metrics(tiny: Any, no_type_checks: None) -> None:
+    lin = tls.linearize(tiny, CLEAN)
+    with pytest.raises(TypeError, match="expected a scope such as SemanticScope"):
+        tls.patching_metric(difference, lin)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="is about 1621 numbers, and a patching metric is one number"):
+        tls.patching_metric(tls.FisherScope(), lin)
+    with pytest.raises(ValueError, match="is about the readout, and a patching metric is one number"):
+        tls.patching_metric(tls.TemperatureScope(), lin)
+    with pytest.raises(ValueError, match="is not about a number of the logits"):
+        tls.patching_metric(tls.PositionCorrectedScope(tls.SemanticScope()), lin)
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair(pairs: list[tls.PromptPair], tiny: Any) -> None:
+    pair = pairs[0]
+    assert pair.differing == (2,)
+    assert pair.is_confirmed
+    assert pair.clean_value == pytest.approx(
+        SCOPE.function(tls.linearize(tiny, CLEAN))(tls.linearize(tiny, CLEAN).logits).item()
+    )
+    assert pair.clean_value > 0 > pair.corrupted_value
+    assert repr(pair).startswith("PromptPair(' are' against ' is': ' keys' for ' key' of 10 tokens; 6.7 and -7.9)")
+    alone = tls.PromptPair(tiny, CLEAN, CORRUPTED, answer=" are")
+    assert alone.clean_value == pytest.approx(tls.linearize(tiny, CLEAN).log_probs.max().item(), rel=1e-5)
+    assert not alone.is_confirmed
+    assert alone.scope == tls.SemanticScope(" are", quantity="log_prob")
+
+
+def test_bad_pairs(tiny: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"got 10 and 9. From position 5 they read \[' old', ' cabinet'.*\] and \[' cab"
+    ):
+        tls.PromptPair(tiny, CLEAN, "The keys to the cabinet near the door", answer=" are", wrong=" is")
+    with pytest.raises(ValueError, match="the prompts of the pair are the same"):
+        tls.PromptPair(tiny, CLEAN, CLEAN, answer=" are", wrong=" is")
+    with pytest.raises(ValueError, match="target and versus are the same token, ' is'"):
+        tls.PromptPair(tiny, CLEAN, CORRUPTED, answer=" is", wrong=" is")
+    with pytest.raises(ValueError, match="'quite unknown' is 8 tokens, which are predicted at several positions"):
+        tls.PromptPair(tiny, CLEAN, CORRUPTED, answer="quite unknown", wrong=" is")
+
+
+def test_a_pair_that_differs_in_nothing_that_matters() -> None:
+    linear = zoo.linear_toy().model
+    with pytest.raises(ValueError, match="the metric is .* at both prompts: what differs, .*, does not matter to it"):
+        tls.PromptPair(linear, [3, 5, 4], [3, 6, 4], answer=1, wrong=2)
+
+
+def test_patching_is_transformer_lens_own(pairs: list[tls.PromptPair], tiny: Any) -> None:
+    """One head by hand: its output of the clean run in the corrupted one."""
+    pair = pairs[0]
+    clean, corrupted = (tiny.to_tokens(text) for text in (CLEAN, CORRUPTED))
+    _, cache = tiny.run_with_cache(clean)
+
+    def put(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[:, :, 2] = cache["blocks.2.attn.hook_z"][:, :, 2]
+        return value
+
+    with torch.no_grad(), tiny.hooks(fwd_hooks=[("blocks.2.attn.hook_z", put)]):
+        expected = pair.metric(tiny(corrupted)).item() - pair.corrupted_value
+    effects = pair.activation_patching()
+    assert effects.values[2, 2].item() == pytest.approx(expected, rel=1e-4)
+    assert effects.normalized[2, 2].item() == pytest.approx(
+        expected / (pair.clean_value - pair.corrupted_value), rel=1e-4
+    )
+    assert repr(effects).startswith("Effects(activation patching of head_out: 6 x 4; the largest is L2H2, ")
+    assert effects.names[10] == "L2H2"
+    assert pair.activation_patching("resid_pre").names[12] == "L1 at ' key'"
+
+
+def test_at_the_first_layer_the_stream_is_all() -> None:
+    """Of the stream before the first layer, patching the token that differs gives the clean run, whatever the model."""
+    with zoo.Float64():
+        model = zoo.specimen("bridge llama").model
+        pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+        effects = pair.activation_patching("resid_pre")
+    assert effects.normalized[0, 2].item() == pytest.approx(1.0, rel=1e-5)
+    assert effects.normalized[0, 1].item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("site", ["head_out", "resid_pre", "attn_out", "mlp_out"])
+def test_attribution_patching_is_the_slope(site: Any) -> None:
+    """(k_clean − k_corrupted) · ∂metric/∂k: the derivative of patching by degrees."""
+    with zoo.Float64():
+        model = zoo.specimen("bridge llama").model
+        clean, corrupted = PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]]
+        pair = tls.PromptPair(model, clean, corrupted, answer=7, wrong=3)
+        effects = pair.attribution_patching(site)
+        name = {"head_out": "attn.hook_z"}.get(site, f"hook_{site}")
+        _, cache = model.run_with_cache(torch.tensor([clean]))
+        h = 1e-4
+
+        def patched(size: float, layer: int, place: int) -> float:
+            hook = f"blocks.{layer}.{name}"
+
+            def put(value: Tensor, hook: Any) -> Tensor:
+                value, to = value.clone(), cache[f"blocks.{layer}.{name}"]
+                at = (slice(None), slice(None), place) if site == "head_out" else (slice(None), place)
+                value[at] += size * (to[at] - value[at])
+                return value
+
+            with torch.no_grad(), model.hooks(fwd_hooks=[(hook, put)]):
+                return pair.metric(model(torch.tensor([corrupted]))).item()
+
+        for layer, place in ((0, 2), (1, 1), (1, 3)):
+            slope = (patched(h, layer, place) - patched(-h, layer, place)) / (2 * h)
+            assert effects.values[layer, place].item() == pytest.approx(slope, rel=1e-3, abs=1e-5)
+
+
+def test_carried_of_a_pair(pairs: list[tls.PromptPair], tiny: Any) -> None:
+    """What the clean prompt's own paths say about the token that differs."""
+    paths = tls.carried_by(tls.linearize(tiny, CLEAN), SCOPE, tokens=2)
+    assert_close(pairs[0].carried().values, paths.values[..., 0])
+    stream = pairs[0].carried("resid_pre")
+    assert stream.values.shape == (6, 10)
+    branches = tls.carried_by(tls.linearize(tiny, CLEAN), SCOPE, "layer", tokens=2)
+    assert_close(pairs[0].carried("mlp_out").values.sum(-1), branches.values[:, 1, 0])
+    frame = pairs[0].carried("mlp_out").to_dataframe()
+    assert frame["name"].tolist()[:2] == ["L0 at '<|bos|>'", "L0 at 'The'"]
+
+
+def test_bad_sites(pairs: list[tls.PromptPair], no_type_checks: None) -> None:
+    for ask in (pairs[0].carried, pairs[0].attribution_patching, pairs[0].activation_patching):
+        with pytest.raises(
+            ValueError, match="a site is one of 'resid_pre', 'attn_out', 'mlp_out', 'head_out', got 'z'"
+        ):
+            ask("z")  # type: ignore[arg-type]
+
+
+def test_too_many_tokens_differ(tiny: Any) -> None:
+    pair = tls.PromptPair(tiny, [5, 600, 7, 8, 9, 10, 11, 12], [5, 20, 21, 22, 23, 24, 25, 26], answer=602, wrong=291)
+    with pytest.raises(ValueError, match="so many tokens differ"):
+        pair.carried("mlp_out")
+
+
+def test_the_model_is_left_as_found() -> None:
+    with zoo.Float64():
+        model = zoo.SPECIES["bridge llama"]().model
+        model.run_with_cache(torch.tensor([PROMPT]))  # Hugging Face registers hooks of its own at the first one
+        with unchanged(model):
+            pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+            tls.agreement([pair], sites=("head_out", "mlp_out"))
+            tls.head_map(model, PROMPT, pair.scope)
+
+
+# -- agreement --------------------------------------------------------------------------------------------------------
+
+
+def test_agreement(compared: tls.Agreement, pairs: list[tls.PromptPair]) -> None:
+    table = compared.to_dataframe()
+    assert len(table) == 2 * 2 * len(pairs)
+    row = table.iloc[0]
+    carried = compared.effects["head_out", "carried"][0].values.flatten().abs()
+    truth = compared.effects["head_out", "activation patching"][0].values.flatten().abs()
+    assert row["pearson"] == pytest.approx(torch.corrcoef(torch.stack([carried, truth]))[0, 1].item(), rel=1e-5)
+    assert row["overlap"] == len({*carried.topk(4).indices.tolist()} & {*truth.topk(4).indices.tolist()}) / 4
+    assert table["same_first"][:2].all()
+    summary = compared.summary()
+    first = summary.iloc[0]
+    assert first["pearson"] == pytest.approx(table["pearson"][:2].mean())
+    assert first["pearson_low"] <= first["pearson"] <= first["pearson_high"]
+    assert first["least_pearson"] == table["pearson"][:2].min()
+    assert repr(compared).startswith("Agreement(Pearson with activation patching over 2 pairs: head_out carried 0.89 (")
+
+
+def test_on_the_bundled_model(compared: tls.Agreement) -> None:
+    """The figures of DESIGN: .89 for heads, without any corrupted prompt."""
+    summary = compared.summary().set_index(["site", "method"])
+    assert summary.loc[("head_out", "carried"), "pearson"] > 0.85
+    assert summary.loc[("resid_pre", "carried"), "pearson"] > 0.95
+    assert summary.loc[("head_out", "carried"), "same_first"] == 1
+
+
+def test_pairs_go_together(pairs: list[tls.PromptPair], compared: tls.Agreement, tiny: Any) -> None:
+    """Patching pairs of one length as a batch changes no number."""
+    more = tls.PromptPair(tiny, "The keys to the new cabinet near the door", CORRUPTED, answer=" are", wrong=" is")
+    both = tls.agreement([pairs[0], more])
+    assert_close(
+        both.effects["head_out", "activation patching"][0].values,
+        compared.effects["head_out", "activation patching"][0].values,
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+
+def test_the_scatter(compared: tls.Agreement) -> None:
+    figure = compared.plot("resid_pre")
+    assert len(figure.axes) == 2
+    assert compared.plot().axes
+    with pytest.raises(ValueError, match="the sites compared are head_out, resid_pre, got 'mlp_out'"):
+        compared.plot("mlp_out")
+
+
+def test_nothing_to_compare(pairs: list[tls.PromptPair], no_type_checks: None) -> None:
+    with pytest.raises(ValueError, match="there are no pairs to compare at"):
+        tls.agreement([])
+    with pytest.raises(TypeError, match="expected PromptPairs, got tuple"):
+        tls.agreement([(CLEAN, CORRUPTED)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="top is a number of components, 1 at least, got 0"):
+        tls.agreement(pairs, top=0)

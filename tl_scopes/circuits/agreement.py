@@ -1,0 +1,162 @@
+"""How far carried parts and attribution patching agree with activation patching, over pairs of prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_scopes.circuits.pairs import Effects, PromptPair, patched
+from tl_scopes.models import PatchingSite, as_count
+from tl_scopes.rank_correlation import spearman
+from tl_scopes.scopes.scope import Scope
+from tl_scopes.views import agreement as card
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+_RESAMPLES, _CONFIDENCE = 2000, 0.95
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Agreement:
+    """What three methods say about the same parts of the network, at the same pairs of prompts.
+
+    Sizes are compared: |carried| and |attribution patching| with |activation patching|, over all components of a site.
+
+    Attributes:
+        effects: for each site and method the effects at each pair, `effects["head_out", "carried"][3]` say.
+        pairs: the pairs, in words.
+        sites: what was replaced.
+        top: how many components the overlap is of.
+    """
+
+    effects: dict[tuple[str, str], tuple[Effects, ...]]
+    pairs: tuple[str, ...]
+    sites: tuple[str, ...]
+    top: int
+
+    def __repr__(self) -> str:
+        table = self.summary()
+        told = [
+            f"{row.site} {row.method} {row.pearson:.2f} ({row.pearson_low:.2f} to {row.pearson_high:.2f})"
+            for row in table.itertuples()
+        ]
+        return f"Agreement(Pearson with activation patching over {len(self.pairs)} pairs: {'; '.join(told)})"
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """One row for each site, method and pair: Pearson's and Spearman's correlation with activation patching, which
+        part of the `top` components is the same, and whether the first one is."""
+        import pandas as pd
+
+        rows = []
+        for site in self.sites:
+            for method in ("carried", "attribution patching"):
+                both = zip(self.effects[site, method], self.effects[site, "activation patching"], strict=True)
+                for pair, (one, truth) in zip(self.pairs, both, strict=True):
+                    a, b = one.values.flatten().abs(), truth.values.flatten().abs()
+                    rows.append({"site": site, "method": method, "pair": pair} | _alike(a, b, self.top))
+        return pd.DataFrame(rows)
+
+    def summary(self, seed: int = 0) -> "pd.DataFrame":
+        """The mean over pairs of each number of `to_dataframe`, with percentile bootstrap intervals over pairs, and the
+        least correlation of a pair.
+
+        Args:
+            seed: of the resampling.
+        """
+        import pandas as pd
+
+        rows = []
+        for (site, method), some in self.to_dataframe().groupby(["site", "method"], sort=False):
+            row: dict[str, object] = {"site": site, "method": method, "pairs": len(some)}
+            for name in ("pearson", "spearman", "overlap", "same_first"):
+                values = torch.tensor(some[name].astype(float).to_numpy())
+                low, high = _interval(values, seed)
+                row |= {name: values.nanmean().item(), f"{name}_low": low, f"{name}_high": high}
+            rows.append(row | {"least_pearson": float(some["pearson"].min())})
+        return pd.DataFrame(rows)
+
+    def plot(self, site: str | None = None) -> "Figure":
+        """A scatter of the sizes that both methods give against activation patching, with the names of the largest.
+
+        Args:
+            site: which components; None is the first site.
+
+        Raises:
+            ValueError: for a site that was not compared.
+        """
+        chosen = self.sites[0] if site is None else site
+        if chosen not in self.sites:
+            raise ValueError(f"the sites compared are {', '.join(self.sites)}, got {site!r}.")
+        return card.plot({method: self.effects[chosen, method] for method in _METHODS}, chosen)
+
+
+_METHODS = ("activation patching", "carried", "attribution patching")
+
+
+def agreement(
+    pairs: Sequence[PromptPair],
+    scope: Scope | None = None,
+    sites: Sequence[PatchingSite] = ("head_out",),
+    *,
+    top: int = 10,
+) -> Agreement:
+    """Compare `carried_by` and attribution patching with activation patching, at the same components and pairs.
+
+    `carried_by` sees the clean prompt alone, and is told which tokens differ; the others see both prompts.
+
+    Args:
+        pairs: pairs of prompts of one model.
+        scope: the question that is asked of the clean prompt; None is each pair's own.
+        sites: "resid_pre", "attn_out" and "mlp_out" by position, "head_out" for whole heads.
+        top: how many components the overlap is of.
+
+    Cost: for each pair and site one forward pass for every component, by `transformer_lens.patching` (pairs of one
+        length together on TransformerLens 4), and some four for each of the other methods.
+
+    Raises:
+        ValueError: for no pairs, for another site, and as `carried_by` does.
+        TypeError: for something that is not a PromptPair.
+
+    Source: the comparison is that of Syed et al. 2023 (arXiv:2310.10348) and of RelP (arXiv:2508.21258).
+    """
+    count = as_count(top, "top is a number of components, 1 at least")
+    if not pairs:
+        raise ValueError("there are no pairs to compare at: give one PromptPair at least.")
+    for pair in pairs:
+        if not isinstance(pair, PromptPair):
+            raise TypeError(
+                f"expected PromptPairs, got {type(pair).__name__}: write PromptPair(model, clean, corrupted)."
+            )
+    effects: dict[tuple[str, str], tuple[Effects, ...]] = {}
+    for site in sites:
+        effects[site, "activation patching"] = tuple(patched(pairs, site))
+        effects[site, "carried"] = tuple(pair.carried(site, scope) for pair in pairs)
+        effects[site, "attribution patching"] = tuple(pair.attribution_patching(site) for pair in pairs)
+    return Agreement(effects, tuple(map(repr, pairs)), tuple(sites), count)
+
+
+def _alike(a: Float[Tensor, " n"], b: Float[Tensor, " n"], top: int) -> dict[str, float | bool]:
+    first, other = (set(x.topk(min(top, len(x))).indices.tolist()) for x in (a, b))
+    return {
+        "pearson": float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1]),
+        "spearman": spearman(a, b),
+        "overlap": len(first & other) / len(first),
+        "same_first": bool(a.argmax() == b.argmax()),
+    }
+
+
+def _interval(values: Float[Tensor, " pair"], seed: int) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean."""
+    known = values[values.isfinite()]
+    if not len(known):
+        return float("nan"), float("nan")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(known), (_RESAMPLES, len(known)), generator=generator)
+    ends = torch.tensor([(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2], dtype=known.dtype)
+    low, high = known[drawn].mean(1).quantile(ends).tolist()
+    return low, high

@@ -1,0 +1,255 @@
+"""Through which parts of the network a token's influence runs: `carried_by`."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, SupportsIndex, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_scopes import models
+from tl_scopes.circuits.cut import PARTS, By, Carried, backward, forward
+from tl_scopes.circuits.paths import Paths
+from tl_scopes.circuits.question import Question, question_of
+from tl_scopes.circuits.source_tokens import as_positions
+from tl_scopes.circuits.traced import Traced, traced
+from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.linearization import Linearization, require_linearization
+from tl_scopes.scopes.corrections import FrozenAttentionScope
+from tl_scopes.scopes.scope import Scope, as_written, most_likely, require_scope, targets_of
+
+_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
+"""The largest part of a score that rounding can be: many models take norms and softmaxes in float32."""
+
+
+def carried_by(
+    lin: Linearization,
+    scope: Scope,
+    by: By = "head",
+    tokens: str | SupportsIndex | Iterable[str | SupportsIndex] | None = None,
+) -> Paths:
+    """How much of each token's score runs through each part of the network, signed; the parts sum to the score.
+
+    With g_t = cᵀJ_t the scope's gradient at token t and ĝ_t = g_t/‖g_t‖ its steepest direction, a component k of the
+    network carries
+
+        carried_t^k = ⟨G_k, T_k⟩,   G_k = ∂(cᵀy)/∂k,   T_k = (∂k/∂x_t) ĝ_t:
+
+    how the prediction answers to k, times how k answers to the token. Over any cut of the network the parts, and what
+    goes around the cut, sum to ⟨g_t, ĝ_t⟩ = ‖g_t‖, which is the score. A negative part works against the others.
+
+    A scope with several cotangents is the norm over all of them, and its parts are those along the joint direction:
+    Σ_c ‖g_t^c‖ carried_t^{k,c} / score_t. The parts of a Fisher score, which is a sum of squares, are
+    Σ_c ‖g_t^c‖ carried_t^{k,c}; where it is estimated, so are they, with `paths.standard_error`.
+
+    Args:
+        lin: a linearisation.
+        scope: the question: `SemanticScope`, `DirectionScope`, `TemperatureScope`, `FisherScope`, a `JacobianScope` of
+            your own with one score for each token, or one of these in a `FrozenAttentionScope`.
+        by: what the cut of each layer is made of.
+            "position": the residual stream at each position before every layer and after the last, [layer, position,
+            token]. Nothing goes around it.
+            "layer": the layer's attention and its MLP, which are two cuts, [layer, branch, token].
+            "head": the attention heads, [layer, head, token].
+            "qkv": the heads' queries, keys and values, which together carry what the head does: what a head moves from
+            where it reads (values), and what comes of where it looks (queries and keys), [layer, head, part, token].
+            "neuron": the neurons of the MLP, [layer, neuron, token].
+        tokens: the source tokens, as positions or as texts that stand in the prompt once; None is all tokens.
+
+    Unit: that of the scope.
+    Cost: one forward pass, a backward pass for each cotangent, and for each cotangent the cheaper of two ways: another
+        backward pass for each source token (forward mode, which also tells positions), or half a one for each
+        component (backward mode). Measured for one source token of a scope with one cotangent on SmolLM2-135M, all 270
+        heads: 2.2 times the forward pass of `linearize`, 2.7 by "qkv". Until the end it takes the memory of three
+        linearisations; of one made with `checkpoint=True` little more than that one, at three forward passes for each
+        source token.
+
+    Raises:
+        TypeError: for something that is not a linearisation, or a scope; for a scope whose scores are not norms of
+            cᵀJ_t, and so are not split.
+        ValueError: for another `by`; for tokens that are not in the prompt; for a model in which the components cannot
+            be reached, with its name; when the model has changed since it was linearised.
+        NoSecondDerivativeError: for "position" and "neuron" under an attention kernel without a second derivative.
+
+    Departure: this is the first order. A head that looks something up so surely that its pattern no longer moves
+        carries nothing through its queries and keys, however much depends on them
+        (`tests/test_circuits_induction.py`).
+    Source: ours. The product of a gradient and a tangent is the first-order effect of Taylor attribution, with the
+        tangent of a token in the place of a difference between prompts (attribution patching, Nanda 2023).
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> paths = tls.carried_by(lin, tls.SemanticScope(" are", versus=" is"), tokens=" keys")
+        >>> paths.top(1)
+        ((L2H2 at ' door', 15.7, 60%),)
+        >>> bool((paths.values.sum(1) + paths.around - paths.scores).abs().max() < 1e-4)
+        True
+    """
+    require_linearization(lin, "carried_by")
+    require_scope(scope)
+    if by not in get_args(By):
+        raise ValueError(f"by is one of {', '.join(map(repr, get_args(By)))}, got {by!r}.")
+    sources = as_positions(tokens, lin.str_tokens)
+    if isinstance(scope, FrozenAttentionScope):
+        lin.require_unchanged()
+        with models.held_attention(lin.model, scope.keys):
+            inner = carried_by(lin.at(lin.embeddings), scope.scope, by, sources)
+        return replace(inner, scope=as_written(scope))
+    lin = scope.placed(lin)
+    question = question_of(scope, lin, "carried_by")
+    of = traced(lin, *PARTS[by])
+    found = _found(of, by, question, sources)
+    target, versus = targets_of(scope, lin)
+    return Paths(
+        **found,
+        by=by,
+        positions=tuple(sources),
+        tokens=lin.tokens.cpu(),
+        str_tokens=lin.str_tokens,
+        position=lin.position,
+        predictions=most_likely(lin),
+        target=target,
+        versus=versus,
+        scope=as_written(scope),
+        unit=scope.unit(lin),
+        wrt=lin.wrt,
+        of=lin.of,
+        model=models.model_name(lin.model),
+        dtype=str(lin.readout.dtype).removeprefix("torch."),
+        notes=(*lin.notes, *scope.notes(lin)),
+    )
+
+
+def _found(of: Traced, by: By, question: Question, sources: Sequence[int]) -> dict[str, Any]:
+    """The fields of the answer that hold numbers."""
+    mode = forward if _is_forward_cheaper(of, by, len(sources)) else backward
+    raw: dict[str, list[Tensor]] = {"parts": [], "stream": [], "power": []}
+    layers: dict[str, tuple[int, ...]] = {"stream": ()}
+    units, scales = pullback.near_one(question.cotangents)
+    for unit, scale in tqdm(list(zip(units, scales, strict=True)), desc="paths", delay=3, leave=False):
+        try:
+            carried = mode(of, by, unit, sources)
+        except pullback.NoSecondDerivativeError:
+            if by in ("position", "neuron"):
+                raise
+            mode = backward
+            carried = mode(of, by, unit, sources)
+        norms = models.precise(carried.pulled[list(sources)]).norm(dim=-1) * scale
+        layers["parts"], parts = _arranged(carried, by)
+        if by == "qkv":
+            _require_separate(of, layers["parts"], parts)
+            parts = parts[:, :, 1:]
+        raw["parts"].append(parts * norms * scale)
+        raw["power"].append(norms.square())
+        if by == "head" and mode is forward:
+            layers["stream"], depths = _arranged(carried, "position")
+            raw["stream"].append(depths * norms * scale)
+    every = {name: torch.stack(rows) for name, rows in raw.items() if rows}
+    whole = {name: question.combined(of_probes) for name, of_probes in every.items()}
+    errors = question.error(_values(every["parts"], by))
+    score = whole.pop("power")
+    if not question.squared:
+        score = score.sqrt()
+        whole = {name: parts / score.where(score > 0, torch.ones_like(score)) for name, parts in whole.items()}
+    values = _values(whole["parts"], by)
+    inner = tuple(range(1, values.ndim - 1)) if by != "layer" else ()
+    around = score - (values.sum(inner) if inner else values)
+    if by == "position":
+        _require_complete(of, layers["parts"], around, score)
+    stream = whole.get("stream")
+    if stream is not None and _missing(stream, score).max() > _rounding(of):
+        stream = None  # something goes around it, and it does not tell where all of the influence is
+    numbers: dict[str, Tensor | None] = {
+        "values": values,
+        "around": around,
+        "scores": score,
+        "where": whole["parts"] if mode is forward and by not in ("position", "neuron") else None,
+        "standard_error": errors,
+        "stream": stream,
+    }
+    dtype = torch.float64 if of.lin.readout.dtype == torch.float64 else torch.float32
+    return {
+        "layers": layers["parts"],
+        "stream_layers": () if stream is None else layers["stream"],
+        "mode": "forward" if mode is forward else "backward",
+    } | {name: None if one is None else one.to("cpu", dtype) for name, one in numbers.items()}
+
+
+def _is_forward_cheaper(of: Traced, by: By, sources: int) -> bool:
+    if by == "neuron":
+        return True
+    components = sum(
+        len(of.lin.tokens) if by == "position" else site.as_heads(site.value).shape[-2]
+        for site in (of.of("z") if by == "head" else of.sites)
+    )
+    dearer = 3 if of.trace.checkpointed else 1
+    return 2 * sources * dearer <= components
+
+
+def _arranged(carried: Carried, by: By) -> tuple[tuple[int, ...], Float[Tensor, "layer ... source"]]:
+    """The layers, and all parts in one tensor: [layer, component, (part,) position or 1, source]."""
+    if by == "position":
+        stream = [pair for pair in carried.parts if pair[0].site.component.part in PARTS["position"]]
+        rows = [piece.site.component.layer + (piece.site.component.part == "resid_post") for piece, _ in stream]
+        order = sorted(range(len(rows)), key=rows.__getitem__)
+        return tuple(rows[i] for i in order), torch.stack([stream[i][1][0] for i in order])
+    held = {(piece.site.component.layer, piece.site.component.part): one for piece, one in carried.parts}
+    names = [name for name in PARTS[by] if name not in PARTS["position"] and any(part == name for _, part in held)]
+    layers = sorted({layer for layer, part in held if part in names})
+    nothing = torch.zeros_like(held[layers[0], names[0]])
+    stacked = torch.stack(
+        [torch.stack([held.get((layer, name), nothing) for name in names], dim=1) for layer in layers]
+    )  # [layer head part position source]
+    if by == "layer":
+        return tuple(layers), stacked[:, 0]
+    return tuple(layers), stacked if by == "qkv" else stacked[:, :, 0]
+
+
+def _require_separate(
+    of: Traced, layers: Sequence[int], parts: Float[Tensor, "layer head part position source"]
+) -> None:
+    """Refuse heads whose queries, keys and values do not determine what they give out.
+
+    Raises:
+        ValueError: with the layer.
+    """
+    whole, within = parts[:, :, 0].sum(-2), parts[:, :, 1:].sum((2, -2))
+    missing = (whole - within).abs().amax((1, 2))
+    if (missing > _rounding(of) * whole.abs().amax()).any():
+        layer = layers[int(missing.argmax())]
+        raise ValueError(
+            f"the heads of layer {layer} of {models.architecture(of.lin.model)} give out something else than their own "
+            'queries, keys and values determine, since a norm, a gate or another layer\'s keys mix in: ask by="head".'
+        )
+
+
+def _values(parts: Float[Tensor, "... position source"], by: By) -> Float[Tensor, "... source"]:
+    """The parts of whole components, at all positions together."""
+    return parts if by == "position" else parts.sum(-2)
+
+
+def _require_complete(of: Traced, layers: tuple[int, ...], around: Tensor, score: Tensor) -> None:
+    """Refuse a model that carries something from block to block beside the stream.
+
+    Raises:
+        ValueError: with the layer, and how much is missing.
+    """
+    missing = around.abs().max(-1).values / score.max().clamp(min=1e-30)
+    if missing.max() > _rounding(of):
+        worst = int(missing.argmax())
+        raise ValueError(
+            f"{missing.max():.1%} of a score goes around the residual stream before layer {layers[worst]} of "
+            f"{models.architecture(of.lin.model)}: this model, or a hook of yours, hands something from block to block "
+            'beside it. Ask by="head" or by="layer", which count what goes around.'
+        )
+
+
+def _missing(stream: Float[Tensor, "layer position source"], score: Float[Tensor, "source"]) -> Float[Tensor, "layer"]:
+    """How much of the scores the stream of each layer does not hold, as a part of the largest."""
+    return (score - stream.sum(1)).abs().max(-1).values / score.max().clamp(min=1e-30)
+
+
+def _rounding(of: Traced) -> float:
+    return _ROUNDING.get(of.lin.readout.dtype, 0.1)

@@ -1,0 +1,84 @@
+"""Which cotangents a scope asks with, and how its scores are made of the norms of their gradients."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.scopes.fisher import LEAST_DRAWS, FisherScope
+from tl_scopes.scopes.scope import JacobianScope, Scope, as_written
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """score = √Σ_c ‖g_c‖², or for Fisher Σ_l ‖g_l‖² + mean_v ‖g_v‖², with a gradient g_c = cᵀJ for each cotangent."""
+
+    cotangents: Float[Tensor, "probe d_of"]
+    summed: int
+    """How many of them, the first ones, are summed; the others are draws, and are averaged."""
+    squared: bool
+    """Whether the score is the sum itself (Fisher), and not its root."""
+
+    def combined(self, of_probes: Float[Tensor, "probe ..."]) -> Float[Tensor, "..."]:
+        """The sum over the cotangents of something that each of them has."""
+        drawn = of_probes[self.summed :]
+        return of_probes[: self.summed].sum(0) + (drawn.mean(0) if len(drawn) else 0)
+
+    def scores(self, squared_norms: Float[Tensor, "probe ..."]) -> Float[Tensor, "..."]:
+        """The scores, from the squared norm for each cotangent."""
+        total = self.combined(squared_norms)
+        return total if self.squared else total.sqrt()
+
+    def error(self, of_probes: Float[Tensor, "probe ..."]) -> Float[Tensor, "..."] | None:
+        """The standard error of `combined`; None where nothing was drawn."""
+        drawn = of_probes[self.summed :]
+        n = len(drawn)
+        if not n:
+            return None
+        if n < LEAST_DRAWS:
+            return torch.full_like(drawn[0], torch.inf)
+        # A standard error from n draws is itself uncertain: the deviation in units of it follows Student's t, whose
+        # variance is (n − 1)/(n − 3). With that factor it is honest.
+        return drawn.std(0) / n**0.5 * ((n - 1) / (n - 3)) ** 0.5
+
+
+def question_of(scope: Scope, lin: Linearization, asking: str) -> Question:
+    """What a scope asks a linearisation.
+
+    Args:
+        scope: the scope.
+        lin: the linearisation.
+        asking: the name of the function that wants to know.
+
+    Raises:
+        TypeError: for a scope whose scores are something else than norms.
+    """
+    if isinstance(scope, FisherScope):
+        if scope.rtol is not None:
+            raise TypeError(f"{as_written(scope)} chooses its probes as it goes: give their number, FisherScope(32).")
+        scope._check(lin)
+        return _of_fisher(scope, lin)
+    own = ["measure"]
+    if isinstance(scope, JacobianScope):
+        methods = ("measure", "measure_many", "combine")
+        own = [name for name in methods if getattr(type(scope), name) is not getattr(JacobianScope, name)]
+    if own or not isinstance(scope, JacobianScope):
+        raise TypeError(
+            f"{asking} takes scopes whose scores are norms of cᵀJ, and those of {as_written(scope)} are not (it has "
+            f"its own `{own[0]}`): take SemanticScope, DirectionScope, TemperatureScope, MetricScope, FisherScope, or "
+            "a JacobianScope of your own."
+        )
+    cotangents = scope._checked_cotangents(lin)
+    return Question(cotangents, len(cotangents), squared=False)
+
+
+def _of_fisher(scope: FisherScope, lin: Linearization) -> Question:
+    """All of F, its leading directions, or the directions and draws by which the scope estimates."""
+    root = scope._root(lin)
+    if root is not None:
+        rows = root if scope.rank is None else root[: scope.rank]
+        return Question(rows, len(rows), squared=True)
+    L, v = scope.sketched(lin)
+    return Question(torch.cat([L, v]), len(L), squared=True)

@@ -1,0 +1,194 @@
+"""Pictures of `Paths`: heat maps of components, and the flow of a token's influence through depth and positions."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_scopes.views import heat_map, markup
+from tl_scopes.views.figure import shortened
+from tl_scopes.views.markup import MUTED, SMALL, Cell, Html, tag, visible
+from tl_scopes.views.palette import Scale, color, text_color
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tl_scopes.circuits.paths import Paths
+
+_COLUMNS = 14
+"""How many positions the flow picture shows; the others are summed in one column."""
+_NOTABLE = 0.05
+"""The share of the score from which a head is named in the flow picture."""
+_NUMBER = "padding:0 4px;text-align:center;line-height:15px;font-size:11px;min-width:26px"
+_LABEL = f"padding:0 8px 0 0;text-align:right;line-height:15px;font-size:11px;color:{MUTED}"
+
+
+class _Grid(NamedTuple):
+    """Shares of a score in rows and columns."""
+
+    shares: Float[Tensor, "row column"]
+    rows: list[str]
+    columns: list[str]
+    names: tuple[str, str]
+    """What rows and columns are."""
+
+
+def plot(paths: "Paths", column: int) -> "Figure":
+    """A heat map of the shares of one source token.
+
+    Raises:
+        ValueError: by "neuron".
+    """
+    grid = _grid(paths, column)
+    if grid is None:
+        raise ValueError("neurons are too many for a heat map: take `top` or `to_dataframe`.")
+    scale = Scale.of(grid.shares.flatten().tolist())
+    source = visible(paths.str_tokens[paths.positions[column]])
+    title = f"{paths.scope}, from {source}"
+    return heat_map.heat_map(
+        grid.shares, scale, grid.rows, grid.columns, names=(*grid.names, "share of the score"), title=title
+    )
+
+
+def page(paths: "Paths", column: int) -> Html:
+    """The static card as a complete page, without script or network."""
+    return markup.page(paths.scope, fragment(paths, column))
+
+
+def fragment(paths: "Paths", column: int) -> Html:
+    """The static card: a heat map with tooltips, and the components that carry most."""
+    grid, first = _grid(paths, column), _first(paths, column)
+    if grid is None:
+        return _card(paths, column, first)
+    scale = Scale.of(grid.shares.flatten().tolist())
+    score = paths.scores[column].item()
+    lines = [[Cell("", _LABEL), *(Cell(name, f"{_NUMBER};color:{MUTED}") for name in grid.columns)]]
+    for label, line in zip(grid.rows, grid.shares.tolist(), strict=True):
+        told = [
+            f"{label} {name}: {share * score:.3g}, {share:.1%}" for name, share in zip(grid.columns, line, strict=True)
+        ]
+        cells = [_number(share, scale, title) for share, title in zip(line, told, strict=True)]
+        lines.append([Cell(label, _LABEL), *cells])
+    legend = f"{grid.names[0]} by {grid.names[1]}; numbers are percent of the score, vermilion ones work against it"
+    return _card(paths, column, _scrolled(markup.rows(lines)), tag("div", SMALL, legend), first)
+
+
+def flow_page(paths: "Paths", column: int) -> Html:
+    """The flow picture as a complete page, without script or network."""
+    return markup.page(paths.scope, flow(paths, column))
+
+
+def flow(paths: "Paths", column: int) -> Html:
+    """The flow picture: a row for the stream before each layer, a column for each position that matters.
+
+    A number says how many percent of the score stand at a position there; behind each row stand the heads of that
+    layer that move a notable part, and where they write it.
+    """
+    assert paths.stream is not None
+    score = paths.scores[column].item() or 1.0
+    shares = paths.stream[..., column] / score
+    source = paths.positions[column]
+    shown = _positions(shares, source)
+    others = [i for i in range(shares.shape[1]) if i not in shown]
+    rest = shares[:, others].sum(1, keepdim=True)
+    values = torch.cat([shares[:, shown], rest], 1) if rest.abs().max() >= 0.005 else shares[:, shown]
+    texts = [shortened(paths.str_tokens[i], 10) for i in shown] + ["others"] * (values.shape[1] - len(shown))
+    scale = Scale(1.0)
+    style = f"{_NUMBER};color:{MUTED}"
+    lines = [[Cell("", _LABEL), *(Cell(text, style) for text in texts), Cell("heads that move it", _side())]]
+    names = [*(f"L{layer}" for layer in paths.stream_layers[:-1]), "end"]
+    for layer, name, line in zip(paths.stream_layers, names, values.tolist(), strict=True):
+        told = [f"before {name}, at {text}: {share * score:.3g}" for text, share in zip(texts, line, strict=True)]
+        cells = [_number(share, scale, title) for share, title in zip(line, told, strict=True)]
+        lines.append([Cell(name, _LABEL), *cells, Cell(_movers(paths, column, layer), _side())])
+    legend = (
+        "rows: the residual stream before each layer; numbers: percent of the score that stand at a position there, "
+        "vermilion ones work against it; heads write at the position named"
+    )
+    return _card(paths, column, _scrolled(markup.rows(lines)), tag("div", SMALL, legend))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of a card
+
+
+def _card(paths: "Paths", column: int, *parts: str) -> Html:
+    position = paths.positions[column]
+    source = markup.chip(paths.str_tokens[position])
+    about = tag(
+        "div",
+        "margin:6px 0 10px",
+        "from ",
+        source,
+        f" at position {position}: score {paths.scores[column].item():.3g} {paths.unit}",
+    )
+    ends = tag("div", SMALL, f"{paths.model} · {paths.dtype} · {paths.wrt} → {paths.of} · by {paths.by}")
+    return markup.card(paths.scope, ends, about, *parts, notes=paths.notes, width="max-content")
+
+
+def _scrolled(table: Html) -> Html:
+    return tag("div", "overflow-x:auto;max-width:100%", table)
+
+
+def _number(share: float, scale: Scale, title: str) -> Cell:
+    strength = scale.strength(share)
+    percent = f"{100 * share:.0f}"
+    shown = percent if percent not in ("0", "-0") else ""
+    ground = f"background-color:{color(strength)};color:{text_color(strength)};border:1px solid #ffffff"
+    return Cell(tag("div", "min-height:15px", shown, title=title), f"{_NUMBER};{ground}")
+
+
+def _side() -> str:
+    return f"padding:0 0 0 12px;line-height:15px;font-size:11px;color:{MUTED}"
+
+
+def _movers(paths: "Paths", column: int, layer: int) -> Html:
+    """The heads of a layer that carry a notable part, the largest first."""
+    if layer not in paths.layers:
+        return Html()
+    of_layer = paths.at(layer).top(3, token=paths.positions[column])
+    told = []
+    for row in of_layer:
+        if abs(row.share) >= _NOTABLE:
+            tone = "#0072b2" if row.value >= 0 else "#b34700"
+            where = f" → {visible(row.at)}" if row.at is not None else ""
+            told.append(tag("span", f"color:{tone};margin-right:10px", f"{row.name}{where} {row.share:.0%}"))
+    return markup.joined(*told)
+
+
+def _first(paths: "Paths", column: int) -> Html:
+    """The components that carry most, as a table."""
+    rows = paths.top(8, token=paths.positions[column])
+    lines = [((row.name, "" if row.at is None else visible(row.at), f"{row.value:.3g}"), row.share) for row in rows]
+    return markup.table("carried most", ("component", "at", "value", "share"), lines, color(1.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
+
+
+def _positions(shares: Float[Tensor, "layer position"], source: int) -> list[int]:
+    """The positions that the flow picture shows, in their order: the source, the end, and where most passes."""
+    last = shares.shape[1] - 1
+    largest = shares.abs().amax(0)
+    order = largest.sort(descending=True, stable=True).indices.tolist()
+    kept = [source, last, *(i for i in order if i not in (source, last) and largest[i] >= 0.02)]
+    return sorted(set(kept[:_COLUMNS]))
+
+
+def _grid(paths: "Paths", column: int) -> _Grid | None:
+    """The shares as a matrix; None by "neuron"."""
+    if paths.by == "neuron":
+        return None
+    shares = (paths.values[..., column] / (paths.scores[column].item() or 1.0)).flatten(1)
+    labels: Sequence[str]
+    if paths.by == "position":
+        labels, what = [shortened(text, 10) for text in paths.str_tokens], "position"
+    else:
+        size = paths.values.shape[1:-1]
+        places = [tuple(int(j) for j in torch.unravel_index(torch.tensor(i), size)) for i in range(size.numel())]
+        labels = [paths.name(0, *place).removeprefix("L0").strip() for place in places]
+        what = " ".join(paths.axis_names[1:-1])
+    return _Grid(shares, [f"L{layer}" for layer in paths.layers], list(labels), ("layer", what))
