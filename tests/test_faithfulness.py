@@ -36,7 +36,7 @@ from tl_scopes.faithfulness.measures import (
 from tl_scopes.faithfulness.perturbation import Substitutes
 from tl_scopes.faithfulness.statistics import bootstrap
 from tl_scopes.models.weights import learned
-from tl_scopes.rank_correlation import spearman
+from tl_scopes.rank_correlation import kendall, spearman
 from tl_scopes.scopes.baselines import LeaveOneOut, RandomBaseline
 
 TARGET = 7
@@ -156,22 +156,56 @@ def test_leave_one_out_ranks_first_by_itself(specimen: Specimen) -> None:
     assert results[results.measure == "leave-one-out rank of the first"].value.tolist() == [1]
 
 
-@pytest.mark.parametrize(("score", "comprehensiveness", "sufficiency"), [(0.3, 1, 1), (0.0, 0, 0), (-2.0, 0, 0)])
-def test_soft_measures_at_their_ends(
-    toy: tls.Linearization, score: float, comprehensiveness: int, sufficiency: int
-) -> None:
-    """Equal scores take everything or keep everything, and scores of zero take nothing."""
+def test_leave_one_out_ranks_as_it_does_itself(specimen: Specimen) -> None:
+    """Its whole ranking agrees with itself, and the reverse ranking disagrees as much."""
+    lin = tls.linearize(specimen.model, PROMPT)
+    removal = Removal(lin, torch.zeros_like(lin.embeddings[:1]), range(len(PROMPT)))
+    single = LeaveOneOut("zero")(lin).scores
+    orders = {"own": single.argsort(descending=True), "reverse": single.argsort()}
+    perturbation = Perturbation(fractions=(0.5,), steps=1)
+    found = hard_measures(removal, orders, dict.fromkeys(orders, TARGET), perturbation)
+    for name, (correlation, overlap) in {"own": (1, 1), "reverse": (-1, 0)}.items():
+        values = {value.measure: value.value for value in found[name]}
+        assert values["leave-one-out Spearman"] == pytest.approx(correlation)
+        assert values["leave-one-out Kendall"] == pytest.approx(correlation)
+        assert values["leave-one-out first tenth"] == overlap
+
+
+def test_kendall() -> None:
+    """By its definition, with pairs that are equal in one list."""
+    one, other = torch.tensor([1.0, 2.0, 2.0, 4.0]), torch.tensor([1.0, 3.0, 2.0, 0.0])
+    concordant, discordant = 2, 3
+    assert kendall(one, other) == pytest.approx((concordant - discordant) / (5 * 6) ** 0.5)
+    assert math.isnan(kendall(one, torch.ones(4)))
+
+
+def test_equal_scores_are_as_good_as_none(toy: tls.Linearization) -> None:
+    """Both keep half of every token."""
     removal = Removal(toy, torch.zeros_like(toy.embeddings), range(5))
     orders, perturbation = {"": torch.arange(5)}, Perturbation(fractions=(0.2,))
     drop = drop_of_all(hard_measures(removal, orders, {"": TARGET}, perturbation)[""])
     nothing = toy.at(torch.zeros_like(toy.embeddings))
     assert drop == pytest.approx(float((toy.log_probs - nothing.log_probs)[TARGET]))
-    found = soft_measures(removal, torch.full((5,), score), TARGET, drop, 3, torch.Generator().manual_seed(0))
-    assert [value.value for value in found] == pytest.approx([comprehensiveness, sufficiency])
+    equal, zero, negative = (
+        soft_measures(removal, torch.full((5,), score), TARGET, drop, 3, torch.Generator().manual_seed(0))
+        for score in (0.3, 0.0, -2.0)
+    )
+    assert equal == zero == negative
 
 
-def test_soft_masks_are_as_likely_as_the_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The share of entries kept is the score over the largest; tokens that are no candidates stay."""
+@pytest.mark.parametrize(
+    ("scores", "chances"),
+    [
+        ([9.0, 0.5, 2.0, -1.0], [0.5, 1, 0]),  # the first is no candidate
+        ([0.0, 7.0, 0.0, 0.0], [1, 0.25, 0.25]),
+        ([0.0, 3.0, 2.0, 1.0], [0.75, 0.5, 0.25]),
+        ([0.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.5]),
+    ],
+)
+def test_soft_masks_keep_half_in_all(
+    monkeypatch: pytest.MonkeyPatch, scores: list[float], chances: list[float]
+) -> None:
+    """The share of entries kept grows with the score, and its mean is a half for all scores; other tokens stay."""
     lin, seen = tls.linearize(zoo.specimen("bridge llama").model, PROMPT[:4]), []
 
     def remember(self: Removal, kept: Tensor, targets: Any) -> tuple[Tensor, Tensor]:
@@ -180,9 +214,10 @@ def test_soft_masks_are_as_likely_as_the_scores(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Removal, "effects", remember)
     removal = Removal(lin, lin.embeddings, range(1, 4))
-    soft_measures(removal, torch.tensor([9.0, 0.5, 2.0, -1.0]), TARGET, 1.0, 400, torch.Generator().manual_seed(0))
+    soft_measures(removal, torch.tensor(scores), TARGET, 1.0, 400, torch.Generator().manual_seed(0))
     share = seen[0].double().mean(-1).view(2, 400, 4).mean(1)
-    assert_close(share, torch.tensor([[1, 0.75, 0, 1], [1, 0.25, 1, 0]], dtype=torch.float64), atol=0.02, rtol=0)
+    expected = torch.tensor([[1, *(1 - a for a in chances)], [1, *chances]], dtype=torch.float64)
+    assert_close(share, expected, atol=0.02, rtol=0)
 
 
 def test_soft_measures_have_no_scale_where_nothing_is_lost(toy: tls.Linearization) -> None:
@@ -320,7 +355,7 @@ def test_every_bit_of_the_weights_is_in_the_fingerprint(dtype: torch.dtype) -> N
 def test_evaluate_has_every_number(model: Any) -> None:
     """All numbers of all prompts, scopes and replacements are there; a scope without weights has the correlation 1."""
     results = evaluate(model, PROMPTS, [tls.SemanticScope(), tls.FisherScope(), Fixed()], SHORT)
-    per_replacement = 4 * (len(SHORT.grid) + 1) + 6
+    per_replacement = 4 * (len(SHORT.grid) + 1) + 9
     assert len(results) == 3 * 3 * (2 * per_replacement + 1)
     groups = results.groupby(["prompt", "scope", "replacement"]).size()
     assert set(groups.xs("zero", level=2)) == set(groups.xs("resample", level=2)) == {per_replacement}
@@ -385,6 +420,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     ([1, 2], {}, r"the prompt has 2 tokens to rank, and 20% of them is less than half a token: leave it out, or give"),
     (PROMPT, {"targets": 99}, "target 99 is outside the vocabulary"),
     (PROMPT, {"foils": 99}, "foil 99 is outside the vocabulary"),
+    (PROMPT, {"targets": 4, "foils": 4}, "target and foil are the same token, '<4>': their diff"),
     (PROMPT, {"targets": "no such"}, "the model has no tokenizer for its output: pass the target 'no such'"),
 ]
 
@@ -676,6 +712,8 @@ def test_what_is_compared_is_measured(tmp_path: Path) -> None:
     assert len(other["plain"]) == 2
     assert other["plain"] != alone["own"][1:]
     plot(evaluate(model, PROMPTS, scopes, perturbation, foils=[3] * 3), quantity="log_odds")
+    with pytest.raises(ValueError, match=r"the foil '<\d+>' is the target of plain itself: their difference is zero"):
+        evaluate(model, PROMPTS, scopes, perturbation, foils=[TARGET] * 3)
 
 
 @pytest.mark.filterwarnings("ignore:prompt 0 has no answer")

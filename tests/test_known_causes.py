@@ -205,7 +205,12 @@ def test_all_scopes(tiny: Any) -> None:
     assert list(results.columns) == ["task", "examples", "prompt", "scope", "measure", "value"]
     assert list(dict.fromkeys(results.scope)) == list(all_scopes())
     assert len(results) == len(all_scopes()) * len(MEASURES)
-    public = {name for name in tls.__all__ if name.endswith("Scope")} - {"Scope", "JacobianScope", "DirectionScope"}
+    public = {name for name in tls.__all__ if name.endswith("Scope")} - {
+        "Scope",
+        "JacobianScope",
+        "DirectionScope",
+        "MetricScope",
+    }
     assert public <= {name.split("(")[0] for name in all_scopes()}
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -404,6 +404,11 @@ def test_a_sure_prediction_is_saturated(tiny: Any) -> None:
     assert sure.saturated
     assert sure.understated.max() > 100
     assert "Saturated: the prediction is sure (1 − p = " in sure.summary()
+    surest = replace(sure, probability=1.0, left_open=3.2e-24)
+    assert "(1 − p = 3.2e-24)" in surest.summary()
+    lin = tls.linearize(tiny, prompt)
+    others = lin.log_probs.exp().sort().values[:-1].sum()
+    assert sure.left_open == pytest.approx(float(others), rel=1e-12)
     assert repr(sure).endswith("; saturated)")
     logit = linearity(tiny, prompt, tls.SemanticScope(), **FEW)
     assert not logit.saturated

@@ -19,7 +19,7 @@ from tests.zoo import PROMPT, Specimen
 from tl_scopes.diagnostics.sink_report import INTERVENTIONS, can_be_sinks, uniform_mass
 from tl_scopes.diagnostics.sinks import attention_mass, mass_of
 from tl_scopes.jacobian.replacement import effects, substitute
-from tl_scopes.models import attention_layers, masked_attention
+from tl_scopes.models import attention_layers, masked_attention, zeroed_values
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 TOKENS = torch.tensor(PROMPT)
@@ -274,6 +274,35 @@ def test_the_first_token_removed_is_the_first_token_masked(specimen: Specimen) -
     assert not torch.allclose(found.kl[0, 1:], found.kl[1, 1:], rtol=1e-2)
 
 
+@of_species("bridge llama")
+def test_zeroed_values(specimen: Specimen) -> None:
+    """The prediction is that of the plain model whose value projections give zeros at the token."""
+    found = sink_report(specimen.model, PROMPT, SEMANTIC, early=2)
+    before = specimen.model(TOKENS[None])[0, -1].detach()
+    for i in range(2):
+
+        def zero(module: Any, args: Any, out: Tensor, at: int = i) -> Tensor:
+            out = out.clone()
+            out[:, at] = 0
+            return out
+
+        handles = [layer.self_attn.v_proj.register_forward_hook(zero) for layer in specimen.plain.model.layers]
+        after = specimen.plain(TOKENS[None]).logits[0, -1].detach()
+        for handle in handles:
+            handle.remove()
+        assert float(found.kl[3, i]) == pytest.approx(kl_of_plain(before, after), rel=1e-6, abs=1e-12)
+    with pytest.raises(ValueError, match="values cannot be zeroed: position 99"), zeroed_values(specimen.model, [99]):
+        specimen.model(TOKENS[None])
+
+
+@pytest.mark.usefixtures("no_type_checks")
+def test_values_are_zeroed_at_integers(tiny: Any) -> None:
+    for positions in ([0.5], ["0"]):
+        with pytest.raises(TypeError, match="values are zeroed at positions, integers, got"):
+            with zeroed_values(tiny, positions):  # type: ignore[arg-type]
+                pass
+
+
 @of_species("bridge gpt2")
 def test_positions_of_their_own_do_count(specimen: Specimen) -> None:
     found = sink_report(specimen.model, PROMPT, SEMANTIC)
@@ -375,7 +404,7 @@ def test_as_a_table(report: tls.SinkReport) -> None:
     scopes = [f"share {name}" for name in ("SemanticScope()", "TemperatureScope()", "FisherScope()")]
     assert list(table) == [
         "position", "token", "attention", "uniform", "sink_heads", "value_norm", *scopes,
-        "kl_removed", "kl_masked", "kl_replaced",
+        "kl_removed", "kl_masked", "kl_replaced", "kl_zeroed",
     ]  # fmt: skip
     assert table["token"].tolist() == ["<|bos|>", "The", " keys", " to"]
     assert table["sink_heads"].tolist() == [1, 3, 1, 0]

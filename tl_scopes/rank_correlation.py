@@ -13,3 +13,13 @@ def spearman(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
 
     one, other = (pd.Series(values.double().tolist()).rank() for values in (a, b))
     return float(one.corr(other)) if one.nunique() > 1 < other.nunique() else float("nan")
+
+
+def kendall(a: Float[Tensor, " n"], b: Float[Tensor, " n"]) -> float:
+    """Kendall's rank correlation τ_b, in which pairs that are equal in one list count half; NaN where all of one are.
+
+    Cost: n² numbers.
+    """
+    one, other = ((values[:, None] - values).sign().double() for values in (a.double(), b.double()))
+    scale = (one.square().sum() * other.square().sum()).sqrt()
+    return float((one * other).sum() / scale) if scale > 0 else float("nan")

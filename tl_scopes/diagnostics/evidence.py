@@ -17,6 +17,7 @@ from tl_scopes.jacobian.randomness import prompt_generator
 from tl_scopes.jacobian.replacement import divergence
 from tl_scopes.jacobian.softmax import left_open
 from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.corrections import PositionCorrectedScope
 from tl_scopes.scopes.scope import Scope
 
 TOLERANCE = 0.1
@@ -56,6 +57,9 @@ class Effects(NamedTuple):
 class Evidence:
     """A scope's answer, and what several checks need to know about it."""
 
+    shuffles = 2
+    """How often the prompt is shuffled."""
+
     def __init__(self, lin: Linearization, scope: Scope, answer: Attribution, thorough: bool) -> None:
         self.lin, self.scope, self.answer, self.thorough = lin, scope, answer, thorough
         self.shares = dict(zip(answer.positions, answer.share.tolist(), strict=True))
@@ -68,6 +72,17 @@ class Evidence:
     def top(self, count: int) -> list[int]:
         """The positions of the most influential tokens, at most half of all."""
         return [row.position for row in self.answer.top(max(1, min(count, len(self.shares) // 2)))]
+
+    @cached_property
+    def expected(self) -> dict[int, float]:
+        """The share of each place when the prompt's tokens are shuffled.
+
+        Cost: that of the scope, once and for each shuffle.
+        """
+        corrected = PositionCorrectedScope(self.scope, shuffles=self.shuffles).measure(self.lin)
+        shares = corrected.details["expected"]
+        kept = {i: float(shares[i]) for i in self.shares}
+        return {i: share / sum(kept.values()) for i, share in kept.items()}
 
     @cached_property
     def q(self) -> LocalMetric | None:
@@ -88,12 +103,12 @@ class Evidence:
     @cached_property
     def probability(self) -> float | None:
         """The probability of the most likely next token; None where the linearisation ends before the logits."""
-        return None if self.lin.trace.logits is None else float(self.lin.log_probs.max().exp())
+        return None if self.lin.trace.logits is None else float(self.lin.single[0].log_probs.max().exp())
 
     @cached_property
     def left_open(self) -> float:
         """What that probability leaves to all other tokens, with all digits."""
-        return float(left_open(self.lin.log_probs.exp()))
+        return float(left_open(self.lin.single[0].log_probs.exp()))
 
     @cached_property
     def effects(self) -> Effects:
@@ -105,11 +120,13 @@ class Evidence:
         rest = [i for i in self.shares if i not in top]
         some = torch.randperm(len(rest), device="cpu", generator=self.random)[: len(top)].tolist()
         chosen = top + (rest if self.thorough else [rest[i] for i in sorted(some)])
-        q, vocab = self.q, 0 if self.lin.trace.logits is None else len(self.lin.logits)
-        explained = [token.id for token in (self.answer.target, self.answer.versus) if token is not None]
+        q, vocab = self.q, 0 if self.lin.trace.logits is None else self.lin.logits.numel()
+        named = [target for target in (self.answer.target, self.answer.versus) if target is not None]
+        single = len(self.lin.single) == 1 and all(len(target) == 1 for target in named)
+        explained = [target.id for target in named] if single else []
 
         def both(readout: Tensor, logits: Tensor) -> Tensor:
-            log_probs = logits.log_softmax(-1)
+            log_probs = logits.log_softmax(-1).flatten()  # of several predictions, whose divergences add up
             asked = log_probs[explained].diff() if len(explained) == 2 else log_probs[explained]
             return torch.cat([log_probs, asked if q is None else q.function(readout, logits).reshape(-1)])
 
@@ -178,8 +195,23 @@ class Evidence:
         bends = q.curvatures(steepest)
         if bends is None:
             return None
-        found = curvature_radius(q.slopes(steepest).norm(dim=-1, keepdim=True), bends[:, None], TOLERANCE)
-        return Reach(found.cpu(), distance, "predicted", f"2 backward passes, {len(top)} Hessian products")
+        slopes = q.slopes(steepest)
+        size = slopes.norm(dim=-1, keepdim=True)
+        predicted = curvature_radius(size, bends[:, None], TOLERANCE)
+        # Near an inflection the second order says nothing, however far it is followed: so the change is measured, at
+        # the predicted radii, or at the nearest token where they lie beyond it.
+        steps = torch.minimum(predicted, distance.to(predicted)).unique()
+        steps = steps[steps > 0]
+        if not len(steps):
+            return Reach(predicted.cpu(), distance, "predicted", f"2 backward passes, {len(top)} Hessian products")
+        error = relative_error(q.residuals(steepest, slopes, steps)[:, None], size, steps, TOLERANCE)
+        # A measured error a little above the tolerance is what the prediction says; a larger one cuts it short.
+        measured = radius(steps, error, 2 * TOLERANCE)
+        cut = measured < predicted
+        found = torch.where(cut, radius(steps, error, TOLERANCE), predicted)
+        how = "predicted, and cut short by a measured change" if bool(cut.any()) else "predicted, and measured there"
+        passes = 1 + len(top) * len(steps)
+        return Reach(found.cpu(), distance, how, f"{passes} forward, 2 backward passes, {len(top)} Hessian products")
 
     def _stepped_reach(self, top: list[int], distance: Tensor, nearest: Tensor) -> Reach:
         q = self.q

@@ -13,6 +13,7 @@ from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius,
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.jacobian.randomness import require_generator
+from tl_scopes.jacobian.softmax import left_open
 from tl_scopes.models.arguments import as_number
 from tl_scopes.scopes.scope import Scope, as_written, require_scope
 
@@ -83,7 +84,8 @@ def linearity(
     """
     require_linearization(lin, "linearity")
     require_scope(scope)
-    chosen, steps = _positions(positions, len(lin.tokens)), _sizes(sizes, lin.embeddings)
+    lin = scope.placed(lin)
+    chosen, steps = _positions(positions, lin.scored), _sizes(sizes, lin.embeddings)
     rule = "tolerance is a relative error between 0 and 1"
     tolerance = as_number(tolerance, rule, lambda error: 0 < error < 1)
     directions = models.as_int(directions, "directions must be an integer")
@@ -141,7 +143,8 @@ def linearity(
         ),
         removal_change=kept((q.replaced(chosen, average) - q.value).norm(dim=-1)),
         removal_distance=kept((average - x[chosen]).norm(dim=-1)),
-        probability=None if lin.trace.logits is None else float(lin.log_probs.max().exp()),
+        probability=None if lin.trace.logits is None or len(lin.single) > 1 else float(lin.log_probs.max().exp()),
+        left_open=None if lin.trace.logits is None or len(lin.single) > 1 else float(left_open(lin.log_probs.exp())),
         notes=_notes(len(q.value), curvatures),
     )
 

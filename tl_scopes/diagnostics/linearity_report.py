@@ -49,6 +49,7 @@ class LinearityReport:
         removal_change: [token], how much the quantity changes where the average embedding takes the token's place.
         removal_distance: [token], how far away the average embedding is, in `unit`.
         probability: the probability of the most likely next token; None where the linearisation ends before the logits.
+        left_open: the probability of all other tokens together, 1 − `probability` without its rounding; None likewise.
         notes: what a reader of the numbers should know.
     """
 
@@ -70,6 +71,7 @@ class LinearityReport:
     removal_change: Float[Tensor, " token"]
     removal_distance: Float[Tensor, " token"]
     probability: float | None
+    left_open: float | None
     notes: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
@@ -127,7 +129,7 @@ class LinearityReport:
         )
         if self.saturated:
             lines.append(
-                f"Saturated: the prediction is sure (1 − p = {1 - (self.probability or 0):.1e}) and its gradients have "
+                f"Saturated: the prediction is sure (1 − p = {self.left_open or 0:.1e}) and its gradients have "
                 "vanished, so that scores understate what matters; ask for a logit or a difference of logits."
             )
         return "\n".join([*lines, *(f"Note: {note}." for note in self.notes)])

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-INTERVENTIONS = ("removed", "masked", "replaced")
+INTERVENTIONS = ("removed", "masked", "replaced", "zeroed")
 """What is done to a token, to see whether the prediction changes: see `sink_report`."""
 
 
@@ -192,14 +192,15 @@ class SinkReport:
         for name, kl, likeliest in zip(INTERVENTIONS, self.kl.tolist(), self.likeliest, strict=True):
             if kl[0] != kl[0]:
                 continue
+            done = "With its values zeroed" if name == "zeroed" else name.capitalize()
             now = f"{token.text!r} stays" if likeliest[0] == token.text else f"{likeliest[0]!r} becomes"
-            lines.append(f"{name.capitalize()}, it changes the prediction by {kl[0]:.2g} nats; {now} the most likely.")
+            lines.append(f"{done}, it changes the prediction by {kl[0]:.2g} nats; {now} the most likely.")
         return [f"The most likely next token is {token.text!r}, with {p:.0%}.", *lines]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for each early token: position, token, attention (its mean mass), uniform, sink_heads (how many),
         value_norm (the median over these heads, NaN where there are none), a share for each scope, and kl_removed,
-        kl_masked and kl_replaced."""
+        kl_masked, kl_replaced and kl_zeroed."""
         import pandas as pd
 
         n, heads = self.early, self.sink_heads

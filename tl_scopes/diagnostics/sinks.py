@@ -1,6 +1,6 @@
 """Attention sinks: tokens on which most attention rests, whatever they say."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from heapq import nlargest
 from typing import SupportsIndex
 
@@ -74,12 +74,17 @@ def sink_report(
     than 1/threshold tokens; without that rule, each head that looks back at the token before would have its sinks among
     the last ones.
 
-    Each of the first tokens is changed in three ways, and the report says by how much the prediction changes,
+    Each of the first tokens is changed in four ways, and the report says by how much the prediction changes,
     KL(p ‖ p') in nats:
 
         removed   the token is taken out of the prompt, and those after it move up
         masked    no later token attends to it, in any layer or head (`models.masked_attention`)
         replaced  the mean embedding of the vocabulary takes the place of its own
+        zeroed    its values are zero in every head, and attention stays as it is (`models.zeroed_values`)
+
+    Only the last says what a sink does. When it is removed, masked or replaced the next token becomes the sink: on 21
+    prompts of SmolLM2-135M the KL is 0.026 and 0.005 then, whatever sinks do; zeroed it is 0.05 in the median, and 0.94
+    on a chat prompt.
 
     For the first token, removing and masking are the same where only distances between tokens count (rotary positions).
 
@@ -91,7 +96,7 @@ def sink_report(
         threshold: the mass above which a token is a head's sink.
 
     Unit: masses and shares are parts of a whole; KL in nats.
-    Cost: one forward pass (for a long prompt more, see `attention_mass`), the scopes, three forward passes for each of
+    Cost: one forward pass (for a long prompt more, see `attention_mass`), the scopes, four forward passes for each of
         the early tokens, and the embedding of the whole vocabulary. Memory for the patterns of one layer at a time (of
         a short prompt for several, up to 1 GiB), beside the graph of the linearisation.
     Raises:
@@ -122,6 +127,11 @@ def sink_report(
     rule = "threshold is a part of the attention between 0 and 1"
     threshold = as_number(threshold, rule, lambda mass: 0 < mass < 1)
     lin.require_readout()
+    if len(lin.single) > 1:
+        raise ValueError(
+            f"a sink report is about one prediction, and this answer has {len(lin.single)}: ask it of one of "
+            "lin.single."
+        )
     if lin.wrt != models.EMBEDDING:
         raise ValueError(
             f'sinks are looked for from the embedding on, not from {lin.wrt!r}: linearise with wrt="hook_embed".'
@@ -186,7 +196,7 @@ def _attention(
 def _interventions(lin: Linearization, early: int) -> tuple[Tensor, tuple[tuple[str, ...], ...], list[str]]:
     """KL and the most likely next token for each intervention and early token, and what could not be done.
 
-    Cost: three forward passes per token, and the embedding of the vocabulary.
+    Cost: four forward passes per token, and the embedding of the vocabulary.
     """
     model, tokens, mean = lin.model, lin.tokens[None], substitute(lin, "mean")
 
@@ -201,7 +211,11 @@ def _interventions(lin: Linearization, early: int) -> tuple[Tensor, tuple[tuple[
         kept = torch.arange(len(lin.tokens), device=lin.tokens.device) != i
         return next(predictions(lin, mean, kept[None, :, None]))
 
-    ways: dict[str, Callable[[int], Tensor]] = {"removed": removed, "masked": masked, "replaced": replaced}
+    def zeroed(i: int) -> Tensor:
+        with models.zeroed_values(model, [i]):
+            return models.predict(model, tokens)
+
+    ways = {"removed": removed, "masked": masked, "replaced": replaced, "zeroed": zeroed}
     kl = torch.full((len(INTERVENTIONS), early), torch.nan, dtype=torch.float64, device="cpu")
     likeliest, refusals = [], dict[str, None]()
     for row, name in zip(kl, INTERVENTIONS, strict=True):

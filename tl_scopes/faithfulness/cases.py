@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.faithfulness.measures import candidates, count
 from tl_scopes.faithfulness.perturbation import Perturbation
-from tl_scopes.models import Model, Prompt
+from tl_scopes.models import Model, Prompt, Target
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,8 @@ class Case:
     """The positions that are ranked and replaced."""
     target: int | None
     foil: int | None
+    answer: Target | None = None
+    """What is said after the prompt, in place of a target."""
 
     @classmethod
     def of(
@@ -34,22 +36,27 @@ class Case:
         prompt: Prompt,
         target: Any,
         foil: Any,
+        answer: Any,
         prepend_bos: bool | None,
         perturbation: Perturbation,
     ) -> "Case":
-        """Tokenise a prompt, and look up its target and its foil.
+        """Tokenise a prompt, and look up its target and its foil, or its answer.
 
         Raises:
             ValueError: for a prompt with fewer than two tokens to rank, or so few that the smallest fraction of them
-                rounds to none. Else as `models.tokenize` and `models.token` do.
+                rounds to none; for a foil that is the target. Else as `models.tokenize` and `models.token` do.
             TypeError: as they do.
         """
         tokens = models.tokenize(model, prompt, prepend_bos)
         asked = (("target", target), ("foil", foil))
         ids = [None if one is None else models.token(model, one, what=what).id for what, one in asked]
+        if ids[0] is not None and ids[0] == ids[1]:
+            text = models.token(model, ids[0]).text
+            raise ValueError(f"target and foil are the same token, {text!r}: their difference is zero.")
         free = candidates(model, tokens, perturbation.bos)
         _check_length(len(free), perturbation)
-        return cls(index, tokens, free, *ids)
+        said = None if answer is None else models.read_answer(model, answer, prompt, tokens)[0]
+        return cls(index, tokens, free, ids[0], ids[1], said)
 
     def inner(self, model: Model) -> Int[Tensor, " _"]:
         """The tokens without a BOS token."""
@@ -58,25 +65,32 @@ class Case:
     @property
     def key(self) -> int:
         """A checksum that is another one for other tokens, another target and another foil."""
-        return zlib.crc32(repr((self.tokens.tolist(), (self.target, self.foil))).encode())
+        said = () if self.answer is None else (self.answer.ids,)
+        return zlib.crc32(repr((self.tokens.tolist(), (self.target, self.foil), *said)).encode())
 
 
 def one_per_prompt(
-    prompts: Iterable[Prompt], targets: Iterable[Any] | None, foils: Iterable[Any] | None
-) -> list[tuple[Prompt, Any, Any]]:
-    """Each prompt with its target and its foil.
+    prompts: Iterable[Prompt],
+    targets: Iterable[Any] | None,
+    foils: Iterable[Any] | None,
+    answers: Iterable[Any] | None = None,
+) -> list[tuple[Prompt, Any, Any, Any]]:
+    """Each prompt with its target, its foil and its answer.
 
     Raises:
         TypeError: for one prompt, a table or one target where there must be several.
-        ValueError: for no prompts, and for targets or foils that are not one per prompt.
+        ValueError: for no prompts, and for targets, foils or answers that are not one per prompt; for answers together
+            with targets or foils.
     """
     if isinstance(prompts, str | Tensor) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts are several, texts or lists of token ids, got {type(prompts).__name__}: give a list.")
     listed = list(models.each_prompt(prompts))
     if not listed:
         raise ValueError("there are no prompts to evaluate on: give one at least.")
+    if answers is not None and (targets is not None or foils is not None):
+        raise ValueError("give answers, or targets and foils: an answer is what is measured after its prompt.")
     columns = []
-    for name, tokens in (("target", targets), ("foil", foils)):
+    for name, tokens in (("target", targets), ("foil", foils), ("answer", answers)):
         if isinstance(tokens, str | Mapping) or not isinstance(tokens, Iterable | None):
             raise TypeError(f"{name}s are one per prompt, got {tokens!r}: give a list, or a scope that has it.")
         column = [None] * len(listed) if tokens is None else list(tokens)

@@ -5,11 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_scopes import models
 from tl_scopes.api import linearize
@@ -28,10 +27,10 @@ from tl_scopes.faithfulness.measures import (
 from tl_scopes.faithfulness.perturbation import Perturbation, Substitutes
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import prompt_generator
-from tl_scopes.models import Model, Prompt
+from tl_scopes.models import Answer, Model, Prompt, Target
+from tl_scopes.progress import progress_bar
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.baselines import LeaveOneOut
 from tl_scopes.scopes.scope import Scope
 
 if TYPE_CHECKING:
@@ -46,6 +45,7 @@ def evaluate(
     *,
     targets: Iterable[str | SupportsIndex | None] | None = None,
     foils: Iterable[str | SupportsIndex | None] | None = None,
+    answers: Iterable[Answer] | None = None,
     prepend_bos: bool | None = None,
     path: str | Path | None = None,
     on_error: Literal["warn", "raise"] = "warn",
@@ -75,6 +75,8 @@ def evaluate(
         targets: one per prompt, for scopes that have no target of their own; None is the most likely next token.
         foils: one per prompt, or None: tokens to measure the log-odds against, for all scopes but those that have their
             own `versus`.
+        answers: one per prompt, text or token ids that follow it, in place of targets: what is explained and measured
+            is the log-probability of the whole answer, and the KL divergences of its predictions are summed.
         prepend_bos: whether texts get a BOS token; None is TransformerLens' own default for the model.
         path: a file of JSON lines. The results of each prompt are appended to it, and those found there are not
             computed again: an interrupted evaluation goes on where it stopped, to the same numbers, unless a scope
@@ -100,10 +102,11 @@ def evaluate(
         memory of the model once more.
 
     Raises:
-        ValueError: for no prompts or no scopes, and two scopes of one name; for "resample" with one prompt; for targets
-            or foils that are not one per prompt; for a file with results of other settings, or that is not an ordinary
-            file; for hooks of yours with `path`; for another `on_error`. Else as `linearize` and the scopes do, with
-            "raise" or where no prompt can be evaluated.
+        ValueError: for no prompts or no scopes, and two scopes of one name; for "resample" with one prompt; for
+            targets, foils or answers that are not one per prompt, answers together with the others, and a foil that is
+            the target itself; for a file with results of other settings, or that is not an ordinary file; for hooks of
+            yours with `path`; for another `on_error`. Else as `linearize` and the scopes do, with "raise" or where no
+            prompt can be evaluated.
         TypeError: for something that is not a scope; for prompts, targets or a perturbation that are not what they
             should be; with `path` for a scope that holds something that cannot be compared.
         RuntimeError: while another evaluation has the file.
@@ -132,9 +135,9 @@ def evaluate(
     named = names(scopes)
     failures = Failures("evaluate", on_error)
     cases: dict[int, Case] = {}
-    for i, (prompt, target, foil) in enumerate(one_per_prompt(prompts, targets, foils)):
+    for i, (prompt, target, foil, answer) in enumerate(one_per_prompt(prompts, targets, foils, answers)):
         try:
-            cases[i] = Case.of(model, i, prompt, target, foil, prepend_bos, perturbation)
+            cases[i] = Case.of(model, i, prompt, target, foil, answer, prepend_bos, perturbation)
         except Exception as error:
             failures.add(i, error)
     if not cases:
@@ -147,15 +150,17 @@ def evaluate(
         if len(left) < len(cases):
             failures.answered()
         evaluation = _Evaluation.of(model, named, perturbation, drawn_from) if left else None
-        for case in tqdm(left, desc="prompts", delay=3, leave=False):
-            assert evaluation is not None
-            try:
-                record = evaluation.record(case)
-            except Exception as error:
-                failures.add(case.index, error)
-            else:
-                log.append(record)
-                failures.answered()
+        with progress_bar(len(left), "prompts") as bar:
+            for case in left:
+                assert evaluation is not None
+                try:
+                    record = evaluation.record(case)
+                except Exception as error:
+                    failures.add(case.index, error)
+                else:
+                    log.append(record)
+                    failures.answered()
+                bar.update()
         failures.require_answer()
         return log.to_dataframe(list(cases))
 
@@ -182,7 +187,7 @@ class _Evaluation:
         substitutes = Substitutes.of(model, perturbation, inner)
         own: Tensor | None = None
         other: Tensor | None = None
-        if any(map(_asks_for_mean, scopes.values())):
+        if any(scope.asks_for_mean for scope in scopes.values()):
             length = max(map(len, inner.values()))
             with models.exchanged_weights(model, shuffled) if shuffled else nullcontext():
                 other = models.mean_embedding(model, length) if shuffled else None
@@ -191,16 +196,23 @@ class _Evaluation:
 
     def record(self, case: Case) -> Record:
         """All that is measured at one prompt."""
-        lin, seed = linearize(self.model, case.tokens), self.perturbation.seed
-        target = lin.token(case.target)
+        lin, seed = self._linearized(case), self.perturbation.seed
+        target = case.answer or Target((lin.token(case.target),))
         aimed: dict[str, Scope] = {}
         answers: dict[str, Attribution] = {}
         for name, scope in self.scopes.items():  # no comprehension, whose frame would keep `lin` in an error
-            aimed[name] = scope.aimed(lin, target.id)
+            aimed[name] = scope.aimed(lin, target.ids[0])
             answers[name] = _with_mean(aimed[name], self.means[0])(lin)
         shown = {name: answer.target or target for name, answer in answers.items()}
-        ids = {name: token.id for name, token in shown.items()}
+        # Of an answer it is the answer that is measured, whatever id stands for it.
+        ids = {name: token.ids[0] if case.answer else token.id for name, token in shown.items()}
         foils = {name: answer.versus.id if answer.versus else case.foil for name, answer in answers.items()}
+        for name, token in shown.items():
+            if foils[name] == ids[name] and not case.answer:
+                raise ValueError(
+                    f"the foil {token.text!r} is the target of {name} itself: their difference is zero. Give another "
+                    "foil, or None."
+                )
         orders = {
             name: ranking(answer.scores, case.free, prompt_generator(lin, "ties", seed))
             for name, answer in answers.items()
@@ -217,7 +229,7 @@ class _Evaluation:
                 if samples:
                     drop = drop_of_all(hard[name])
                     hard[name] += soft_measures(removal, answer.scores, ids[name], drop, samples, masks)
-        for name, correlation in self._sanity(lin, aimed, answers, case.free).items():
+        for name, correlation in self._sanity(case, aimed, answers).items():
             found.append((name, "", [Value("shuffled weights", "rank correlation", None, correlation)]))
         return {
             "prompt": case.index,
@@ -229,27 +241,25 @@ class _Evaluation:
             ],
         }
 
-    def _sanity(
-        self, lin: Linearization, scopes: Mapping[str, Scope], answers: Mapping[str, Attribution], free: list[int]
-    ) -> dict[str, float]:
+    def _linearized(self, case: Case) -> Linearization:
+        return linearize(self.model, case.tokens, answer=None if case.answer is None else case.answer.ids)
+
+    def _sanity(self, case: Case, scopes: Mapping[str, Scope], answers: Mapping[str, Attribution]) -> dict[str, float]:
         """Rank correlation with the scores of the shuffled model."""
         if self.shuffled is None:
             return {}
         found = dict.fromkeys(answers, math.nan)
         # What was answered with the learned weights fails with others only where numbers overflow.
         with models.exchanged_weights(self.model, self.shuffled), suppress(ValueError):
-            other = linearize(self.model, lin.tokens)
+            other = self._linearized(case)
             for name, scope in scopes.items():
                 with suppress(ValueError):
                     scores = _with_mean(scope, self.means[1])(other).scores
-                    found[name] = spearman(answers[name].scores[free], scores[free])
+                    found[name] = spearman(answers[name].scores[case.free], scores[case.free])
         return found
 
 
-def _asks_for_mean(scope: Scope) -> bool:
-    return isinstance(scope, LeaveOneOut) and scope.replacement == "mean" and scope.mean is None
-
-
-def _with_mean(scope: Scope, mean: Tensor | None) -> Scope:
+def _with_mean(scope: Any, mean: Tensor | None) -> Scope:
     """The scope with the mean embedding handed in, so that it is not computed for each prompt."""
-    return replace(scope, mean=mean) if isinstance(scope, LeaveOneOut) and _asks_for_mean(scope) else scope
+    found: Scope = replace(scope, mean=mean) if scope.asks_for_mean else scope
+    return found

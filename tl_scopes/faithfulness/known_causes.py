@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tl_scopes import models
 from tl_scopes.api import linearize
@@ -21,6 +20,7 @@ from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import prompt_generator
 from tl_scopes.models import Model
 from tl_scopes.models.arguments import as_flag
+from tl_scopes.progress import progress_bar
 from tl_scopes.scopes.baselines import (
     AttentionRollout,
     GradientTimesInput,
@@ -145,11 +145,13 @@ def known_causes(
     tasks, bos = _checked(tasks), as_flag(bos, "bos")
     rows = []
     drawn = [(task, i, example) for task in tasks for i, example in enumerate(examples(task, count, seed=seed))]
-    for task, i, example in tqdm(drawn, desc="examples", delay=3, leave=False):
-        if is_confirmed(model, example):
-            lin = linearize(model, example.prompt)
-            for name, values in _of_one(lin, example, askers, bos).items():
-                rows += [(task, count, i, name, measure, value) for measure, value in values.items()]
+    with progress_bar(len(drawn), "examples") as bar:
+        for task, i, example in drawn:
+            if is_confirmed(model, example):
+                lin = linearize(model, example.prompt)
+                for name, values in _of_one(lin, example, askers, bos).items():
+                    rows += [(task, count, i, name, measure, value) for measure, value in values.items()]
+            bar.update()
     for task in tasks:
         if all(task != row[0] for row in rows):
             raise ValueError(

@@ -57,7 +57,7 @@ def settings(
         "tl_scopes": version("tl-scopes"),
         "model": models.model_name(model),
         "weights": models.fingerprint(model),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(models.autocast_of(model) or next(model.parameters()).dtype).removeprefix("torch."),
         "scopes": {name: identity(scope, name) for name, scope in scopes.items()},
     } | asdict(perturbation)
     if "resample" in perturbation.replacements:

@@ -13,7 +13,9 @@ from tl_scopes import models
 from tl_scopes.faithfulness.perturbation import Perturbation
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.replacement import effects
+from tl_scopes.jacobian.span import Span
 from tl_scopes.models import Model
+from tl_scopes.rank_correlation import kendall, spearman
 
 
 class Value(NamedTuple):
@@ -58,6 +60,11 @@ class Removal:
         log_probs, divergences = effects(self.lin, self.instead, kept.to(device), torch.tensor(targets, device=device))
         return log_probs.T.cpu(), divergences.cpu()
 
+    def log_prob(self, target: int) -> float:
+        """log p(target) at the prompt itself; of an answer of several tokens that of the answer."""
+        lin = self.lin
+        return float(lin.log_prob_said(lin.log_probs) if isinstance(lin, Span) else lin.log_probs[target])
+
     def kept(self, removed: Sequence[Int[Tensor, " _"]]) -> Bool[Tensor, "row token"]:
         """The rows for `effects`, one for each set of positions that are replaced."""
         kept = torch.ones(len(removed), len(self.lin.tokens), dtype=torch.bool)
@@ -91,7 +98,8 @@ def hard_measures(
 
         comprehensiveness   p − p(without k)       sufficiency   p − p(k alone)
 
-    More is better for all but sufficiency.
+    More is better for all but sufficiency. The whole ranking is compared with that of leaving one token out, by KL: by
+    the rank correlations of Spearman and Kendall, and by the overlap |A ∩ B| / |A ∪ B| of the first tenth of both.
 
     Args:
         removal: the prompt, and what takes the place of its embeddings.
@@ -121,7 +129,7 @@ def hard_measures(
     values = {}
     chosen = [perturbation.grid.index(fraction) for fraction in perturbation.fractions]
     for i, (name, order) in enumerate(orders.items()):
-        q = float(removal.lin.log_probs[targets[name]])
+        q = removal.log_prob(targets[name])
         without, alone = log_probs[ids.index(targets[name]), i].T
         kl_without, kl_alone = divergences[i].T
         comprehensiveness, sufficiency = (float((math.exp(q) - x[chosen].exp()).mean()) for x in (without, alone))
@@ -129,7 +137,7 @@ def hard_measures(
         odds: list[Value] = []
         if name in against:
             other = log_probs[ids.index(against[name]), i].T
-            before = q - float(removal.lin.log_probs[against[name]])
+            before = q - removal.log_prob(against[name])
             (odds_without, odds_alone) = (one - two for one, two in zip((without, alone), other, strict=True))
             odds += _curve("deletion", "log_odds", before - odds_without, counts, perturbation)
             odds += _curve("insertion", "log_odds", odds_alone - odds_alone[0], counts, perturbation)
@@ -143,8 +151,25 @@ def hard_measures(
             Value("sufficiency", "probability", None, sufficiency),
             Value("leave-one-out of the first", "kl", None, float(single[first])),
             Value("leave-one-out rank of the first", "rank", None, float((single > single[first]).sum() + 1)),
+            *_agreement(torch.stack([(order == i).nonzero()[0, 0] for i in free]), single),
         ]
     return values
+
+
+def _agreement(places: Int[Tensor, " candidate"], single: Float[Tensor, " candidate"]) -> list[Value]:
+    """How a whole ranking agrees with that of leaving one token out.
+
+    Args:
+        places: the place of each candidate in the ranking, 0 for the first.
+        single: what replacing each candidate alone does.
+    """
+    tenth = max(1, count(0.1, len(places)))
+    first, other = set(places.argsort()[:tenth].tolist()), set(single.argsort(descending=True)[:tenth].tolist())
+    return [
+        Value("leave-one-out Spearman", "rank correlation", None, spearman(-places.double(), single)),
+        Value("leave-one-out Kendall", "rank correlation", None, kendall(-places.double(), single)),
+        Value("leave-one-out first tenth", "overlap", None, len(first & other) / len(first | other)),
+    ]
 
 
 def drop_of_all(values: Sequence[Value]) -> float:
@@ -173,15 +198,17 @@ def soft_measures(
     samples: int,
     generator: torch.Generator,
 ) -> list[Value]:
-    """Keep or replace every entry of an embedding with a probability that is the token's score over the largest one.
+    """Keep or replace every entry of an embedding with a probability that grows with the token's score; half in all.
 
-        a_t = score_t / max score
+        a_t = min(1, λ score_t), with the λ at which the mean of a_t over the tokens is a half
         soft comprehensiveness   max(0, p − p') / (p − p₀)              entries kept with probability 1 − a_t
         soft sufficiency         1 − max(0, p − p') / (p − p₀)          entries kept with probability a_t
 
     p is the target's probability, p' with some entries replaced, p₀ with all tokens replaced. More is better in both.
-    Both are NaN where p − p₀ is below 0.01. Unlike all other measures, these depend on the scores themselves and not
-    only on their order: a square (Fisher) and its root come out differently.
+    Both are NaN where p − p₀ is below 0.01. Every scope keeps as much: with a_t = score_t / max score, as published, a
+    scope with one large score would keep next to nothing, and how much is kept would decide
+    (arXiv:2601.03089). Unlike all other measures, these depend on the scores themselves and not only on their order: a
+    square (Fisher) and its root come out differently.
 
     Args:
         removal: the prompt, and what takes the place of its embeddings.
@@ -193,20 +220,21 @@ def soft_measures(
 
     Cost: two forward passes per mask, in batches.
 
-    Source: Zhao & Aletras 2023 (arXiv:2305.10496), Soft-NC and Soft-NS.
+    Source: Zhao & Aletras 2023 (arXiv:2305.10496), Soft-NC and Soft-NS; at equal retained mass, arXiv:2601.03089.
     Departure: their entries are set to zero, ours to any replacement; negative scores count as zero; values are means
         over several masks.
     """
     free = torch.tensor(removal.candidates)
     chance = torch.zeros(len(scores), 1, dtype=scores.dtype)
-    positive = scores[free].clamp(min=0)
-    chance[free, 0] = positive / positive.max().clamp(min=torch.finfo(scores.dtype).tiny)
+    chance[free, 0] = _half_in_all(scores[free].clamp(min=0))
     d_model = removal.lin.embeddings.shape[-1]
     drawn = torch.rand(samples, len(scores), d_model, generator=generator, dtype=scores.dtype)
     entries = torch.cat([drawn >= chance, drawn < chance])
     entries[:, [i for i in range(len(scores)) if i not in removal.candidates]] = True
+    answered = len(removal.lin.tokens) - len(scores)  # tokens of an answer, which stay
+    entries = torch.nn.functional.pad(entries, (0, 0, 0, answered), value=True)
     after = removal.effects(entries, [target])[0].exp()
-    q = float(removal.lin.log_probs[target])
+    q = removal.log_prob(target)
     before, base = math.exp(q), math.exp(q - drop)
     scale = before - base if before - base >= LEAST else math.nan
     drops = (before - after).clamp(min=0).view(2, samples).mean(1) / scale
@@ -214,3 +242,16 @@ def soft_measures(
         Value("soft comprehensiveness", "probability", None, float(drops[0])),
         Value("soft sufficiency", "probability", None, float(1 - drops[1])),
     ]
+
+
+def _half_in_all(scores: Float[Tensor, " candidate"]) -> Float[Tensor, " candidate"]:
+    """min(1, λ score) with the λ at which its mean is a half; scores of zero share what the others cannot take."""
+    n, order = len(scores), scores.argsort(descending=True)
+    ranked = scores[order].double()
+    left, rest = n / 2 - torch.arange(n), ranked.flip(0).cumsum(0).flip(0)
+    # With the first k at 1, λ is what is left over the sum of the rest; k is the first at which no other passes 1.
+    fits = (left > 0) & (rest > 0) & (ranked * left <= rest)
+    k = int(fits.nonzero()[0, 0]) if fits.any() else int((ranked > 0).sum())
+    chance = torch.ones(n, dtype=torch.float64)
+    chance[k:] = ranked[k:] * left[k] / rest[k] if fits.any() else max(0.0, n / 2 - k) / max(1, n - k)
+    return torch.empty_like(scores).scatter_(0, order, chance.to(scores))

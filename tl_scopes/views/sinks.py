@@ -22,7 +22,7 @@ _SCALE = Scale(1.0)  # the same in every picture: attention is a part of a whole
 _LEGEND = "colour: square root of the attention that a token draws from a later one, on average over all heads"
 _COLUMNS = "value norm: that of what the heads with a sink there write from the token, over the other tokens' median"
 _SHOWN = 6
-_CHANGES = ("removed", "masked", "replaced")  # the report's interventions, in its order
+_CHANGES = ("removed", "masked", "replaced", "zeroed")  # the report's interventions, in its order
 
 
 def plot(report: "SinkReport", position: int | None = None) -> "Figure":

@@ -1,0 +1,1 @@
+"""Tests on a real model. `python -m tests.real.model` gets it, `pytest -m real` runs them."""
