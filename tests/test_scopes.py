@@ -134,5 +134,6 @@ class TestEveryScope:
 
 
 def test_every_public_scope_is_here() -> None:
-    public = {name for name in tls.__all__ if name.endswith("Scope")} - {"Scope", "JacobianScope"}
+    # MetricScope holds a function, which is neither equal to another one nor written; its tests are with the pairs.
+    public = {name for name in tls.__all__ if name.endswith("Scope")} - {"Scope", "JacobianScope", "MetricScope"}
     assert public == {type(scope).__name__ for scope in SCOPES.values()}

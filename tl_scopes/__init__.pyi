@@ -1,6 +1,20 @@
+from .answers import AnswerMap as AnswerMap
+from .answers import Traced as Traced
+from .api import answer_map as answer_map
 from .api import attribute as attribute
 from .api import attribution_map as attribution_map
+from .api import generate as generate
 from .api import linearize as linearize
+from .circuits.agreement import Agreement as Agreement
+from .circuits.agreement import agreement as agreement
+from .circuits.carried import carried_by as carried_by
+from .circuits.maps import ComponentMap as ComponentMap
+from .circuits.maps import head_map as head_map
+from .circuits.maps import layer_map as layer_map
+from .circuits.pairs import Effects as Effects
+from .circuits.pairs import PromptPair as PromptPair
+from .circuits.pairs import patching_metric as patching_metric
+from .circuits.paths import Paths as Paths
 from .corpus import attribute_many as attribute_many
 from .diagnostics.check_report import Check as Check
 from .diagnostics.check_report import Checks as Checks
@@ -12,6 +26,7 @@ from .diagnostics.sinks import sink_report as sink_report
 from .faithfulness.evaluation import evaluate as evaluate
 from .faithfulness.known_causes import known_causes as known_causes
 from .jacobian.linearization import Linearization as Linearization
+from .jacobian.span import Span as Span
 from .results.attribution import Attribution as Attribution
 from .results.attribution_map import AttributionMap as AttributionMap
 from .results.comparison import Comparison as Comparison
@@ -21,6 +36,7 @@ from .scopes.corrections import PositionCorrectedScope as PositionCorrectedScope
 from .scopes.direction import DirectionScope as DirectionScope
 from .scopes.fisher import FisherScope as FisherScope
 from .scopes.heta import HetaScope as HetaScope
+from .scopes.metric import MetricScope as MetricScope
 from .scopes.path_integrated import PathIntegratedScope as PathIntegratedScope
 from .scopes.scope import Estimate as Estimate
 from .scopes.scope import JacobianScope as JacobianScope
