@@ -1,5 +1,6 @@
 """What a model says after a prompt, by its own generation."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,8 +100,10 @@ def _cache_is_right(inner: Any, tokens: Int[Tensor, "token"]) -> bool:
         return False
     expected = inner(tokens[None], use_cache=False).logits[0, -1]
     try:
-        cache = inner(tokens[None, :-1], use_cache=True).past_key_values
-        found = inner(tokens[None, -1:], past_key_values=cache, use_cache=True).logits[0, -1]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # a bridge hands the cache on under its older name
+            cache = inner(tokens[None, :-1], use_cache=True).past_key_values
+            found = inner(tokens[None, -1:], past_key_values=cache, use_cache=True).logits[0, -1]
     except (TypeError, AttributeError, ValueError, RuntimeError):  # a model without such a cache
         return False
     # A broken cache is off by much; where half precision makes it unsure, the slower way is the right one.

@@ -69,11 +69,10 @@ class FisherScope(Scope):
     Source: Liu et al. 2026 (arXiv:2601.16407), Fisher Scope. Splitting off a leading part that is exact: Hutch++ (Meyer
         et al. 2021, arXiv:2010.09649), with the remainder as in Nyström++ (Persson et al. 2022, arXiv:2109.10659).
     Departure: the paper's code keeps the leading direction only. The default is an estimate since the exact answer is
-        out of reach where d_model is thousands. On 13 prompts of SmolLM2-135M of 6 to 91 tokens 32
-        passes (the cost of 34 backward passes) miss the scores by 1.1% of their sum in the mean over prompts and draws,
-        by 2.5% at the worst prompt and 5% in the worst draw; 16 passes by 3.5%, 24 by 1.9%. The deviation in units of
-        the standard error spreads by 0.80 to 1.13 from prompt to prompt. 8 leading directions of F and 24 draws missed
-        them by 3.4% (`python -m tests.benchmarks.fisher`).
+        out of reach where d_model is thousands. On four prompts of SmolLM2-135M of 6 to 10 tokens, with
+        six draws each, 32 passes (the cost of 34 backward passes) miss the exact scores by 1.5% of their sum in the
+        mean, and by 3.0% in the worst draw; the deviation in units of the standard error has a standard deviation of
+        0.90. `python -m tests.benchmarks.fisher` takes longer prompts and other numbers of passes.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
