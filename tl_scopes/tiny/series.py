@@ -1,7 +1,8 @@
 """The tasks in numbers of two digits, one token each. Every series has a scale of its own, so that the past matters."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from tl_scopes.tiny.example import Example, marked_example
 
@@ -21,25 +22,40 @@ def _series(rng: random.Random, task: str, values: Sequence[float], memory: int)
 
 def logistic(rng: random.Random) -> Example:
     """The logistic map x -> 3.9 x (1 - x), chaotic: the next number follows from the last one."""
-    x = rng.uniform(0.05, 0.95)
-    values = []
-    for _ in range(SERIES_LENGTH):
-        x = 3.9 * x * (1 - x)
-        values.append(x)
+    values = list(islice(logistic_orbit(rng.uniform(0.05, 0.95)), SERIES_LENGTH))
     return _series(rng, "logistic", values, memory=1)
+
+
+def logistic_orbit(x: float, r: float = 3.9) -> Iterator[float]:
+    """The numbers that follow x under the logistic map, without end."""
+    while True:
+        x = r * x * (1 - x)
+        yield x
 
 
 def lorenz(rng: random.Random) -> Example:
     """The x coordinate of the Lorenz system (σ 10, ρ 28, β 8/3): the last few numbers together say where it goes."""
 
-    def flow(x: float, y: float, z: float) -> tuple[float, float, float]:
-        return 10 * (y - x), x * (28 - z) - y, x * y - 8 / 3 * z
-
     state = (rng.uniform(-15, 15), rng.uniform(-20, 20), rng.uniform(10, 40))
     interval = rng.uniform(0.05, 0.09)
-    step, values = interval / 4, []
-    # Classical Runge-Kutta; the first 40 points are the approach to the orbit and are left out.
-    for i in range(4 * (SERIES_LENGTH + 40)):
+    # The first 40 points are the approach to the orbit and are left out.
+    values = [x for x, _, _ in islice(lorenz_orbit(state, interval), 40, 40 + SERIES_LENGTH)]
+    return _series(rng, "lorenz", values, memory=3)
+
+
+def lorenz_orbit(
+    state: tuple[float, float, float], interval: float, sigma: float = 10, rho: float = 28, beta: float = 8 / 3
+) -> Iterator[tuple[float, float, float]]:
+    """The states that the Lorenz system comes through from this one, `interval` apart, without end.
+
+    Each interval is four steps of the classical Runge-Kutta method; the first state is one step ahead.
+    """
+
+    def flow(x: float, y: float, z: float) -> tuple[float, float, float]:
+        return sigma * (y - x), x * (rho - z) - y, x * y - beta * z
+
+    step, i = interval / 4, 0
+    while True:
         k1 = flow(*state)
         k2 = flow(*(s + step / 2 * k for s, k in zip(state, k1, strict=True)))
         k3 = flow(*(s + step / 2 * k for s, k in zip(state, k2, strict=True)))
@@ -47,9 +63,9 @@ def lorenz(rng: random.Random) -> Example:
         state = tuple(  # type: ignore[assignment]
             s + step / 6 * (a + 2 * b + 2 * c + d) for s, a, b, c, d in zip(state, k1, k2, k3, k4, strict=True)
         )
-        if i % 4 == 0 and i >= 160:
-            values.append(state[0])
-    return _series(rng, "lorenz", values, memory=3)
+        if i % 4 == 0:
+            yield state
+        i += 1
 
 
 def brownian(rng: random.Random) -> Example:

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import time
-from collections import Counter, defaultdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tl_scopes.tiny.example import Example
+from tl_scopes.tiny.markov import MarkovChain
 from tl_scopes.tiny.tasks import MIXTURES, SERIES, TASKS, Mixture, documents, examples
 
 CONTEXT = 256
@@ -167,23 +167,10 @@ def markov_loss(task: str, test: list[Example], *, order: int = 2, series: int =
     It says what a predictor can know that looks at the last `order` numbers alone. The chain is fitted on `series`
     series of the training split, about as many as the model sees.
     """
-    counts: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-    for example in examples(task, series, seed=1, split="train"):
-        numbers = example.key.split(",")
-        for i, number in enumerate(numbers):
-            for n in range(min(order, i) + 1):
-                counts[tuple(numbers[i - n : i])][number] += 1
-
-    def probability(number: str, context: tuple[str, ...]) -> float:
-        shorter = probability(number, context[1:]) if context else 1 / 100
-        seen = counts[context]
-        total, kinds = seen.total(), len(seen)
-        return (seen[number] + kinds * shorter) / (total + kinds) if total else shorter
-
+    chain = MarkovChain((e.key.split(",") for e in examples(task, series, seed=1, split="train")), order)
     losses = []
     for example in test:
-        context = tuple(example.prompt.rstrip(",").split(",")[-order:])
-        losses.append(-math.log(probability(example.target, context)))
+        losses.append(-math.log(chain.probability(example.target, example.prompt.rstrip(",").split(","))))
     return sum(losses) / len(losses)
 
 
