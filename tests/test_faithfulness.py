@@ -23,7 +23,7 @@ from tests import zoo
 from tests.test_left_as_found import KINDS, unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
-from tl_scopes.faithfulness import Perturbation, differences, measures, plot, summary
+from tl_scopes.faithfulness import Perturbation, aligned, differences, measures, plot, summary
 from tl_scopes.faithfulness.evaluation import evaluate
 from tl_scopes.faithfulness.measures import (
     Removal,
@@ -356,13 +356,83 @@ def test_evaluate_has_every_number(model: Any) -> None:
     """All numbers of all prompts, scopes and replacements are there; a scope without weights has the correlation 1."""
     results = evaluate(model, PROMPTS, [tls.SemanticScope(), tls.FisherScope(), Fixed()], SHORT)
     per_replacement = 4 * (len(SHORT.grid) + 1) + 9
-    assert len(results) == 3 * 3 * (2 * per_replacement + 1)
+    assert len(results) == 3 * 3 * (2 * per_replacement + 2)
     groups = results.groupby(["prompt", "scope", "replacement"]).size()
     assert set(groups.xs("zero", level=2)) == set(groups.xs("resample", level=2)) == {per_replacement}
     assert results[~results.measure.str.startswith("soft")].value.notna().all()
     correlation = results[results.measure == "shuffled weights"].set_index(["scope", "prompt"]).value
     assert correlation["Fixed()"].tolist() == pytest.approx([1, 1, 1])
     assert (correlation["SemanticScope()"] < 0.99).all()
+
+
+def test_weights_are_shuffled_from_the_last_block_on(model: Any) -> None:
+    """By hand: the blocks of that share hold other weights, the others and what is around them their own; afterwards
+    and after an exception the model is what it was."""
+    scopes, cascade = {"semantic": tls.SemanticScope(TARGET), "fixed": Fixed()}, (0.5, 1.0)
+    perturbation = Perturbation(("zero",), (0.5,), randomise=False, cascade=cascade)
+    before = models.fingerprint(model)
+    with unchanged(model):
+        results = evaluate(model, [PROMPT], scopes, perturbation)
+    found = results[results.measure == "shuffled last blocks"].set_index(["scope", "fraction"]).value
+    assert found["fixed"].tolist() == pytest.approx([1, 1])
+    own = scopes["semantic"](tls.linearize(model, PROMPT)).scores
+    weights, shuffled = learned(model), models.shuffled_weights(model, torch.Generator().manual_seed(0))
+    blocks = len(model.blocks)
+    for share in cascade:
+        inside = models.in_last_blocks(model, share)
+        names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        for chosen, weight in zip(inside, weights, strict=True):
+            number = re.search(r"(?:blocks|layers|h)\.(\d+)\.", names.get(id(weight), ""))
+            if id(weight) in names:
+                assert chosen == (number is not None and int(number[1]) >= blocks - math.ceil(share * blocks))
+        mixed = [b if chosen else a for a, b, chosen in zip(weights, shuffled, inside, strict=True)]
+        with models.exchanged_weights(model, mixed):
+            other = scopes["semantic"](tls.linearize(model, PROMPT)).scores
+        free = candidates(model, torch.tensor(PROMPT), bos=False)
+        assert found["semantic", share] == pytest.approx(spearman(own[free], other[free]))
+    failing = Fixed()
+    failing.failures[2] = ZeroDivisionError("with shuffled weights")
+    with unchanged(model), pytest.raises(ZeroDivisionError):
+        evaluate(model, [PROMPT], [failing], perturbation, on_error="raise")
+    assert models.fingerprint(model) == before
+
+
+def test_leave_one_out_is_run_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it measured itself is not measured again, and all numbers are what they are without it."""
+    perturbation = Perturbation(("zero",), (0.5,), samples=0, steps=1, randomise=False)
+    alone = evaluate(model, [PROMPT], {"fixed": Fixed()}, perturbation)
+    rows: list[int] = []
+    effects = Removal.effects
+
+    def counted(self: Removal, kept: Tensor, targets: Any) -> Any:
+        rows.append(len(kept))
+        return effects(self, kept, targets)
+
+    monkeypatch.setattr(Removal, "effects", counted)
+    both = evaluate(model, [PROMPT], {"fixed": Fixed(), "loo": LeaveOneOut()}, perturbation)
+    assert sum(rows) < len(PROMPT)
+    assert both[both.scope == "fixed"].value.tolist() == pytest.approx(alone.value.tolist(), abs=1e-9)
+
+
+def test_aligned_prompts(model: Any) -> None:
+    """Those where the model predicts the target of every scope; an answer counts by its worst token."""
+    best = [tls.linearize(model, prompt).token().id for prompt in PROMPTS]
+    targets = [best[0], (best[1] + 1) % zoo.VOCAB, best[2]]
+    perturbation = Perturbation(("zero",), (0.5,), samples=0, randomise=False)
+    results = evaluate(model, PROMPTS, [tls.SemanticScope()], perturbation, targets=targets)
+    ranks = results[results.measure == "rank of the target"].value.tolist()
+    log_probs = tls.linearize(model, PROMPTS[1]).log_probs
+    assert ranks == [1, int((log_probs > log_probs[targets[1]]).sum()) + 1, 1]
+    assert aligned(results).prompt.unique().tolist() == [0, 2]
+    second = tls.linearize(model, [*PROMPT, best[0]]).token().id
+    for answer, rank in (([best[0], second], 1), ([best[0], (second + 1) % zoo.VOCAB], None)):
+        results = evaluate(model, [PROMPT], [tls.SemanticScope()], perturbation, answers=[answer])
+        (found,) = results[results.measure == "rank of the target"].value
+        assert found == 1 if rank else found > 1
+    with pytest.raises(ValueError, match="the model predicts the target at none of 1 prompts"):
+        aligned(results)
+    with pytest.raises(ValueError, match="these results do not tell the rank of the target"):
+        aligned(results[results.measure == "deletion"])
 
 
 def test_the_target_explained_is_measured(model: Any) -> None:
@@ -786,6 +856,8 @@ def test_bad_perturbations(no_type_checks: None) -> None:
         ({"steps": "10"}, "steps must be an integer, got '10'"),
         ({"steps": True}, "steps must be an integer, got True"),
         ({"samples": 1.5}, "samples must be an integer, got 1.5"),
+        ({"cascade": 0.5}, r"cascade is a tuple of shares of the blocks, such as \(0.25, 0.5, 1.0\), got 0.5"),
+        ({"cascade": ("half",)}, "cascade is a tuple of shares of the blocks, .*, got 'half'"),
     ]:
         with pytest.raises(TypeError, match=message):
             Perturbation(**options)  # type: ignore[arg-type]
@@ -798,6 +870,7 @@ def test_bad_perturbations(no_type_checks: None) -> None:
         ({"replacements": ("zero", "mean", "zero")}, "each replacement is given once, got .'zero', 'mean', 'zero'."),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"samples": -1}, "samples must be at least 0, got -1"),
+        ({"cascade": (0.5, 1.5)}, "cascade is a tuple of shares of the blocks, .*, got 1.5"),
     ]:
         with pytest.raises(ValueError, match=message):
             Perturbation(**options)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Known causes: the confirmations, the retrieval measures against exact answers, the table."""
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -13,23 +14,27 @@ import torch
 
 import tl_scopes as tls
 from tests import zoo
+from tests.benchmarks import known_causes_table as table
 from tests.benchmarks.known_causes_table import BEGIN, END, confirmed, put_into, to_markdown
-from tl_scopes.faithfulness import differences, summary
+from tl_scopes.faithfulness import KnownCause, confirm, differences, english, summary
+from tl_scopes.faithfulness.english import KINDS
 from tl_scopes.faithfulness.known_causes import (
     MEASURES,
+    RANK_MEASURES,
     all_scopes,
     cause_positions,
     is_confirmed,
     known_causes,
     retrieval,
 )
-from tl_scopes.scopes.baselines import RandomBaseline
+from tl_scopes.scopes.baselines import AttentionRollout, RandomBaseline
 from tl_scopes.tiny.counterfactuals import TASKS, counterfactuals, replaced
 from tl_scopes.tiny.example import Example
 from tl_scopes.tiny.language import ASIDES, GERMAN_NOUNS, HOLDERS, NOUNS, THINGS
 from tl_scopes.tiny.tasks import examples
 
 ROOT = Path(__file__).parent.parent
+ALSO = {"random again": lambda _: RandomBaseline()}
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def test_chance(causes: int) -> None:
     """The mean over all orders of n tokens is what chance gives: for precision the share of causes, say."""
     n, orders = 6, list(itertools.permutations(range(6)))
     found = [retrieval(torch.tensor(order), range(causes)) for order in orders]
-    mean = {measure: sum(one[measure] for one in found) / len(found) for measure in MEASURES}
+    mean = {measure: sum(one[measure] for one in found) / len(found) for measure in RANK_MEASURES}
     assert mean["precision at 1"] == pytest.approx(causes / n)
     assert mean["precision at n"] == pytest.approx(causes / n)
     # The expected precision at the rank of a cause: of the others before it, a share of (c − 1)/(n − 1) are causes.
@@ -78,7 +83,30 @@ def test_chance(causes: int) -> None:
 
 def test_retrieval_by_hand() -> None:
     found = retrieval(torch.tensor([4, 2, 7, 1, 3]), [2, 1])
-    assert found == pytest.approx(dict(zip(MEASURES, (0, 0.5, (1 / 2 + 2 / 4) / 2, 1 / 2), strict=True)))
+    assert found == pytest.approx(dict(zip(RANK_MEASURES, (0, 0.5, (1 / 2 + 2 / 4) / 2, 1 / 2), strict=True)))
+
+
+def test_evidence_less_distractor_by_hand(tiny: Any) -> None:
+    """The share of the causes, less that of as many tokens of the distractor, or of all other tokens."""
+
+    @dataclass(frozen=True)
+    class Given(tls.Scope):
+        def measure(self, lin: tls.Linearization) -> tls.Measurement:
+            assert lin.str_tokens == ("<|bos|>", "The", " keys", " near", " the", " old", " door")
+            return tls.Measurement(torch.tensor([100.0, 1, 4, 2, 0, 1, 2]))
+
+        def unit(self, lin: tls.Linearization) -> str:
+            return "test"
+
+    for text, expected in {
+        "The [keys|key] near the old {door}": 0.4 - 0.2,
+        "The [keys|key] near {the old} door": 0.4 - 0.05,
+        "The [keys|key] near the old door": 0.4 - 0.6 / 5,
+        "[The keys|The key] near the old {door}": 0.5 - 2 * 0.2,
+    }.items():
+        example = KnownCause.marked(text, " are", " is")
+        results = known_causes(tiny, examples=[example], scopes={"given": Given()})
+        assert results[results.measure == "evidence less distractor"].value.item() == pytest.approx(expected)
 
 
 def test_chance_on_the_tasks(tiny: Any) -> None:
@@ -188,6 +216,182 @@ def test_only_confirmed_examples_count(tiny: Any) -> None:
             known_causes(tiny, ["inference_who"], 4, [tls.SemanticScope()])
 
 
+# -- examples of one's own, and in English ----------------------------------------------------------------------------
+
+CLEAN, CHANGED = "The keys to the old cabinet near the door", "The key to the old cabinet near the door"
+KEYS = KnownCause(CLEAN, " are", " is", causes="keys", counterfactual=CHANGED, distractor="door", kind="mine")
+
+
+def test_own_examples(tiny: Any) -> None:
+    """Their kinds are the tasks of the results, their numbers count within each kind, and only confirmed ones count."""
+    wrong = replace(KEYS, answer=" is", foil=" are")
+    other = KnownCause.marked("The [wheel|wheels] of the {cars}", " is", " are", kind="other")
+    scopes = {"oracle": lambda example: Oracle(example)}
+    results = known_causes(tiny, examples=[wrong, KEYS, other, KEYS], scopes=scopes)
+    found = results[results.measure == "average precision"]
+    rows = [["mine", 3, 1, 1.0], ["mine", 3, 2, 1.0], ["other", 1, 0, 1.0]]
+    assert sorted(found[["task", "examples", "prompt", "value"]].values.tolist()) == rows
+    with pytest.warns(UserWarning, match="none was confirmed of 1 of 'mine', which are left out"):
+        results = known_causes(tiny, examples=[wrong, other], scopes=scopes)
+    assert set(results.task) == {"other"}
+
+
+def test_confirmation_by_hand(tiny: Any) -> None:
+    """The leads are differences of log-probabilities, from a forward pass each; the share decides."""
+    (found,) = confirm(tiny, [KEYS])
+    lead, without = (
+        float(lin.log_probs[lin.token(" are").id] - lin.log_probs[lin.token(" is").id])
+        for lin in (tls.linearize(tiny, CLEAN), tls.linearize(tiny, CHANGED))
+    )
+    assert (found.lead, found.lead_without) == pytest.approx((lead, without), abs=1e-4)
+    assert found.is_confirmed
+    assert found.is_said
+    assert found.said == " are"
+    fallen = (lead - without) / lead
+    assert confirm(tiny, [KEYS], share=0.99 * fallen)[0].is_confirmed
+    (found,) = confirm(tiny, [KEYS], share=1.01 * fallen)
+    assert found.why_not is not None
+    assert re.fullmatch(r"the model says ' are', and the lead of ' are', \d.\d\d nats, is still -.*", found.why_not)
+    (found,) = confirm(tiny, [replace(KEYS, answer=" is", foil=" are")])
+    assert found.why_not == f"the model says ' are', and prefers ' are' to ' is' by {lead:.2f} nats"
+    assert not found.is_said
+
+
+def test_each_cause_is_confirmed_by_itself(tiny: Any) -> None:
+    """Of two causes the one that does not matter is named; the leads are those with one of them replaced."""
+    text = "The [keys|key] to the [old|small] cabinet near the door"
+    (found,) = confirm(tiny, [KnownCause.marked(text, " are", " is")])
+    assert found.why_not is not None
+    assert re.search(r"the lead of ' are', .* is still \d.\d\d when 'old' is replaced", found.why_not)
+    lin = tls.linearize(tiny, "The keys to the small cabinet near the door")
+    lead = float(lin.log_probs[lin.token(" are").id] - lin.log_probs[lin.token(" is").id])
+    assert found.lead_without == pytest.approx(lead, abs=1e-4)
+
+
+def test_confirmation_of_longer_answers(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several tokens, of different lengths, and in batches of any size: the log-probability of the whole text."""
+    long = replace(KEYS, answer=" are old", foil=" is")
+    found = confirm(tiny, [KEYS, long, KEYS])
+    spans = [tls.linearize(tiny, CLEAN, answer=answer) for answer in (" are old", " is")]
+    lead = [float(span.answer_log_prob(span.log_probs[None])[0]) for span in spans]
+    assert found[1].lead == pytest.approx(lead[0] - lead[1], abs=1e-4)
+    zoo.batches_of(monkeypatch, 1)
+    for one, other in zip(found, confirm(tiny, [KEYS, long, KEYS]), strict=True):
+        assert (one.lead, one.lead_without) == pytest.approx((other.lead, other.lead_without), abs=1e-4)
+
+
+def test_longer_answers_are_explained_whole(tiny: Any) -> None:
+    """Scopes with and without a target of their own give what `attribute` gives for the answer, and those that take one
+    prediction at a time what they give for the first."""
+    example = replace(KEYS, answer=" are old", foil=" is old.")
+    scopes = {
+        "versus": lambda e: tls.SemanticScope(e.target, versus=e.foil),
+        "plain": tls.SemanticScope(),
+        "one at a time": AttentionRollout(),
+    }
+    results = known_causes(tiny, examples=[example], scopes=scopes)
+    asked = {
+        "one at a time": tls.attribute(tiny, CLEAN, AttentionRollout()),
+        "versus": tls.attribute(tiny, CLEAN, tls.SemanticScope(" are old", versus=" is old.")),
+        "plain": tls.attribute(tiny, CLEAN, tls.SemanticScope(), answer=" are old"),
+    }
+    for name, answer in asked.items():
+        scores = answer.scores[1 : len(tls.linearize(tiny, CLEAN).tokens)].abs()
+        shares = scores / scores.sum()
+        value = results[(results.scope == name) & (results.measure == "evidence less distractor")].value.item()
+        assert value == pytest.approx(float(shares[1] - shares[-1]), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_english_examples_are_well_made(kind: str) -> None:
+    """There are at least 30 of each kind, in four frames or more, all different; a counterfactual answers the foil."""
+    found = english(kind)
+    assert len(found) >= 30
+    assert len({(one.prompt, one.answer) for one in found}) == len(found)
+    assert found == english(kind)
+    assert all(one.kind == kind for one in found)
+    assert all("[" not in one.prompt + one.counterfactual and "{" not in one.prompt for one in found)
+    frames = json.loads((ROOT / "tl_scopes/faithfulness/english.json").read_text(encoding="utf-8"))
+    assert len({frame["prompt"] for frame in frames if frame["kind"] == kind}) >= 4
+
+
+def test_there_are_200_english_examples() -> None:
+    assert sum(len(english(kind)) for kind in KINDS) >= 200
+
+
+def test_a_model_that_knows_no_english() -> None:
+    """By default a model that is not the bundled one gets the English examples; what fits none of them says so."""
+    model = zoo.specimen("bridge llama").model
+    with pytest.raises(ValueError, match="no tokenizer"):
+        known_causes(model, scopes=[RandomBaseline()])
+
+
+def test_causes_as_ranges() -> None:
+    assert KnownCause(CLEAN, " are", " is", causes=(4, 8), counterfactual=CHANGED).causes == ((4, 8),)
+    assert KnownCause(CLEAN, " are", " is", causes=[(4, 8), "door"], counterfactual=CHANGED).causes == (
+        (4, 8),
+        (37, 41),
+    )
+    marked = KnownCause.marked("[A|B] and [C|D] or {E}", " x", " y")
+    assert (marked.prompt, marked.counterfactual) == ("A and C or E", "B and D or E")
+    assert (marked.causes, marked.distractor) == (((0, 1), (6, 7)), (11, 12))
+
+
+def test_bad_examples(tiny: Any, no_type_checks: None) -> None:
+    good = {"prompt": CLEAN, "answer": " are", "foil": " is", "causes": "keys", "counterfactual": CHANGED}
+    for change, error, message in [
+        ({"causes": "dogs"}, ValueError, "the cause 'dogs' does not stand in the prompt 'The keys"),
+        (
+            {"causes": "the"},
+            ValueError,
+            r"the cause 'the' stands 2 times in .*: give one of \[\(12, 15\), \(33, 36\)\]",
+        ),
+        ({"distractor": "dogs"}, ValueError, "the distractor 'dogs' does not stand in"),
+        ({"distractor": "keys to"}, ValueError, "'keys to' belongs to two causes, or to a cause and the distractor"),
+        ({"causes": []}, ValueError, r"the causes are texts or ranges of characters, one at least, got \[\]"),
+        ({"causes": (4, 99)}, ValueError, r"the cause \(4, 99\) is not a range of the 41 characters of"),
+        ({"causes": [7]}, TypeError, r"a cause is a text, or a range of characters such as \(4, 8\), got 7"),
+        ({"causes": [(1.5, 8)]}, TypeError, r"a cause is a text, or a range of characters .*, got \(1.5, 8\)"),
+        ({"foil": " are"}, ValueError, "answer and foil are both ' are': the foil is a wrong answer"),
+        ({"counterfactual": CLEAN}, ValueError, "the counterfactual is the prompt 'The keys .*' itself"),
+        ({"prompt": 3}, TypeError, "the prompt of a known cause is a text, got 3"),
+        ({"answer": ""}, ValueError, "the answer of a known cause is empty: give a text"),
+    ]:
+        with pytest.raises(error, match=message):
+            KnownCause(**(good | change))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="there is no cause in 'The keys': write it as \"\\[this|that\\]\""):
+        KnownCause.marked("The keys", " are", " is")
+    for change, message in [
+        (
+            {"counterfactual": "The key near the old cabinet"},
+            "the prompt has 10 tokens, the counterfactual .* 7: choose",
+        ),
+        ({"counterfactual": CHANGED.replace("door", "wall")}, r"also replaces \[' door'\], which is not a cause"),
+        ({"causes": ["keys", "door"]}, "the counterfactual does not replace the cause 'door'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            known_causes(tiny, examples=[KnownCause(**(good | change))], scopes=[RandomBaseline()])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="known causes are given as KnownCause, got 'The keys'"):
+        confirm(tiny, ["The keys"])  # type: ignore[list-item]
+    with pytest.raises(
+        ValueError, match="share is the part of the lead that each cause must be good for, above 0, got 0"
+    ):
+        confirm(tiny, [KEYS], share=0)
+    with pytest.raises(TypeError, match="share is the part of the lead .*, got 'half'"):
+        confirm(tiny, [KEYS], share="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no English prompts of the kind 'rhyme': choose from subject and verb"):
+        english("rhyme")
+    with pytest.raises(ValueError, match="give tasks, or examples of your own"):
+        known_causes(tiny, ["agreement"], examples=[KEYS])
+    with pytest.raises(ValueError, match="there are no examples: give one KnownCause at least"):
+        known_causes(tiny, examples=[])
+    wrong = replace(KEYS, answer=" is", foil=" are")
+    with pytest.raises(
+        ValueError, match=r"none of 11 examples was confirmed(?s:.*)the model says ' are'(?s:.*)and 1 more"
+    ):
+        known_causes(tiny, examples=[wrong] * 11, scopes=[RandomBaseline()])
+
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +415,7 @@ def test_all_scopes(tiny: Any) -> None:
         "DirectionScope",
         "MetricScope",
     }
-    assert public <= {name.split("(")[0] for name in all_scopes()}
+    assert public <= {kind for name in all_scopes() for kind in re.findall(r"\w+Scope", name)}
 
 
 def test_scopes_are_about_the_answer(tiny: Any) -> None:
@@ -244,6 +448,36 @@ def test_tasks_may_come_from_anywhere(tiny: Any) -> None:
     """A generator is gone through once."""
     results = known_causes(tiny, (task for task in ("agreement", "translation")), 1, [RandomBaseline()])
     assert results.task.unique().tolist() == ["agreement", "translation"]
+
+
+def test_the_table_of_a_real_model(tiny: Any) -> None:
+    """Both judges in one table, with their means and paired differences; --also brings further methods, by name."""
+    methods = table.methods("tests.test_known_causes:ALSO", ["Semantic", "random", "random again"])
+    assert list(methods) == ["Semantic", "random", "random again"]
+    other = KnownCause.marked("The [wheel|wheels] of the {cars}", " is", " are", kind="other")
+    causes = known_causes(tiny, examples=[KEYS, other], scopes=methods)
+    prompts = [example.prompt for example in examples("translation", 2)]
+    deletion = table.deleted(tiny, methods, prompts)
+    lines = table.of_a_real_model(causes, deletion).splitlines()
+    assert lines[0] == "| | mine | other | all | all, less Semantic | nats taken | less Semantic |"
+    precision = causes[(causes.scope == "Semantic") & (causes.measure == "average precision")].value
+    nats = deletion[deletion.scope == "Semantic"].value.mean()
+    assert lines[2].startswith(
+        f"| Semantic | {precision.iloc[0]:.2f} | {precision.iloc[1]:.2f} | {precision.mean():.2f} |  |"
+    )
+    assert lines[2].endswith(f"| {nats:.2f} |  |")
+    assert lines[3].split("|")[2:] == lines[4].split("|")[2:]
+    assert lines[-1] == "Confirmed: mine 1 of 1, other 1 of 1. Deletion: 2 prompts."
+    results = tls.evaluate(tiny, prompts, [tls.SemanticScope()], table.DELETION)
+    chosen = results[(results.measure == "deletion") & (results.quantity == "log_prob")]
+    expected = [chosen[(chosen.prompt == i) & chosen.fraction.isin([0.05, 0.1, 0.2])].value.mean() for i in range(2)]
+    assert deletion[deletion.scope == "Semantic"].value.tolist() == pytest.approx(expected)
+
+
+def test_natural_prompts() -> None:
+    prompts = json.loads(table.NATURAL.read_text(encoding="utf-8"))
+    assert len(set(prompts)) == len(prompts) == 24
+    assert all(20 <= len(prompt.split()) <= 36 for prompt in prompts)
 
 
 def test_all_tasks_together(tiny: Any) -> None:
@@ -297,14 +531,27 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_the_readme_has_this_table() -> None:
-    """It has all scopes, all tasks and enough examples; `--into README.md` makes it anew."""
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    """It has all scopes, all tasks and enough examples; `--into docs/evidence.md` makes it anew."""
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
     table = page[page.index(BEGIN) : page.index(END)]
     assert re.findall(r"^\| `(.*?)` \|", table, re.MULTILINE) == list(all_scopes())
     assert table.splitlines()[1].startswith(f"| average precision | {' | '.join(TASKS)} | all | all, less")
     counts = re.findall(r"(\d+) of (\d+)", table[table.index("Confirmed") :])
     assert len(counts) == len(TASKS)
     assert all(int(n) >= 50 for n, _ in counts)
+
+
+def test_the_readme_has_the_table_of_a_real_model() -> None:
+    """It has the methods of the command, kinds of English prompts, and enough of them."""
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    found = page[page.index(table.REAL_BEGIN) : page.index(table.REAL_END)]
+    rows = [line.split("|")[1].strip() for line in found.splitlines() if line.startswith("|")]
+    assert rows[0] == ""
+    assert set(rows[2:]) <= set(table.METHODS)
+    assert len(rows) >= 12
+    counts = re.findall(r"([\w ]+?) (\d+) of (\d+)[,.]", found[found.index("Confirmed: ") + len("Confirmed:") :])
+    assert [kind.strip() for kind, _, _ in counts] == list(KINDS)
+    assert sum(int(n) for _, n, _ in counts) >= 60
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

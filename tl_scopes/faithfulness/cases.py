@@ -55,7 +55,7 @@ class Case:
             raise ValueError(f"target and foil are the same token, {text!r}: their difference is zero.")
         free = candidates(model, tokens, perturbation.bos)
         _check_length(len(free), perturbation)
-        said = None if answer is None else models.read_answer(model, answer, prompt, tokens)[0]
+        said = None if answer is None else models.read_answer(model, answer, tokens)[0]
         return cls(index, tokens, free, ids[0], ids[1], said)
 
     def inner(self, model: Model) -> Int[Tensor, " _"]:

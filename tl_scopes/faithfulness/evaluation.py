@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.api import linearize
 from tl_scopes.failures import Failures
 from tl_scopes.faithfulness.cases import Case, one_per_prompt
-from tl_scopes.faithfulness.fingerprint import names
 from tl_scopes.faithfulness.log import Log, Record, settings
 from tl_scopes.faithfulness.measures import (
     Removal,
@@ -27,10 +27,13 @@ from tl_scopes.faithfulness.measures import (
 from tl_scopes.faithfulness.perturbation import Perturbation, Substitutes
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import prompt_generator
+from tl_scopes.jacobian.span import Span
 from tl_scopes.models import Answer, Model, Prompt, Target
 from tl_scopes.progress import progress_bar
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.baselines import LeaveOneOut
+from tl_scopes.scopes.fingerprint import names
 from tl_scopes.scopes.scope import Scope
 
 if TYPE_CHECKING:
@@ -54,9 +57,12 @@ def evaluate(
 
     For every prompt, scope and replacement there are deletion and insertion curves and their areas, comprehensiveness
     and sufficiency (see `faithfulness.measures.hard_measures`), their soft forms (`soft_measures`), what replacing the
-    scope's first token alone does, and which rank that has among all tokens. For every prompt and scope there is also
-    the rank correlation of the scores with those of the same model with shuffled weights. It is 1 for scores that owe
-    nothing to what was learned; what is left over 0 comes from the architecture and the position of the tokens.
+    scope's first token alone does, which rank that has among all tokens, and how the whole ranking agrees with that of
+    leaving one token out. For every prompt and scope there is also the rank correlation of the scores with those of the
+    same model with shuffled weights: of all weights, and with `perturbation.cascade` of the last blocks alone. It is 1
+    for scores that owe nothing to what was learned; what is left over 0 comes from the architecture and the position of
+    the tokens. And there is the rank of the target in the undisturbed prediction: 1 where the model predicts it, and
+    `faithfulness.aligned` keeps the prompts where it does.
 
     What is explained is what is measured. For every scope that is the log-probability of a token: the scope's own
     target or else the prompt's, which is fixed before anything is replaced. Where the scope compares the target with
@@ -90,16 +96,18 @@ def evaluate(
 
     Returns:
         One row per number: prompt, tokens (how many), target, scope, replacement, measure, quantity, fraction, value.
-        `summary`, `differences` and `plot` of `tl_scopes.faithfulness` take it from there. The quantity is the unit:
-        nats of "log_prob", "log_odds" or "kl", a "probability", a "rank". More is better for deletion and insertion,
-        comprehensiveness, both soft measures and leave-one-out of the first; less is better for sufficiency, for the
-        rank of the first, and for the correlation with shuffled weights. NaN stands where there is no number, as for
-        the correlation with a shuffled model that overflows.
+        `summary`, `differences`, `aligned` and `plot` of `tl_scopes.faithfulness` take it from there. The quantity is
+        the unit: nats of "log_prob", "log_odds" or "kl", a "probability", a "rank". More is better for deletion and
+        insertion, comprehensiveness, both soft measures, leave-one-out of the first and agreement with leave-one-out;
+        less is better for sufficiency, for the rank of the first, and for the correlation with shuffled weights. NaN
+        stands where there is no number, as for the correlation with a shuffled model that overflows.
 
-    Cost: per prompt one linearisation and the scopes, twice with `perturbation.randomise`; per replacement two forward
-        passes for each point of each scope's curves, one per token, and 2 · `samples` per scope, in batches. Once the
-        embedding of the whole vocabulary for a "mean", and for `LeaveOneOut("mean")`. The shuffled weights take the
-        memory of the model once more.
+    Cost: per prompt one linearisation and the scopes, twice with `perturbation.randomise` and once more for each share
+        of the `cascade`; per replacement two forward passes for each point of each scope's curves, one per token unless
+        a `LeaveOneOut` of this replacement has run them, and 2 · `samples` per scope, in batches. Counted for a prompt
+        of 32 tokens and one replacement: 65 forward passes with one scope, 26 more for another one, 55 more for
+        `LeaveOneOut`, which runs with the shuffled weights too. Once the embedding of the whole vocabulary for a
+        "mean", and for `LeaveOneOut("mean")`. The shuffled weights take the memory of the model once more.
 
     Raises:
         ValueError: for no prompts or no scopes, and two scopes of one name; for "resample" with one prompt; for
@@ -173,24 +181,25 @@ class _Evaluation:
     scopes: Mapping[str, Scope]
     perturbation: Perturbation
     substitutes: Substitutes
-    shuffled: Sequence[Tensor] | None
-    """The shuffled weights, where scores are compared with theirs."""
+    shuffled: Mapping[float | None, Sequence[Tensor]]
+    """The weights with which scores are compared: all shuffled (None), or those of a share of the blocks."""
     means: tuple[Tensor | None, Tensor | None]
-    """The mean embedding of the model, and of the shuffled one, where a scope asks for it at every prompt."""
+    """The mean embedding of the model, and of the one with all weights shuffled, where a scope asks for it at every
+    prompt."""
 
     @classmethod
     def of(
         cls, model: Model, scopes: Mapping[str, Scope], perturbation: Perturbation, inner: Mapping[int, Tensor]
     ) -> "_Evaluation":
-        random = torch.Generator().manual_seed(perturbation.seed)
-        shuffled = models.shuffled_weights(model, random) if perturbation.randomise else None
+        shuffled = _shuffled(model, perturbation)
+        everything = shuffled.get(None)
         substitutes = Substitutes.of(model, perturbation, inner)
         own: Tensor | None = None
         other: Tensor | None = None
         if any(scope.asks_for_mean for scope in scopes.values()):
             length = max(map(len, inner.values()))
-            with models.exchanged_weights(model, shuffled) if shuffled else nullcontext():
-                other = models.mean_embedding(model, length) if shuffled else None
+            with models.exchanged_weights(model, everything) if everything else nullcontext():
+                other = models.mean_embedding(model, length) if everything else None
             own = models.mean_embedding(model, length) if substitutes.mean is None else substitutes.mean
         return cls(model, scopes, perturbation, substitutes, shuffled, (own, other))
 
@@ -201,7 +210,7 @@ class _Evaluation:
         aimed: dict[str, Scope] = {}
         answers: dict[str, Attribution] = {}
         for name, scope in self.scopes.items():  # no comprehension, whose frame would keep `lin` in an error
-            aimed[name] = scope.aimed(lin, target.ids[0])
+            aimed[name] = scope.with_target(lin, target.ids[0])
             answers[name] = _with_mean(aimed[name], self.means[0])(lin)
         shown = {name: answer.target or target for name, answer in answers.items()}
         # Of an answer it is the answer that is measured, whatever id stands for it.
@@ -221,7 +230,8 @@ class _Evaluation:
         for replacement in self.perturbation.replacements:
             drawn = prompt_generator(lin, replacement, seed)
             removal = Removal(lin, self.substitutes(lin, replacement, case.index, drawn), case.free)
-            hard = hard_measures(removal, orders, ids, self.perturbation, foils)
+            single = _left_out(replacement, aimed, answers)
+            hard = hard_measures(removal, orders, ids, self.perturbation, foils, single)
             for name, answer in answers.items():
                 masks = prompt_generator(lin, "masks", seed)
                 samples = self.perturbation.samples
@@ -229,8 +239,12 @@ class _Evaluation:
                 if samples:
                     drop = drop_of_all(hard[name])
                     hard[name] += soft_measures(removal, answer.scores, ids[name], drop, samples, masks)
-        for name, correlation in self._sanity(case, aimed, answers).items():
-            found.append((name, "", [Value("shuffled weights", "rank correlation", None, correlation)]))
+        for name, token in shown.items():
+            found.append((name, "", [Value("rank of the target", "rank", None, _rank(lin, token))]))
+        for share in self.shuffled:
+            measure = "shuffled weights" if share is None else "shuffled last blocks"
+            for name, correlation in self._sanity(case, aimed, answers, share).items():
+                found.append((name, "", [Value(measure, "rank correlation", share, correlation)]))
         return {
             "prompt": case.index,
             "key": case.key,
@@ -244,19 +258,51 @@ class _Evaluation:
     def _linearized(self, case: Case) -> Linearization:
         return linearize(self.model, case.tokens, answer=None if case.answer is None else case.answer.ids)
 
-    def _sanity(self, case: Case, scopes: Mapping[str, Scope], answers: Mapping[str, Attribution]) -> dict[str, float]:
-        """Rank correlation with the scores of the shuffled model."""
-        if self.shuffled is None:
-            return {}
+    def _sanity(
+        self, case: Case, scopes: Mapping[str, Scope], answers: Mapping[str, Attribution], share: float | None
+    ) -> dict[str, float]:
+        """Rank correlation with the scores of the model with shuffled weights."""
         found = dict.fromkeys(answers, math.nan)
+        mean = self.means[0 if share else 1]
         # What was answered with the learned weights fails with others only where numbers overflow.
-        with models.exchanged_weights(self.model, self.shuffled), suppress(ValueError):
+        with models.exchanged_weights(self.model, self.shuffled[share]), suppress(ValueError):
             other = self._linearized(case)
             for name, scope in scopes.items():
                 with suppress(ValueError):
-                    scores = _with_mean(scope, self.means[1])(other).scores
+                    scores = _with_mean(scope, mean)(other).scores
                     found[name] = spearman(answers[name].scores[case.free], scores[case.free])
         return found
+
+
+def _shuffled(model: Model, perturbation: Perturbation) -> dict[float | None, Sequence[Tensor]]:
+    """The weights that scores are compared with; each weight is shuffled once."""
+    if not (perturbation.randomise or perturbation.cascade):
+        return {}
+    random = torch.Generator().manual_seed(perturbation.seed)
+    own, other = models.learned(model), models.shuffled_weights(model, random)
+    found: dict[float | None, Sequence[Tensor]] = {None: other} if perturbation.randomise else {}
+    for share in perturbation.cascade:
+        inside = models.in_last_blocks(model, share)
+        found[share] = [b if chosen else a for a, b, chosen in zip(own, other, inside, strict=True)]
+    return found
+
+
+def _left_out(
+    replacement: str, scopes: Mapping[str, Scope], answers: Mapping[str, Attribution]
+) -> Float[Tensor, "token"] | None:
+    """What replacing each token alone does to the prediction, where a scope has measured it already."""
+    for name, scope in scopes.items():
+        if isinstance(scope, LeaveOneOut) and (scope.replacement, scope.quantity) == (replacement, "kl"):
+            return answers[name].scores
+    return None
+
+
+def _rank(lin: Linearization, target: Target) -> int:
+    """The rank of the target among all tokens; of an answer that of its token with the worst one."""
+    ids = target.ids if isinstance(lin, Span) else [target.ids[0]]
+    rows = lin.log_probs.reshape(-1, lin.log_probs.shape[-1])[: len(ids)]
+    own = rows[range(len(ids)), ids]
+    return int((rows > own[:, None]).sum(-1).max()) + 1
 
 
 def _with_mean(scope: Any, mean: Tensor | None) -> Scope:

@@ -1,9 +1,10 @@
 """Do scopes find causes that are known?
 
-In the bundled model's tasks the cause of each answer is known by construction, and each example is checked here: does
-that cause decide the model's answer too?
+The causes are known by construction, and each example is checked here: do they decide the model's answer too?
 """
 
+import random
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -13,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.api import linearize
-from tl_scopes.faithfulness.fingerprint import names
+from tl_scopes.api import attribute, linearize
+from tl_scopes.faithfulness.english import KINDS, english
+from tl_scopes.faithfulness.examples import Confirmation, KnownCause, confirm, positions
 from tl_scopes.faithfulness.measures import candidates, ranking
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import prompt_generator
@@ -28,10 +30,12 @@ from tl_scopes.scopes.baselines import (
     LeaveOneOut,
     RandomBaseline,
 )
-from tl_scopes.scopes.corrections import FrozenAttentionScope, PositionCorrectedScope
+from tl_scopes.scopes.corrections import FrozenAttentionScope, PositionCorrectedScope, UnderRulesScope
+from tl_scopes.scopes.fingerprint import names
 from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
+from tl_scopes.scopes.relevance import RelevanceScope
 from tl_scopes.scopes.scope import Scope, TargetScope, as_written
 from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.spectral import SpectralScope
@@ -39,15 +43,24 @@ from tl_scopes.scopes.temperature import TemperatureScope
 from tl_scopes.tiny import load_tiny
 from tl_scopes.tiny.counterfactuals import TASKS, counterfactuals
 from tl_scopes.tiny.example import Example
-from tl_scopes.tiny.tasks import examples
+from tl_scopes.tiny.tasks import examples as held_out
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Asker: TypeAlias = Scope | Callable[[Example], Scope]
+Known: TypeAlias = Example | KnownCause
+"""What has a prompt, a `target`, a `foil` and `causes`, which are ranges of its characters."""
+
+Asker: TypeAlias = Scope | Callable[[Known], Scope]
 """A scope, or a function that makes one for an example."""
 
-MEASURES = ("precision at 1", "precision at n", "average precision", "reciprocal rank")
+RANK_MEASURES = ("precision at 1", "precision at n", "average precision", "reciprocal rank")
+"""The measures that depend on the order alone."""
+
+MEASURES = (*RANK_MEASURES, "evidence less distractor")
+
+BUNDLED = "tiny"
+"""What the bundled model is called."""
 
 
 def all_scopes() -> dict[str, Asker]:
@@ -69,95 +82,188 @@ def all_scopes() -> dict[str, Asker]:
         named[as_written(scope)] = scope
     for around in (PositionCorrectedScope, FrozenAttentionScope):
         named[f"{around.__name__}(SemanticScope(versus=foil))"] = partial(_around_semantic, around)
+    for kind in (SemanticScope, RelevanceScope):
+        named[f"UnderRulesScope({kind.__name__}(versus=foil))"] = partial(_under_rules, kind)
     return named
 
 
-def _against_foil(kind: type[TargetScope], example: Example) -> Scope:
+def _against_foil(kind: type[TargetScope], example: Known) -> Scope:
     return kind(example.target, versus=example.foil)
 
 
-def _around_semantic(kind: Callable[[Scope], Scope], example: Example) -> Scope:
+def _under_rules(kind: type[TargetScope], example: Known) -> Scope:
+    return UnderRulesScope(_against_foil(kind, example))
+
+
+def _around_semantic(kind: Callable[[Scope], Scope], example: Known) -> Scope:
     return kind(_against_foil(SemanticScope, example))
 
 
 def known_causes(
     model: Model | None = None,
-    tasks: Iterable[str] = TASKS,
+    tasks: Iterable[str] | None = None,
     count: int = 100,
     scopes: Sequence[Scope] | Mapping[str, Asker] | None = None,
     *,
+    examples: Iterable[KnownCause] | None = None,
+    share: float = 0.5,
     seed: int = 0,
     bos: bool = False,
 ) -> "pd.DataFrame":
     """Measure how high scopes and baselines rank the tokens that are known to cause the answer.
 
-    Only confirmed examples count. There the model gives the right answer; it gives the answer that is then right when
-    any one of the causes is replaced; and it stays with its answer when any other word is replaced that has an
-    alternative of its kind (`tiny.counterfactuals`). Tokens are ranked by score, the most positive first, unlike
-    `Attribution.top`, which goes by the size; BOS is set aside unless `bos` is set. Let r_1 < … < r_n be the ranks of
-    the n causes:
+    Only confirmed examples count. Of your own examples, and of the English ones of the package (`english.KINDS`), these
+    are the ones where the model prefers the answer to the foil, by a lead of which at least `share` is gone when any
+    one of the causes is replaced (`faithfulness.confirm`). Of the bundled model's tasks (`tiny.counterfactuals.TASKS`)
+    more is known: there the model gives the right answer; it gives the answer that is then right when any one of the
+    causes is replaced; and it stays with its answer when any other word is replaced that has an alternative of its
+    kind.
 
-        precision at k      share of causes among the k first, for k = 1 and k = n
-        average precision   (1/n) Σ_i i/r_i
-        reciprocal rank     1/r_1
+    Tokens are ranked by score, the most positive first, unlike `Attribution.top`, which goes by the size; BOS is set
+    aside unless `bos` is set. Let r_1 < … < r_n be the ranks of the n causes:
+
+        precision at k            share of causes among the k first, for k = 1 and k = n
+        average precision         (1/n) Σ_i i/r_i
+        reciprocal rank           1/r_1
+        evidence less distractor  share of the causes in the sum of |scores|, less that of a distractor of equal length
+
+    The distractor is the example's own, or else all ranked tokens that are not causes; its mean share per token is
+    taken as often as there are causes. This measure depends on the scores themselves: a square (Fisher) and its root
+    come out differently.
 
     A token that is not a cause may be needed all the same, to know that this is a question and of what kind. A scope
     that ranks it first is right about the model, and wrong about what decides between the answers.
 
     Args:
         model: None is the bundled model.
-        tasks: some of `tiny.counterfactuals.TASKS`.
-        count: the number of examples to draw per task, none of which the bundled model was trained on.
-        scopes: the scopes to compare, with names of their own if given as a dict; there a function from the `Example`
-            to a scope will do too. Scopes without a target are about the right answer. None is all scopes and
-            baselines.
+        tasks: which prompts: some of the bundled model's tasks, which only that model knows, or of the kinds of English
+            prompts; None is all tasks for the bundled model, and all kinds for any other.
+        count: how many examples to draw per task, none of which the bundled model was trained on; of a kind of English
+            prompts as many as there are.
+        scopes: the scopes to compare, with names of their own if given as a dict; there a function from the example
+            (its `target` and its `foil`) to a scope will do too. Scopes without a target are about the right answer,
+            of several tokens as a whole, or about its first token where they take one prediction at a time. None is all
+            scopes and baselines.
+        examples: your own examples, in place of tasks.
+        share: the share of the lead that each cause must be good for; not of the bundled model's tasks.
         seed: the seed of the examples.
         bos: whether the BOS token is ranked as well; it is never a cause.
 
     Returns:
-        One row per task, confirmed example, scope and measure: task, examples (how many were drawn), prompt, scope,
-        measure, value. `faithfulness.summary` and `faithfulness.differences` take it from there.
+        One row per task or kind, confirmed example, scope and measure: task, examples (how many were drawn), prompt,
+        scope, measure, value. `faithfulness.summary` and `faithfulness.differences` take it from there. How many were
+        confirmed is the number of prompts; a warning names the kinds of which none was.
 
-    Unit: all measures are shares, from 0 to 1; more is better.
+    Unit: shares from 0 to 1, the last measure from −1 to 1; more is better.
 
-    Cost: per example a forward pass for each of its words, one linearisation, and the scopes. All scopes on 600
-        examples of the bundled model take some twenty minutes of a CPU core.
+    Cost: per example a forward pass for each of its words, or for the prompt and each of its causes; one linearisation,
+        and the scopes. All scopes on 600 examples of the bundled model take some twenty minutes of a CPU core.
 
     Raises:
-        ValueError: for no tasks, an unknown task, or one given twice; for a count below 1; for a task of which no
-            example was confirmed; for a model whose tokens are not those of its tokenizer. Else as `linearize` and the
-            scopes do.
+        ValueError: for no tasks, an unknown task, or one given twice; for tasks together with examples, and for no
+            examples; for a count below 1; for a task of the bundled model of which no example was confirmed, and where
+            none is confirmed at all, with what the model said; for a model whose tokens are not those of its tokenizer.
+            Of your own examples as `faithfulness.confirm` does. Else as `linearize` and the scopes do.
         TypeError: for something that is not a scope, for tasks that are one text, for a seed that is not an integer,
-            and for `bos` that is neither True nor False.
+            for examples that are not `KnownCause`, and for `bos` that is neither True nor False.
 
-    Source: average precision and reciprocal rank, Manning et al. 2008, Introduction to Information Retrieval, ch. 8.
+    Source: average precision and reciprocal rank, Manning et al. 2008, Introduction to Information Retrieval, ch. 8;
+        evidence less distractor, Pramanik et al. 2026, HETA (arXiv:2604.13258), whose texts are a passage that is asked
+        about and one that is not.
 
     Example:
         >>> results = tls.known_causes(model, ["agreement"], 5, [tls.SemanticScope()])
         >>> set(results.measure) == set(MEASURES), results.prompt.nunique()
         (True, 5)
+        >>> from tl_scopes.faithfulness import KnownCause
+        >>> own = KnownCause.marked("The [keys|key] to the old cabinet near the {door}", " are", " is")
+        >>> results = tls.known_causes(model, examples=[own], scopes=[tls.SemanticScope()])
+        >>> results[results.measure == "reciprocal rank"].value.tolist()
+        [1.0]
     """
     import pandas as pd
 
     model = load_tiny() if model is None else model
     models.check_model(model)
     askers = _askers(all_scopes() if scopes is None else scopes)
-    tasks, bos = _checked(tasks), as_flag(bos, "bos")
+    bos = as_flag(bos, "bos")
     rows = []
-    drawn = [(task, i, example) for task in tasks for i, example in enumerate(examples(task, count, seed=seed))]
-    with progress_bar(len(drawn), "examples") as bar:
-        for task, i, example in drawn:
-            if is_confirmed(model, example):
-                lin = linearize(model, example.prompt)
-                for name, values in _of_one(lin, example, askers, bos).items():
-                    rows += [(task, count, i, name, measure, value) for measure, value in values.items()]
-            bar.update()
-    for task in tasks:
-        if all(task != row[0] for row in rows):
-            raise ValueError(
-                f"none of {count} examples of {task!r} was confirmed: the model does not know this task; leave it out."
-            )
+    drawn = _confirmed(model, tasks, count, examples, share, seed)
+    total = sum(len(found) for _, found in drawn.values())
+    with progress_bar(total, "examples") as bar:
+        for task, (number, found) in drawn.items():
+            for i, example in found:
+                for name, values in _of_one(model, example, askers, bos).items():
+                    rows += [(task, number, i, name, measure, value) for measure, value in values.items()]
+                bar.update()
     return pd.DataFrame(rows, columns=["task", "examples", "prompt", "scope", "measure", "value"])
+
+
+Drawn: TypeAlias = dict[str, tuple[int, list[tuple[int, Known]]]]
+"""By task: how many examples were drawn, and those that are confirmed, with their numbers."""
+
+
+def _confirmed(
+    model: Model,
+    tasks: Iterable[str] | None,
+    count: int,
+    own: Iterable[KnownCause] | None,
+    share: float,
+    seed: int,
+) -> Drawn:
+    """The confirmed examples.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    count, seed = models.as_count(count, "count must be at least 1"), models.as_int(seed, "seed must be an integer")
+    if own is not None and tasks is not None:
+        raise ValueError("give tasks, or examples of your own, which are grouped by their kind.")
+    if own is not None:
+        listed = list(own)
+        if not listed:
+            raise ValueError("there are no examples: give one KnownCause at least.")
+        return _by_kind(confirm(model, listed, share=share))
+    if tasks is None:
+        tasks = TASKS if models.model_name(model) == BUNDLED else KINDS
+    tasks = _checked(tasks)
+    drawn = [example for kind in tasks if kind in KINDS for example in _drawn(english(kind), count, seed)]
+    found = _by_kind(confirm(model, drawn, share=share, strict=False)) if drawn else {}
+    for task in tasks:
+        if task in TASKS:
+            tried = enumerate(held_out(task, count, seed=seed))
+            found[task] = count, [(i, example) for i, example in tried if is_confirmed(model, example)]
+            if not found[task][1]:
+                raise ValueError(
+                    f"none of {count} examples of {task!r} was confirmed: the model does not know this task; leave it "
+                    "out."
+                )
+    return {task: found[task] for task in tasks if task in found}
+
+
+def _drawn(examples: list[KnownCause], count: int, seed: int) -> list[KnownCause]:
+    """Some of the examples, in their order."""
+    chosen = random.Random(seed).sample(range(len(examples)), min(count, len(examples)))
+    return [examples[i] for i in sorted(chosen)]
+
+
+def _by_kind(confirmations: Sequence[Confirmation]) -> Drawn:
+    found: Drawn = {}
+    for one in confirmations:
+        number, kept = found.get(one.example.kind, (0, []))
+        found[one.example.kind] = number + 1, [*kept, *([(number, one.example)] if one.is_confirmed else [])]
+    none = {kind: number for kind, (number, kept) in found.items() if not kept}
+    if len(none) == len(found):
+        lines = [f"{one.example!r}: {one.why_not}" for one in confirmations]
+        more = [f"and {len(lines) - 10} more"] if len(lines) > 10 else []
+        raise ValueError(
+            f"none of {len(lines)} examples was confirmed, so that nothing is known of what decides this model's "
+            "answers: give examples that it can do.\n" + "\n".join([*lines[:10], *more])
+        )
+    if none:
+        listed = ", ".join(f"{number} of {kind!r}" for kind, number in none.items())
+        warnings.warn(f"none was confirmed of {listed}, which are left out: the model does not do them.", stacklevel=4)
+    return {kind: drawn for kind, drawn in found.items() if kind not in none}
 
 
 def is_confirmed(model: Model, example: Example) -> bool:
@@ -181,49 +287,58 @@ def is_confirmed(model: Model, example: Example) -> bool:
 def _checked(tasks: Iterable[str]) -> tuple[str, ...]:
     if isinstance(tasks, str):
         raise TypeError(f"tasks are several, got the text {tasks!r}: write [{tasks!r}].")
-    tasks = tuple(tasks)
+    tasks, known = tuple(tasks), f"{', '.join(TASKS)}; in English {', '.join(KINDS)}"
     if not tasks:
-        raise ValueError(f"there are no tasks: choose from {', '.join(TASKS)}.")
+        raise ValueError(f"there are no tasks: choose from {known}.")
     for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"the causes of the task {task!r} cannot be confirmed: choose from {', '.join(TASKS)}.")
+        if task not in (*TASKS, *KINDS):
+            raise ValueError(f"the causes of the task {task!r} cannot be confirmed: choose from {known}.")
         if tasks.count(task) > 1:
             raise ValueError(f"each task is given once, got {task!r} {tasks.count(task)} times.")
     return tasks
 
 
-def _of_one(
-    lin: Linearization, example: Example, askers: Mapping[str, Asker], bos: bool
-) -> dict[str, dict[str, float]]:
+def _of_one(model: Model, example: Known, askers: Mapping[str, Asker], bos: bool) -> dict[str, dict[str, float]]:
+    lin = linearize(model, example.prompt)
     causes = cause_positions(lin, example)
-    target = lin.token(example.target).id
-    free = candidates(lin.model, lin.tokens, bos)
+    free = candidates(model, lin.tokens, bos)
+    distractor = [i for i in free if i not in causes]
+    if isinstance(example, KnownCause) and example.distractor is not None:
+        distractor = positions(lin.str_tokens, example.prompt, [example.distractor])
     found = {}
     for name, asker in askers.items():
-        scope = asker.aimed(lin, target) if isinstance(asker, Scope) else asker(example)
-        order = ranking(scope(lin).scores, free, prompt_generator(lin, "ties"))
-        found[name] = retrieval(order, causes)
+        scores = _scores(lin, example, asker)
+        order = ranking(scores, free, prompt_generator(lin, "ties"))
+        shares = scores.double() / scores[free].double().abs().sum()
+        evidence = len(causes) * float(shares[causes].mean() - (shares[distractor].mean() if distractor else 0))
+        found[name] = retrieval(order, causes) | {"evidence less distractor": evidence}
     return found
 
 
-def cause_positions(lin: Linearization, example: Example) -> list[int]:
+def _scores(lin: Linearization, example: Known, asker: Asker) -> Float[Tensor, "token"]:
+    """What a scope says about the answer, from this linearisation where the answer is one token.
+
+    A scope that takes one prediction at a time is asked about the first token of a longer answer.
+    """
+    scope = asker if isinstance(asker, Scope) else asker(example)
+    said = [models.read_target(lin.model, text) for text in (example.target, example.foil) if text is not None]
+    if all(len(one) == 1 for one in said) or not scope.takes_spans:
+        return (scope.with_target(lin, said[0].ids[0]) if isinstance(asker, Scope) else scope)(lin).scores
+    named = scope.named_targets(lin.model)[0] is not None
+    return attribute(lin.model, lin.tokens, scope, answer=None if named else example.target).scores[: len(lin.tokens)]
+
+
+def cause_positions(lin: Linearization, example: Known) -> list[int]:
     """Where the causes stand among the tokens of a prompt.
 
     Raises:
         ValueError: when the tokenizer splits the prompt in another way than the model does.
     """
-    ids = models.tokenizer_of(lin.model)(example.prompt)["input_ids"]
-    ahead = len(lin.tokens) - len(ids)  # a BOS token that one of the two adds
-    if ahead not in (-1, 0, 1) or lin.tokens.tolist()[max(ahead, 0) :] != ids[max(-ahead, 0) :]:
-        raise ValueError(
-            f"the tokenizer splits {example.prompt!r} otherwise than the model, so that its causes have no place among "
-            "the tokens: take a model that uses its tokenizer as it is."
-        )
-    return [position + ahead for position in example.cause_positions(models.tokenizer_of(lin.model))]
+    return positions(lin.str_tokens, example.prompt, example.causes)
 
 
 def retrieval(order: Int[Tensor, " rank"], causes: Sequence[int]) -> dict[str, float]:
-    """The measures of `known_causes`.
+    """The measures of `known_causes` that depend on the order of the tokens alone.
 
     Args:
         order: the positions, best first.
@@ -234,7 +349,7 @@ def retrieval(order: Int[Tensor, " rank"], causes: Sequence[int]) -> dict[str, f
     n = len(ranks)
     precision: Float[Tensor, " cause"] = torch.arange(1, n + 1) / ranks
     values = (hits[0], hits[:n].mean(), precision.mean(), 1 / ranks[0])
-    return {measure: float(value) for measure, value in zip(MEASURES, values, strict=True)}
+    return {measure: float(value) for measure, value in zip(RANK_MEASURES, values, strict=True)}
 
 
 def _askers(scopes: Sequence[Scope] | Mapping[str, Asker]) -> dict[str, Asker]:

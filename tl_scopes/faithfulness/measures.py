@@ -63,7 +63,7 @@ class Removal:
     def log_prob(self, target: int) -> float:
         """log p(target) at the prompt itself; of an answer of several tokens that of the answer."""
         lin = self.lin
-        return float(lin.log_prob_said(lin.log_probs) if isinstance(lin, Span) else lin.log_probs[target])
+        return float(lin.answer_log_prob(lin.log_probs) if isinstance(lin, Span) else lin.log_probs[target])
 
     def kept(self, removed: Sequence[Int[Tensor, " _"]]) -> Bool[Tensor, "row token"]:
         """The rows for `effects`, one for each set of positions that are replaced."""
@@ -84,6 +84,7 @@ def hard_measures(
     targets: Mapping[str, int],
     perturbation: Perturbation,
     foils: Mapping[str, int | None] | None = None,
+    left_out: Float[Tensor, "token"] | None = None,
 ) -> dict[str, list[Value]]:
     """Deletion, insertion and leave-one-out of several scopes at one prompt; each perturbed prompt is run once.
 
@@ -107,8 +108,10 @@ def hard_measures(
         targets: for each scope the token whose probability is measured.
         perturbation: the fractions and steps at which it is measured.
         foils: for a scope the token that the target is compared with, if there is one.
+        left_out: KL(p ‖ p') with each token alone replaced, where it is known.
 
-    Cost: a forward pass for each candidate, and up to two per scope and point of its curves, in batches.
+    Cost: a forward pass for each candidate where this is not known, and up to two per scope and point of its curves, in
+        batches.
 
     Source: deletion and insertion, Petsiuk et al. 2018 (arXiv:1806.07421); comprehensiveness and sufficiency, DeYoung
         et al. 2020 (ERASER, arXiv:1911.03429), equations 1 and 2, averaged as their AOPC.
@@ -117,14 +120,16 @@ def hard_measures(
     n = len(free)
     counts = [count(fraction, n) for fraction in perturbation.grid]
     removed = [part for order in orders.values() for k in counts for part in (order[:k], order[k:])]
-    kept = removal.kept([*removed, *free[:, None]])
+    on_curves = len(removed)
+    kept = removal.kept([*removed, *(free[:, None] if left_out is None else ())])
     unique, where = torch.unique(kept, dim=0, return_inverse=True)
     against = {name: foil for name, foil in (foils or {}).items() if foil is not None}
     ids = sorted({*targets.values(), *against.values()})
     log_probs, divergences = removal.effects(unique[..., None], ids)
     curves = (len(orders), len(counts), 2)
-    log_probs = log_probs[:, where[:-n]].view(len(ids), *curves)
-    divergences, single = divergences[where[:-n]].view(curves), divergences[where[-n:]]
+    log_probs = log_probs[:, where[:on_curves]].view(len(ids), *curves)
+    single = divergences[where[on_curves:]] if left_out is None else left_out[free].to(divergences)
+    divergences = divergences[where[:on_curves]].view(curves)
 
     values = {}
     chosen = [perturbation.grid.index(fraction) for fraction in perturbation.fractions]

@@ -39,6 +39,9 @@ class Perturbation:
     """The number of random masks per soft measure; 0 leaves the soft measures out."""
     randomise: bool = True
     """Whether scores are compared with those of the model with shuffled weights: one more linearisation."""
+    cascade: tuple[float, ...] = ()
+    """The shares of the blocks whose weights are shuffled, the last ones first, to compare scores with theirs:
+    (0.25, 0.5, 1.0) is the last quarter, the last half and all of them. Each is one more linearisation."""
     seed: int = 0
     """The seed of what the evaluation itself draws: tokens to put in place, masks, the order of equal scores, shuffled
     weights. Every prompt draws for itself, so its place in the list does not matter. Scopes have seeds or generators of
@@ -60,6 +63,11 @@ class Perturbation:
         for fraction in self.fractions:
             if not 0 < fraction <= 1:
                 raise ValueError(f"{rule}, got {fraction!r}.")
+        rule = "cascade is a tuple of shares of the blocks, such as (0.25, 0.5, 1.0)"
+        if isinstance(self.cascade, str) or not isinstance(self.cascade, Sequence):
+            raise TypeError(f"{rule}, got {self.cascade!r}.")
+        shares = tuple(as_number(share, rule, lambda share: 0 < share <= 1) for share in self.cascade)
+        object.__setattr__(self, "cascade", shares)
         for name, least in (("steps", 1), ("samples", 0)):
             value = models.as_int(getattr(self, name), f"{name} must be an integer")
             if value < least:

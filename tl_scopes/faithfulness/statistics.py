@@ -113,6 +113,29 @@ def differences(
     )
 
 
+def aligned(results: "pd.DataFrame") -> "pd.DataFrame":
+    """The results of the prompts whose targets the model predicts: where the target of every scope has the rank 1.
+
+    What moves a prediction that the model does not make is another question, and scores tend to be worse there.
+
+    Args:
+        results: what `evaluate` returned, with all its rows.
+
+    Raises:
+        ValueError: for results that do not tell the rank of the target; where no prompt is left.
+    """
+    ranks = results[results["measure"] == "rank of the target"] if "measure" in results else results[:0]
+    if not len(ranks):
+        raise ValueError(
+            "these results do not tell the rank of the target: take what evaluate returned, with all rows."
+        )
+    worst = ranks.groupby("prompt")["value"].max()
+    kept = results[results["prompt"].isin(worst[worst == 1].index)]
+    if not len(kept):
+        raise ValueError(f"the model predicts the target at none of {len(worst)} prompts: nothing is left to compare.")
+    return kept
+
+
 def _checked(confidence: float, resamples: int, seed: int) -> tuple[int, int]:
     rule = "a confidence is a number between 0 and 1"
     if not 0 < as_number(confidence, rule) < 1:

@@ -1,0 +1,83 @@
+"""Linear rules, and other scopes that might do better, for the table of methods on a real model:
+
+`python -m tests.benchmarks.known_causes_table --model FOLDER --also tests.benchmarks.rules_table:METHODS`
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import tl_scopes as tls
+from tests.benchmarks.known_causes_table import Method
+from tl_scopes import models
+from tl_scopes.jacobian.linearization import Linearization, vjps
+from tl_scopes.scopes.baselines import GradientTimesInput
+from tl_scopes.scopes.scope import TargetScope
+
+REST = ("norms", "activations", "gates")
+RULES: dict[str, Any] = {
+    "linear": "linear",
+    "lookup": "lookup",
+    "no attention rule": REST,
+}
+
+
+@dataclass(frozen=True)
+class Contrast(TargetScope):
+    """g_t · (x_t − x̄) with the mean embedding x̄ of the vocabulary: what a token says more than any token would."""
+
+    def measure(self, lin: Linearization) -> tls.Measurement:
+        gradient = vjps([lin], [lin.cotangent(self.function(lin))[None]])[0][0]
+        return tls.Measurement((gradient * (lin.embeddings - _mean(lin))).sum(-1))
+
+    def unit(self, lin: Linearization) -> str:
+        return self.quantity_unit(lin)
+
+
+@dataclass(frozen=True)
+class AgainstOthers(TargetScope):
+    """g_t · (x_t − x'_t), x' the mean of the prompt's other tokens: what a token says more than these in its place."""
+
+    def measure(self, lin: Linearization) -> tls.Measurement:
+        gradient = vjps([lin], [lin.cotangent(self.function(lin))[None]])[0][0]
+        others = torch.stack([lin.embeddings.roll(shift, 0) for shift in range(1, len(lin.tokens))]).mean(0)
+        return tls.Measurement((gradient * (lin.embeddings - others)).sum(-1))
+
+    def unit(self, lin: Linearization) -> str:
+        return self.quantity_unit(lin)
+
+
+_means: dict[int, torch.Tensor] = {}
+
+
+def _mean(lin: Linearization) -> torch.Tensor:
+    """The mean embedding of the vocabulary, which takes a while: once for each model."""
+    if id(lin.model) not in _means:
+        _means[id(lin.model)] = models.mean_embedding(lin.model, len(lin.tokens))
+    return _means[id(lin.model)]
+
+
+KINDS = {
+    "‖gradient‖": tls.SemanticScope,
+    "gradient · x": GradientTimesInput,
+    "gradient · (x − mean)": Contrast,
+    "gradient · (x − others)": AgainstOthers,
+}
+
+
+def _method(kind: Any, rules: Any) -> Method:
+    def made(example: Any) -> tls.Scope:
+        asked = {} if example is None else {"target": example.target, "versus": example.foil}
+        scope = kind(**asked)
+        return scope if rules is None else tls.UnderRulesScope(scope, rules)
+
+    return made
+
+
+METHODS: dict[str, Method] = {
+    f"{name}, {called}": _method(kind, rules)
+    for called, rules in {"own derivative": None, **RULES}.items()
+    for name, kind in KINDS.items()
+    if not (rules is None and name in ("‖gradient‖", "gradient · x"))  # are in the table already
+}
