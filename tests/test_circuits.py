@@ -17,6 +17,7 @@ from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes.circuits import carried, cut
 from tl_scopes.models import components
+from tl_scopes.progress import progress_bar
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 TARGET, SOURCES = 7, [2, 5]
@@ -232,6 +233,23 @@ def test_one_forward_pass(llama: Any) -> None:
         runs.clear()
         tls.carried_by(saving, SEMANTIC, "position", SOURCES)
         assert runs == [1, 2]
+
+
+@pytest.mark.parametrize(("by", "tokens", "passes"), [("head", 3, 1), ("head", None, 8), ("position", [2, 5], 2)])
+def test_the_cost_is_told(llama: Any, by: Any, tokens: Any, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A progress bar counts the backward passes beside those of the cotangents, and comes to its end."""
+    bars: list[Any] = []
+
+    def told(total: int, what: str, *, unit: str) -> Any:
+        bars.append(progress_bar(total, what, unit=unit))
+        bars[-1].seen = []
+        monkeypatch.setattr(bars[-1], "update", bars[-1].seen.append)
+        return bars[-1]
+
+    monkeypatch.setattr(carried, "progress_bar", told)
+    tls.carried_by(tls.linearize(llama, PROMPT), SEMANTIC, by, tokens)
+    (bar,) = bars
+    assert (bar.total, sum(bar.seen)) == (passes, passes)
 
 
 def test_under_a_kernel_without_a_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformer_lens import patching
 
 import tl_scopes as tls
 from tests import zoo
+from tests.test_attention import MORE
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT
 
@@ -224,6 +226,143 @@ def test_attribution_patching_is_the_slope(site: Any) -> None:
             assert effects.values[layer, place].item() == pytest.approx(slope, rel=1e-3, abs=1e-5)
 
 
+SITES = ["head_out", "resid_pre", "attn_out", "mlp_out"]
+
+
+@pytest.mark.parametrize("site", ["head_out", "resid_pre", "attn_out"])
+def test_of_a_quadratic_metric_the_second_order_is_patching(site: Any) -> None:
+    """Attention that is the same sum for every prompt, and a readout y + y²: the metric is quadratic in every part."""
+    with zoo.Float64():
+        model = zoo.linear_toy().model
+        with model.hooks(fwd_hooks=[("unembed.hook_in", lambda value, hook: value + value * value)]):
+            pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+            truth = pair.activation_patching(site)
+            found = pair.attribution_patching(site, order=2, products=10_000)
+            first = pair.attribution_patching(site)
+    assert (found.method, found.standard_error) == ("second order", None)
+    assert_close(found.values, truth.values.double(), rtol=1e-5, atol=1e-6)  # patching answers in float32
+    assert_close(found.first_order, first.values, rtol=1e-5, atol=1e-6)
+    assert (found.values - first.values).abs().max() > 0.01 * first.values.abs().max()
+
+
+@pytest.mark.parametrize("species", ["bridge llama", "bridge gemma2", "native soft cap"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("wrong", [3, None])
+def test_the_second_order_is_the_curvature(species: str, site: Any, wrong: int | None) -> None:
+    """½ d²/ds² of the metric with one part replaced by s of its change, also where it bends in the logits."""
+    with zoo.Float64():
+        model = zoo.specimen(species).model
+        clean, corrupted = PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]]
+        pair = tls.PromptPair(model, clean, corrupted, answer=7, wrong=wrong)
+        found = pair.attribution_patching(site, order=2, products=10_000)
+        assert found.first_order is not None
+        assert_close(found.first_order, pair.attribution_patching(site).values, rtol=1e-5, atol=1e-7)
+        name = {"head_out": "attn.hook_z"}.get(site, f"hook_{site}")
+        _, cache = model.run_with_cache(torch.tensor([clean]))
+
+        def patched(size: float, layer: int, place: int) -> float:
+            def put(value: Tensor, hook: Any) -> Tensor:
+                value, to = value.clone(), cache[f"blocks.{layer}.{name}"]
+                at = (slice(None), slice(None), place) if site == "head_out" else (slice(None), place)
+                value[at] += size * (to[at] - value[at])
+                return value
+
+            with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.{name}", put)]):
+                return pair.metric(model(torch.tensor([corrupted]))).item()
+
+        h = 1e-3
+        for layer, place in ((0, 2), (1, 1), (1, 3)):
+            if place >= found.values.shape[1]:
+                continue
+            bend = (patched(h, layer, place) - 2 * patched(0, layer, place) + patched(-h, layer, place)) / h**2
+            second = found.values[layer, place] - found.first_order[layer, place]
+            assert second.item() == pytest.approx(bend / 2, rel=2e-3, abs=2e-6)
+
+
+def test_estimates_of_the_second_order_are_unbiased() -> None:
+    """Over seeds the mean meets the exact one, and the standard error is honest."""
+    with zoo.Float64():
+        model = zoo.specimen("bridge llama").model
+        pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+        exact = pair.attribution_patching(order=2, products=8).values
+        off = []
+        for seed in range(60):
+            found = pair.attribution_patching(order=2, products=6, generator=torch.Generator().manual_seed(seed))
+            assert found.standard_error is not None
+            off.append((found.values - exact) / found.standard_error)
+            if seed == 0:
+                again = pair.attribution_patching(order=2, products=6, generator=torch.Generator().manual_seed(seed))
+                assert torch.equal(again.values, found.values)
+        assert pair.attribution_patching(order=2, products=1).standard_error.isinf().all()  # type: ignore[union-attr]
+    z = torch.stack(off)
+    assert z.mean().abs() < 0.2
+    assert 0.7 < z.square().mean().sqrt() < 1.6  # of six draws a standard error is known to a third
+
+
+def test_batches_change_no_second_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    with zoo.Float64():
+        model = zoo.specimen("bridge llama").model
+        pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+        whole = pair.attribution_patching("mlp_out", order=2)
+        with monkeypatch.context() as patch:
+            zoo.batches_of(patch, 1)
+            assert_close(pair.attribution_patching("mlp_out", order=2).values, whole.values, rtol=1e-6, atol=1e-7)
+
+
+def test_reliability(pairs: list[tls.PromptPair]) -> None:
+    """From 0 to 1, as its definition says, and in the data frame."""
+    found = pairs[0].attribution_patching("mlp_out", order=2)
+    assert found.first_order is not None
+    second = (found.values - found.first_order).abs()
+    expected = found.first_order.abs() / (found.first_order.abs() + second)
+    moved = found.first_order.abs() > 0
+    assert_close(found.reliability[moved], expected[moved])
+    assert (found.reliability[~moved & (second == 0)] == 1).all()  # nothing that differs comes before them
+    frame = found.to_dataframe()
+    assert frame["reliability"].between(0, 1).all()
+    assert frame["first_order"].tolist() == found.first_order.flatten().tolist()
+    with pytest.raises(
+        ValueError, match="attribution patching has no orders: ask pair.attribution_patching.'mlp_out', "
+    ):
+        _ = pairs[0].attribution_patching("mlp_out").reliability
+
+
+def test_bad_orders(pairs: list[tls.PromptPair], no_type_checks: None) -> None:
+    with pytest.raises(ValueError, match="the order is 1 or 2, got 3"):
+        pairs[0].attribution_patching(order=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="products is a number of Hessian products, 1 at least, got 0"):
+        pairs[0].attribution_patching(order=2, products=0)
+    with pytest.raises(TypeError, match="generator must be a torch.Generator or None, got 3"):
+        pairs[0].attribution_patching(order=2, generator=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="attribution patching has the order 1 or 2, got 0"):
+        tls.agreement(pairs, order=0)  # type: ignore[arg-type]
+
+
+def test_the_second_order_under_a_kernel_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MORE["opt"]().model.float()
+    monkeypatch.setattr(model.original_model.config, "_attn_implementation", "sdpa")
+    pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+    with pytest.raises(RuntimeError, match='cannot be differentiated twice .*attn_implementation="eager"'):
+        pair.attribution_patching("mlp_out", order=2)
+
+
+def test_positions_before_the_difference_are_not_run(tiny: Any) -> None:
+    """Both runs are the same there; the numbers are those of a sweep over all positions."""
+    pair = tls.PromptPair(tiny, CLEAN, CORRUPTED, answer=" are", wrong=" is")
+    runs: list[int] = []
+    with tiny.hooks(fwd_hooks=[("hook_embed", lambda value, hook: runs.append(1))]):
+        found = tls.PromptPair(tiny, CLEAN, CORRUPTED, answer=" are", wrong=" is")
+        runs.clear()
+        values = found.activation_patching("attn_out").values
+        assert len(runs) == 1 + 6 * 8
+    assert values.shape == (6, 10)
+    assert not values[:, :2].any()
+    clean, corrupted = (tiny.to_tokens(text) for text in (CLEAN, CORRUPTED))
+    _, cache = tiny.run_with_cache(clean)
+    whole = patching.get_act_patch_attn_out(tiny, corrupted, cache, lambda logits: pair.metric(logits))
+    assert_close(values, whole - pair.corrupted_value, rtol=1e-4, atol=1e-4)
+
+
 def test_carried_of_a_pair(pairs: list[tls.PromptPair], tiny: Any) -> None:
     """What the clean prompt's own paths say about the token that differs."""
     paths = tls.carried_by(tls.linearize(tiny, CLEAN), SCOPE, tokens=2)
@@ -277,6 +416,9 @@ def test_agreement(compared: tls.Agreement, pairs: list[tls.PromptPair]) -> None
     assert first["pearson"] == pytest.approx(table["pearson"][:2].mean())
     assert first["pearson_low"] <= first["pearson"] <= first["pearson_high"]
     assert first["least_pearson"] == table["pearson"][:2].min()
+    second = tls.agreement(pairs[:1], sites=("mlp_out",), order=2)
+    assert second.to_dataframe()["method"].tolist() == ["carried", "attribution patching", "second order"]
+    assert len(second.plot().axes) == 3
     assert repr(compared).startswith("Agreement(Pearson with activation patching over 2 pairs: head_out carried 0.89 (")
 
 

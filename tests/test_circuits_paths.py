@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -11,6 +12,8 @@ from torch.testing import assert_close
 
 import tl_scopes as tls
 from tests import zoo
+from tests.pictures import browse, needs_browser
+from tests.test_layout import measure
 from tests.zoo import PROMPT
 from tl_scopes.circuits.paths import Passage
 from tl_scopes.models import components
@@ -192,6 +195,35 @@ def test_the_flow_picture(paths: tls.Paths, tmp_path: Any) -> None:
     assert "http" not in html
     assert paths._repr_html_() in html
     assert "from" in paths.to_html(tmp_path / "heads.html", " keys")
+
+
+def test_the_live_view(paths: tls.Paths, lin: tls.Linearization) -> None:
+    """Depths for layers, source tokens for neurons: the shares of the stream, at each position."""
+    view = paths.show()
+    assert repr(view) == "LiveView(TextNeuronActivations: where the influence of 2 tokens stands before each layer)"
+    shares = torch.tensor(view.props["activations"])
+    assert shares.shape == (10, 7, 2)
+    assert_close(shares.sum(0), torch.ones(7, 2), rtol=0, atol=2e-3)
+    assert view.props["firstDimensionLabels"] == ["L0", "L1", "L2", "L3", "L4", "L5", "end"]
+    assert view.props["secondDimensionLabels"] == ["·keys (2)", "·cabinet (6)"]
+    assert paths._repr_html_() in view._repr_html_()  # where no script runs
+    with pytest.raises(ValueError, match="this answer, by 'layer' in .* does not know where the influence stands"):
+        tls.carried_by(lin, SCOPE, "layer", " keys").show()
+
+
+@needs_browser
+def test_the_live_view_in_a_browser(paths: tls.Paths, tmp_path: Path) -> None:
+    dom = browse(f"<!doctype html><meta charset='utf-8'>{paths.show()._repr_html_()}", tmp_path)
+    assert "before layer" in dom
+    assert "<option" in dom
+    assert "heads that move it" not in dom.split("<script")[0]  # the component stands in the static picture's place
+
+
+@needs_browser
+def test_the_flow_in_a_narrow_page(paths: tls.Paths, tmp_path: Path) -> None:
+    """The heads wrap, so that all of them can be read without scrolling."""
+    cards = measure(paths.flow(), "div", tmp_path, 420)
+    assert max(card["overflow"] for card in cards) == 0
 
 
 def test_pictures_escape(paths: tls.Paths) -> None:

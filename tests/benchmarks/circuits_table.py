@@ -1,10 +1,10 @@
-"""How far `carried_by` and attribution patching agree with activation patching, on pairs of prompts of four kinds.
+"""How far `carried_by` and attribution patching of both orders agree with activation patching, on pairs of four kinds.
 
     python -m tests.benchmarks.circuits_table MODEL [SITE ...] [--pairs N]
 
 MODEL is a name or a folder that `tl_scopes.models.load` takes. Only pairs count to which the model gives the right
 answer at both prompts; of each kind the first N such pairs (6 by default). It prints a table in Markdown, in which
-brackets are 95% bootstrap intervals over pairs, and one line for each kind.
+brackets are 95% bootstrap intervals over pairs, and the last columns the mean Pearson correlation of each kind.
 """
 
 import sys
@@ -16,6 +16,7 @@ import torch
 
 import tl_scopes as tls
 from tl_scopes import models
+from tl_scopes.rank_correlation import spearman
 
 SITES = ("head_out", "attn_out", "mlp_out", "resid_pre")
 
@@ -92,26 +93,43 @@ def pairs(model: Any, kind: str, count: int) -> list[tls.PromptPair]:
 def main(model: Any, sites: list[str], count: int) -> None:
     of_kind = {kind: pairs(model, kind, count) for kind in KINDS}
     print({kind: len(found) for kind, found in of_kind.items()}, flush=True)
+    kinds = [kind for kind, found in of_kind.items() for _ in found]
     every = [pair for found in of_kind.values() for pair in found]
-    whole = tls.agreement(every, sites=sites)  # type: ignore[arg-type]
-    print("\n| site | method | Pearson | least | Spearman | same in the first 10 | same first |\n" + "|---" * 7 + "|")
-    for row in whole.summary().itertuples():
-        print(
-            f"| {row.site} | {row.method} | {row.pearson:.2f} ({row.pearson_low:.2f} to {row.pearson_high:.2f}) | "
-            f"{row.least_pearson:.2f} | {row.spearman:.2f} ({row.spearman_low:.2f} to {row.spearman_high:.2f}) | "
-            f"{row.overlap:.0%} | {row.same_first:.0%} |"
-        )
-    table = whole.to_dataframe()
-    table["kind"] = [kind for _ in range(2 * len(sites)) for kind, found in of_kind.items() for _ in found]
-    print(
-        "\n"
-        + table.groupby(["site", "kind", "method"], sort=False)["pearson"].agg(["mean", "min"]).round(2).to_string()
+    titles = ("site", "method", "Pearson", "least", "Spearman", "same in the first 10", "same first", *KINDS)
+    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|", flush=True)
+    for site in sites:  # one after another, so that what is there is not lost where the time ends
+        whole = tls.agreement(every, sites=[site], order=2)  # type: ignore[list-item]
+        table = whole.to_dataframe()
+        table["kind"] = kinds * (len(table) // len(kinds))
+        of_kinds = table.groupby(["method", "kind"])["pearson"].mean()
+        for row in whole.summary().itertuples():
+            print(
+                f"| {row.site} | {row.method} | {row.pearson:.2f} ({row.pearson_low:.2f} to {row.pearson_high:.2f}) | "
+                f"{row.least_pearson:.2f} | {row.spearman:.2f} ({row.spearman_low:.2f} to {row.spearman_high:.2f}) | "
+                f"{row.overlap:.0%} | {row.same_first:.0%} | "
+                + " | ".join(f"{of_kinds[row.method, kind]:.2f}" for kind in KINDS)
+                + " |",
+                flush=True,
+            )
+        print(f"{site}: {_warning(whole, site)}", flush=True)
+
+
+def _warning(whole: tls.Agreement, site: str) -> str:
+    """Whether the second order tells where the first one is wrong, over the components that matter."""
+    both = zip(whole.effects[site, "second order"], whole.effects[site, "activation patching"], strict=True)
+    wrong, doubted = [], []
+    for found, truth in both:
+        assert found.first_order is not None
+        matter = truth.values.abs() > 0.02 * abs(truth.scale)
+        wrong.append(((found.first_order - truth.values).abs() / truth.values.abs())[matter])
+        doubted.append(1 - found.reliability[matter])
+    a, b = torch.cat(wrong), torch.cat(doubted)
+    far = b > 0.5
+    return (
+        f"of {len(a)} components with 2% of the effect or more the relative error of the first order and 1 − "
+        f"reliability have the rank correlation {spearman(a, b):.2f}; where reliability is below a half ({far.sum()}) "
+        f"the median error is {a[far].median():.0%}, elsewhere {a[~far].median():.0%}"
     )
-    by_head = whole.effects.get(("head_out", "carried"))
-    for kind, place in zip(of_kind, (0, count, 2 * count, 3 * count), strict=True):
-        if by_head and place < len(every):
-            truth = whole.effects["head_out", "activation patching"][place]
-            print(f"{kind}: {every[place]!r}: {by_head[place]!r}, {truth!r}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Where in the network the influence of a token runs: paths, maps, pairs of prompts, agreement with patching."""
+"""Where in the network a token's influence runs: paths, features, maps, pairs of prompts, agreement with patching."""

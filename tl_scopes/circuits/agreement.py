@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.circuits.pairs import Effects, PromptPair, patched
-from tl_scopes.models import PatchingSite, as_count
+from tl_scopes.circuits.effects import Effects
+from tl_scopes.circuits.pairs import PromptPair, patched
+from tl_scopes.models import LinearRules, PatchingSite, Rules, as_count
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.views import agreement as card
@@ -23,9 +24,10 @@ _RESAMPLES, _CONFIDENCE = 2000, 0.95
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Agreement:
-    """What three methods say about the same parts of the network, at the same pairs of prompts.
+    """What several methods say about the same parts of the network, at the same pairs of prompts.
 
-    Sizes are compared: |carried| and |attribution patching| with |activation patching|, over all components of a site.
+    Sizes are compared: |carried|, |attribution patching| and, where it was asked for, |second order| with |activation
+    patching|, over all components of a site.
 
     Attributes:
         effects: for each site and method the effects at each pair, `effects["head_out", "carried"][3]` say.
@@ -54,7 +56,7 @@ class Agreement:
 
         rows = []
         for site in self.sites:
-            for method in ("carried", "attribution patching"):
+            for method in [m for s, m in self.effects if s == site and m != _TRUTH]:
                 both = zip(self.effects[site, method], self.effects[site, "activation patching"], strict=True)
                 for pair, (one, truth) in zip(self.pairs, both, strict=True):
                     a, b = one.values.flatten().abs(), truth.values.flatten().abs()
@@ -92,10 +94,11 @@ class Agreement:
         chosen = self.sites[0] if site is None else site
         if chosen not in self.sites:
             raise ValueError(f"the sites compared are {', '.join(self.sites)}, got {site!r}.")
-        return card.plot({method: self.effects[chosen, method] for method in _METHODS}, chosen)
+        effects = {method: some for (site, method), some in self.effects.items() if site == chosen}
+        return card.plot(effects, chosen)
 
 
-_METHODS = ("activation patching", "carried", "attribution patching")
+_TRUTH = "activation patching"
 
 
 def agreement(
@@ -104,6 +107,8 @@ def agreement(
     sites: Sequence[PatchingSite] = ("head_out",),
     *,
     top: int = 10,
+    order: Literal[1, 2] = 1,
+    rules: Rules = None,
 ) -> Agreement:
     """Compare `carried_by` and attribution patching with activation patching, at the same components and pairs.
 
@@ -114,17 +119,21 @@ def agreement(
         scope: the question that is asked of the clean prompt; None is each pair's own.
         sites: "resid_pre", "attn_out" and "mlp_out" by position, "head_out" for whole heads.
         top: how many components the overlap is of.
+        order: 2 compares attribution patching of the second order too.
+        rules: with them `carried_by` and attribution patching under these rules are compared too, as in `linearize`.
 
     Cost: for each pair and site one forward pass for every component, by `transformer_lens.patching` (pairs of one
         length together on TransformerLens 4), and some four for each of the other methods.
 
     Raises:
-        ValueError: for no pairs, for another site, and as `carried_by` does.
+        ValueError: for no pairs, for another site or order, and as `carried_by` does.
         TypeError: for something that is not a PromptPair.
 
     Source: the comparison is that of Syed et al. 2023 (arXiv:2310.10348) and of RelP (arXiv:2508.21258).
     """
     count = as_count(top, "top is a number of components, 1 at least")
+    if order not in (1, 2):
+        raise ValueError(f"attribution patching has the order 1 or 2, got {order!r}.")
     if not pairs:
         raise ValueError("there are no pairs to compare at: give one PromptPair at least.")
     for pair in pairs:
@@ -137,6 +146,13 @@ def agreement(
         effects[site, "activation patching"] = tuple(patched(pairs, site))
         effects[site, "carried"] = tuple(pair.carried(site, scope) for pair in pairs)
         effects[site, "attribution patching"] = tuple(pair.attribution_patching(site) for pair in pairs)
+        if order == 2:
+            effects[site, "second order"] = tuple(pair.attribution_patching(site, order=2) for pair in pairs)
+        if rules is not None:
+            under = f"{LinearRules.read(rules)} rules"
+            ruled = tuple(pair.attribution_patching(site, rules=rules) for pair in pairs)
+            effects[site, f"carried, {under}"] = tuple(pair.carried(site, scope, rules=rules) for pair in pairs)
+            effects[site, f"attribution patching, {under}"] = ruled
     return Agreement(effects, tuple(map(repr, pairs)), tuple(sites), count)
 
 

@@ -66,41 +66,43 @@ def pieces(of: Traced, by: By, gradients: Sequence[Tensor]) -> list[Piece]:
     for z in of.of("z"):
         layer = z.component.layer
         found.append(Piece(z, z.as_heads(known[z])))
-        found += _of_each_head(of, z, known[z], [s for s in of.of("q", "k", "v") if s.component.layer == layer])
+        found += _of_each_head(of, z, known, [s for s in of.of("q", "k", "v") if s.component.layer == layer])
     return found
 
 
-def _of_each_head(of: Traced, z: Site, gradient: Tensor, sites: Sequence[Site]) -> list[Piece]:
+def _of_each_head(of: Traced, z: Site, known: dict[Site, Tensor], sites: Sequence[Site]) -> list[Piece]:
     """The queries, keys and values of one layer, with gradients through each query head by itself.
 
-    Where several heads share a key, ∂(cᵀy)/∂k is a sum over them. One backward pass within the layer's attention for
-    every head of a group tells them apart.
+    Each query head has queries of its own. Where several heads share a key, ∂(cᵀy)/∂k is a sum over them: a backward
+    pass within the layer's attention for every head of a group but the last tells them apart.
 
     Raises:
         ValueError: for a layer without hooks on its queries, keys or values.
     """
-    through = z.as_heads(gradient)
+    through = z.as_heads(known[z])
     heads = through.shape[-2]
     if len(sites) < 3:
         raise models.absent(of.lin.model, "q", [z.component.layer])
-    whole = [through.new_zeros(through.shape[0], heads, site.as_heads(site.value).shape[-1]) for site in sites]
-    shared = max(heads // site.as_heads(site.value).shape[-2] for site in sites)
-    for turn in range(shared if z.value.requires_grad else 0):
-        ours = torch.arange(turn, heads, shared, device=through.device)
+    found = []
+    shared = {site: heads // site.as_heads(site.value).shape[-2] for site in sites}
+    parted = [site for site in sites if shared[site] > 1 and site.value.requires_grad and z.value.requires_grad]
+    alone: dict[Site, list[Tensor]] = {site: [] for site in parted}
+    for turn in range(max(shared.values()) - 1 if parted else 0):
         masked = torch.zeros_like(through)
+        ours = slice(turn, None, max(shared.values()))
         masked[:, ours] = through[:, ours]
-        live = [site for site in sites if site.value.requires_grad]
         with models.undisturbed(of.trace):
-            found = torch.autograd.grad(
-                z.value, [site.value for site in live], z.as_hooked(masked), retain_graph=True, allow_unused=True
-            )
-        for site, one in zip(live, found, strict=True):
-            if one is None:  # the pattern is held constant
-                continue
-            seen = site.as_heads(one)
-            groups = seen.shape[-2]
-            whole[sites.index(site)][:, ours] = seen[:, ours * groups // heads]
-    return [Piece(site, one) for site, one in zip(sites, whole, strict=True)]
+            values = [site.value for site in parted]
+            seen = torch.autograd.grad(z.value, values, z.as_hooked(masked), retain_graph=True, allow_unused=True)
+        for site, one in zip(parted, seen, strict=True):
+            alone[site].append(torch.zeros_like(site.value) if one is None else one)  # None where the pattern is held
+    for site in sites:
+        whole = site.as_heads(known[site])
+        if site in alone:
+            some = [site.as_heads(one) for one in alone[site]]
+            whole = torch.stack([*some, whole - sum(some)], dim=-2).flatten(-3, -2)  # [token (group head) d_head]
+        found.append(Piece(site, whole))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +122,20 @@ def steepest(pulled: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_m
     return exact / norms.where(norms > 0, torch.ones_like(norms))
 
 
-def forward(of: Traced, by: By, cotangent: Float[Tensor, " d_of"], sources: Sequence[int]) -> Carried:
+Mode: TypeAlias = Callable[
+    [Traced, By, Float[Tensor, " d_of"], Sequence[int], Callable[[int], object]],
+    Carried,
+]
+"""`forward` or `backward`. The last argument is told how many of its products are done."""
+
+
+def forward(
+    of: Traced,
+    by: By,
+    cotangent: Float[Tensor, " d_of"],
+    sources: Sequence[int],
+    done: Callable[[int], object],
+) -> Carried:
     """One product with the Jacobian of all components for every source token.
 
     Cost: a backward pass and another one for each source token; where blocks are checkpointed, a backward pass and
@@ -130,12 +145,14 @@ def forward(of: Traced, by: By, cotangent: Float[Tensor, " d_of"], sources: Sequ
         NoSecondDerivativeError: under an attention kernel that has no double backward.
     """
     try:
-        return _forward(of, by, cotangent, sources, dual=of.trace.checkpointed)
+        return _forward(of, by, cotangent, sources, done, dual=of.trace.checkpointed)
     except NotImplementedError:  # an operation without a forward-mode derivative (Bloom's activation)
-        return _forward(of, by, cotangent, sources, dual=False)
+        return _forward(of, by, cotangent, sources, done, dual=False)
 
 
-def _forward(of: Traced, by: By, cotangent: Tensor, sources: Sequence[int], *, dual: bool) -> Carried:
+def _forward(
+    of: Traced, by: By, cotangent: Tensor, sources: Sequence[int], done: Callable[[int], object], *, dual: bool
+) -> Carried:
     push: Callable[[Tensor], list[Tensor]]
     if dual:
         pulled, gradients = of.gradients(cotangent)
@@ -156,6 +173,7 @@ def _forward(of: Traced, by: By, cotangent: Tensor, sources: Sequence[int], *, d
         for piece, into in parts:
             found = piece.parts(arrived[place[piece.site]])
             into[..., some] = (found.sum(1, keepdim=True) if by == "neuron" else found).permute(2, 1, 0)
+        done(len(some))
     return Carried(pulled, parts)
 
 
@@ -175,13 +193,19 @@ def _by_dual_numbers(of: Traced) -> Callable[[Tensor], list[Tensor]]:
         met = {site.component.hook: meet(into) for site, into in zip(of.sites, arrived, strict=True)}
         tokens = lin.tokens.expand(len(steps), -1)
         values = lin.embeddings.expand(len(steps), -1, -1) if of.trace.moved else None
-        models.push(lin.model, tokens, steps, met, wrt=lin.wrt, of=lin.of, values=values)
+        models.push(lin.model, tokens, steps, met, wrt=lin.wrt, of=lin.of, values=values, rules=lin.trace.rules)
         return arrived
 
     return push
 
 
-def backward(of: Traced, by: By, cotangent: Float[Tensor, " d_of"], sources: Sequence[int]) -> Carried:
+def backward(
+    of: Traced,
+    by: By,
+    cotangent: Float[Tensor, " d_of"],
+    sources: Sequence[int],
+    done: Callable[[int], object],
+) -> Carried:
     """One backward pass for every component, from there to all tokens at once.
 
     Cost: a backward pass, and about half of one for every component.
@@ -199,6 +223,7 @@ def backward(of: Traced, by: By, cotangent: Float[Tensor, " d_of"], sources: Seq
             with models.undisturbed(of.trace):
                 back = pullback.products(piece.site.value, of.leaf, torch.stack(some), together=size > 1)[:, 0]
             found.append((models.precise(back[:, list(sources)]) * directions).sum(-1))
+            done(len(some))
         count = piece.gradient.shape[0 if by == "position" else 1]
         rows = torch.cat(found) if found else directions.new_zeros(count, len(sources))
         parts.append((piece, rows[None] if by == "position" else rows[:, None]))

@@ -12,9 +12,10 @@ from tl_scopes import models
 from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.traced import linearize_with
 from tl_scopes.jacobian import pullback
-from tl_scopes.models import Model, Part, Prompt, Target
+from tl_scopes.models import Model, Part, Prompt, Rules, Target
 from tl_scopes.scopes.scope import Scope, as_written, require_scope, targets_of
 from tl_scopes.views import component_map as card
+from tl_scopes.views.markup import saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,10 +112,7 @@ class ComponentMap:
 
     def to_html(self, path: str | Path | None = None) -> str:
         """A static page of the heat map. It has no script and needs no network; `path` is where to write it."""
-        html = card.page(self)
-        if path is not None:
-            Path(path).write_text(html, encoding="utf-8")
-        return html
+        return saved(card.page(self), path)
 
     def _repr_html_(self) -> str:
         return card.fragment(self)
@@ -139,6 +137,7 @@ def layer_map(
     at: Literal["resid_pre", "attn_out", "mlp_out"] = "resid_pre",
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
+    rules: Rules = None,
 ) -> ComponentMap:
     """How fast the prediction answers to the stream, the attention or the MLP of every layer, at every position:
 
@@ -154,6 +153,7 @@ def layer_map(
         at: what is perturbed.
         of: the hook where the value is read, as in `linearize`.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+        rules: what differentiates the model, as in `linearize`.
 
     Unit: that of the scope, with the norm at the component in the place of the embedding's.
     Cost: one forward pass and one backward pass for each cotangent, whatever the number of layers.
@@ -170,7 +170,7 @@ blocks.N.hook_resid_pre)
     """
     if at not in ("resid_pre", "attn_out", "mlp_out"):
         raise ValueError(f'at is "resid_pre", "attn_out" or "mlp_out", got {at!r}; for heads there is head_map.')
-    return _map(model, prompt, scope, position, at, of, prepend_bos)
+    return _map(model, prompt, scope, position, at, of, prepend_bos, rules)
 
 
 def head_map(
@@ -181,6 +181,7 @@ def head_map(
     *,
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
+    rules: Rules = None,
 ) -> ComponentMap:
     """How fast the prediction answers to what every attention head gives out, at every position: `layer_map` for heads.
 
@@ -196,7 +197,7 @@ def head_map(
         >>> found.axis_names, found.summed.shape
         (('layer', 'head', 'position'), torch.Size([6, 4]))
     """
-    return _map(model, prompt, scope, position, "z", of, prepend_bos)
+    return _map(model, prompt, scope, position, "z", of, prepend_bos, rules)
 
 
 def _map(
@@ -207,9 +208,10 @@ def _map(
     at: Part,
     of: str,
     prepend_bos: bool | None,
+    rules: Rules,
 ) -> ComponentMap:
     require_scope(scope)
-    traced = linearize_with(model, prompt, position, [at], of=of, prepend_bos=prepend_bos)
+    traced = linearize_with(model, prompt, position, [at], of=of, prepend_bos=prepend_bos, rules=rules)
     lin = traced.lin
     question = question_of(scope, lin, "a map")
     units, scales = pullback.near_one(question.cotangents)

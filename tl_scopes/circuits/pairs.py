@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, get_args
+from typing import Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -12,64 +12,17 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.api import linearize
 from tl_scopes.circuits.carried import carried_by
+from tl_scopes.circuits.effects import Effects
 from tl_scopes.circuits.paths import Paths
-from tl_scopes.circuits.traced import Traced, traced
+from tl_scopes.circuits.second_order import curvature
+from tl_scopes.circuits.traced import Traced, linearize_with
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.models import Model, Part, PatchingSite, Prompt, Target
+from tl_scopes.jacobian.randomness import source
+from tl_scopes.models import Model, Part, PatchingSite, Prompt, Rules, Target
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 _PARTS: dict[str, Part] = {"resid_pre": "resid_pre", "attn_out": "attn_out", "mlp_out": "mlp_out", "head_out": "z"}
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Effects:
-    """What becomes of the answer when parts of the corrupted run are replaced by those of the clean one.
-
-    Attributes:
-        values: [layer, head] for "head_out", else [layer, position]: the change of the metric that each replacement
-            makes, or is said to make. On the CPU.
-        site: what was replaced.
-        method: "activation patching", "attribution patching" or "carried".
-        layers: the layers of the first axis.
-        str_tokens: the text of the corrupted prompt's tokens.
-        scale: the metric at the clean prompt less that at the corrupted one.
-    """
-
-    values: Float[Tensor, "layer component"]
-    site: str
-    method: str
-    layers: tuple[int, ...]
-    str_tokens: tuple[str, ...]
-    scale: float
-
-    def __repr__(self) -> str:
-        best = int(self.values.abs().argmax())
-        size = " x ".join(map(str, self.values.shape))
-        share = self.values.flatten()[best].item() / self.scale
-        return f"Effects({self.method} of {self.site}: {size}; the largest is {self.names[best]}, {share:.0%})"
-
-    @property
-    def normalized(self) -> Float[Tensor, "layer component"]:
-        """The effects with 0 for the corrupted run and 1 for the clean one."""
-        return self.values / self.scale
-
-    @property
-    def names(self) -> list[str]:
-        """What each component is called, layer by layer: "L9H9", or "L9 at ' door'"."""
-        if self.site == "head_out":
-            return [f"L{layer}H{head}" for layer in self.layers for head in range(self.values.shape[1])]
-        return [f"L{layer} at {text!r}" for layer in self.layers for text in self.str_tokens]
-
-    def to_dataframe(self) -> "pd.DataFrame":
-        """One row for each component: its name, its effect, and the effect as a part of the whole."""
-        import pandas as pd
-
-        columns = {"effect": self.values.flatten().tolist(), "normalized": self.normalized.flatten().tolist()}
-        return pd.DataFrame({"name": self.names} | columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,26 +150,69 @@ class PromptPair:
 
     # -- what parts of the network do ---------------------------------------------------------------------------------
 
-    def attribution_patching(self, site: PatchingSite = "head_out") -> Effects:
-        """The first-order effect of replacing each part of the corrupted run by that of the clean one:
+    def attribution_patching(
+        self,
+        site: PatchingSite = "head_out",
+        order: Literal[1, 2] = 1,
+        *,
+        products: int | SupportsIndex = 8,
+        generator: torch.Generator | None = None,
+        rules: Rules = None,
+    ) -> Effects:
+        """What the derivatives at the corrupted run say about replacing each part of it by that of the clean run:
 
-            (k_clean − k_corrupted) · ∂metric/∂k at the corrupted run.
+            Δ_kᵀ G_k (+ ½ Δ_kᵀ H_kk Δ_k),   Δ_k = k_clean − k_corrupted,   G_k = ∂m/∂k,   H_kk = ∂²m/∂k²
 
-        Cost: four forward passes and a backward pass, for all components.
+        with the metric m; the term in brackets is of the second order. A Hessian product for every component would cost
+        as much as activation patching. One with Σ_k ε_k Δ_k and random signs ε is for all components together, and
+        ε_k Δ_kᵀ H ε Δ is unbiased for the term of each.
+
+        Args:
+            site: what kind of part.
+            order: 1, or 2 for the second order too, with `first_order`, `reliability` and `standard_error`.
+            products: how many Hessian products are averaged. From as many on as there are components they are exact,
+                and `standard_error` is None.
+            generator: the source of the signs, on the model's device; by default one that is seeded by the prompts.
+            rules: what differentiates the model, as in `linearize`; with "linear" this is RelP.
+
+        Cost: two forward passes and a backward pass, for all components. The second order takes a backward pass that
+            can be differentiated, and half to one forward pass for each Hessian product, with the memory of two graphs.
 
         Raises:
-            ValueError: for another site, and a model without such components.
+            ValueError: for another site or order, a number of products below 1, a model without such components, and
+                the second order under rules, which make what curves the network constant.
+            TypeError: for a number of products that is not an integer, and something else than a generator.
+            NoSecondDerivativeError: for the second order under an attention kernel without a second derivative.
 
-        Source: Nanda 2023, Attribution Patching; Kramár et al. 2024 (arXiv:2403.00745).
+        Source: Nanda 2023, Attribution Patching; Kramár et al. 2024 (arXiv:2403.00745). The second order: Zhang and
+            Wang 2026 (arXiv:2606.09899). RelP: Rezaei Jafari et al. 2025 (arXiv:2508.21258).
+        Departure: that paper has one Hessian product for each component that is looked at; random signs, as in the
+            estimate of a diagonal by Bekas et al. 2007, are for all of them, and `reliability` is ours.
         """
         part = self._part(site)
-        clean, corrupted = (traced(lin, part) for lin in self.linearized())
+        if order not in (1, 2):
+            raise ValueError(f"the order is 1 or 2, got {order!r}: from the third on, activation_patching is cheaper.")
+        count = models.as_count(products, "products is a number of Hessian products, 1 at least")
+        if order == 2 and rules is not None:
+            raise ValueError(f"under rules={rules!r} what curves the network is constant: take order=1, or no rules.")
+        clean, corrupted = (linearize_with(self.model, run.tokens, -1, [part], rules=rules) for run in self._runs)
+        both = list(zip(clean.sites, corrupted.sites, strict=True))
+        changes = torch.stack(
+            [
+                models.precise(b.as_heads(a.value.detach())) - models.precise(b.as_heads(b.value.detach()))
+                for a, b in both
+            ]
+        )  # [layer position head d_head]
+        by_head = site == "head_out"
+        if order == 2:
+            random = source(corrupted.lin, generator, "attribution_patching")
+            found = curvature(corrupted, self._of_logits, changes, by_head, count, random)
+            error = None if found.error is None else found.error / 2
+            return self._effects(found.slope + found.bend / 2, site, "second order", corrupted, found.slope, error)
         _, gradients = corrupted.gradients(self.scope.cotangents(corrupted.lin)[0])
-        effects = []
-        for site_clean, site_corrupted, gradient in zip(clean.sites, corrupted.sites, gradients, strict=True):
-            moved = models.precise(site_clean.value.detach() - site_corrupted.value.detach()) * models.precise(gradient)
-            effects.append(site_corrupted.as_heads(moved).sum(-1))  # [position head]
-        return self._effects(torch.stack(effects), site, "attribution patching", corrupted)
+        slopes = torch.stack([one.as_heads(g) for one, g in zip(corrupted.sites, gradients, strict=True)])
+        moved = (models.precise(slopes) * changes).sum((1, 3) if by_head else (2, 3))
+        return self._effects(moved, site, "attribution patching", corrupted)
 
     def activation_patching(self, site: PatchingSite = "head_out") -> Effects:
         """What becomes of the metric when each part of the corrupted run is replaced by that of the clean one.
@@ -228,28 +224,43 @@ class PromptPair:
         """
         return patched([self], site)[0]
 
-    def carried(self, site: PatchingSite = "head_out", scope: Scope | None = None) -> Effects:
+    def carried(self, site: PatchingSite = "head_out", scope: Scope | None = None, *, rules: Rules = None) -> Effects:
         """How much each part carries of what the tokens that differ do to the clean prompt; no corrupted run is needed.
 
         Args:
             site: what kind of part.
             scope: the question; None is the pair's own.
+            rules: what differentiates the model, as in `linearize`.
 
-        Cost: that of `carried_by`, for the tokens that differ.
+        Cost: one forward pass, and that of `carried_by` for the tokens that differ.
 
         Raises: as `carried_by` does; ValueError for another site.
         """
         part, asked = self._part(site), self.scope if scope is None else scope
         by = {"z": "head", "resid_pre": "position"}.get(part, "layer")
-        paths = carried_by(self.linearized()[0], asked, by, list(self.differing))  # type: ignore[arg-type]
+        lin = linearize(self.model, self._runs[0].tokens, rules=rules)
+        paths = carried_by(lin, asked, by, list(self.differing))  # type: ignore[arg-type]
         return Effects(_along(paths, part), site, "carried", _layers(paths), self._runs[0].str_tokens, self._scale)
 
     # -- private ------------------------------------------------------------------------------------------------------
 
-    def _effects(self, values: Tensor, site: str, method: str, of: Traced) -> Effects:
-        values = values.sum(1) if site == "head_out" else values[..., 0]
+    def _effects(
+        self,
+        values: Float[Tensor, "layer component"],
+        site: str,
+        method: str,
+        of: Traced,
+        first_order: Tensor | None = None,
+        error: Tensor | None = None,
+    ) -> Effects:
         layers = tuple(one.component.layer for one in of.sites)
-        return Effects(values.float().cpu(), site, method, layers, self._runs[1].str_tokens, self._scale)
+        dtype = torch.float64 if of.lin.readout.dtype == torch.float64 else torch.float32
+        first, second = (None if one is None else one.to("cpu", dtype) for one in (first_order, error))
+        texts = self._runs[1].str_tokens
+        return Effects(values.to("cpu", dtype), site, method, layers, texts, self._scale, first, second)
+
+    def _of_logits(self, logits: Float[Tensor, " vocab"]) -> Tensor:
+        return self.metric(logits[None, None])
 
     @property
     def _scale(self) -> float:
@@ -281,7 +292,7 @@ def _layers(paths: Paths) -> tuple[int, ...]:
 def patched(pairs: Sequence[PromptPair], site: PatchingSite) -> list[Effects]:
     """The activation patching of several pairs, those of one length together.
 
-    Cost: one forward pass of each pair for every component.
+    Cost: one forward pass of each pair for every component, but for positions before the first token that differs.
     """
     found: dict[int, Effects] = {}
     lengths: dict[int, list[int]] = {}
@@ -291,7 +302,10 @@ def patched(pairs: Sequence[PromptPair], site: PatchingSite) -> list[Effects]:
     for of_one_length in lengths.values():
         some = [pairs[i] for i in of_one_length]
         clean, corrupted = (torch.stack([pair._runs[which].tokens for pair in some]) for which in (0, 1))
-        values = models.activation_patching(some[0].model, clean, corrupted, [pair.metric for pair in some], site)
+        unpatched = [pair.corrupted_value for pair in some]
+        values = models.activation_patching(
+            some[0].model, clean, corrupted, [pair.metric for pair in some], unpatched, site
+        )
         for i, pair, one in zip(of_one_length, some, values, strict=True):
             layers = tuple(range(len(one)))
             effect = one - pair.corrupted_value

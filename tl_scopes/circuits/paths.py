@@ -13,8 +13,10 @@ from tl_scopes.circuits import paths_record
 from tl_scopes.circuits.source_tokens import as_positions
 from tl_scopes.models import Target, Token, as_count, as_int
 from tl_scopes.results.attribution import Attribution, Prediction
-from tl_scopes.results.json_record import target_of
+from tl_scopes.results.json_text import target_of
 from tl_scopes.views import paths as card
+from tl_scopes.views.live import LiveView
+from tl_scopes.views.markup import saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -326,7 +328,7 @@ class Paths:
             path: where to write it.
             token: the source token; None is the one with the largest score.
         """
-        return _written(card.page(self, self.column(token)), path)
+        return saved(card.page(self, self.column(token)), path)
 
     def flow(self, path: str | Path | None = None, token: str | SupportsIndex | None = None) -> str:
         """The flow picture of one source token, as a static page: at which position its influence stands before each
@@ -339,19 +341,28 @@ class Paths:
         Raises:
             ValueError: for an answer without `stream`: one by something else than heads, or by backward mode.
         """
+        self._require_stream()
+        return saved(card.flow_page(self, self.column(token)), path)
+
+    def show(self) -> LiveView:
+        """circuitsvis' view of activations, for a live notebook: choose a depth and a source token, and each token of
+        the prompt is coloured by the share of the score that stands at its position there.
+
+        Its script comes from the installed package. Where no script runs the flow picture stays in its place.
+
+        Raises:
+            ValueError: for an answer without `stream`, as `flow` does, and for more than 160,000 numbers.
+        """
+        self._require_stream()
+        return card.live_flow(self)
+
+    def _require_stream(self) -> None:
         if self.stream is None:
             raise ValueError(
                 f"this answer, by {self.by!r} in {self.mode} mode, does not know where the influence stands: ask "
                 'carried_by(lin, scope, "head", tokens=...) with fewer source tokens.'
             )
-        return _written(card.flow_page(self, self.column(token)), path)
 
     def _repr_html_(self) -> str:
         draw = card.fragment if self.stream is None else card.flow
         return draw(self, self.column())
-
-
-def _written(html: str, path: str | Path | None) -> str:
-    if path is not None:
-        Path(path).write_text(html, encoding="utf-8")
-    return html

@@ -56,10 +56,8 @@ def question_of(scope: Scope, lin: Linearization, asking: str) -> Question:
         TypeError: for a scope whose scores are something else than norms.
     """
     if isinstance(scope, FisherScope):
-        if scope.rtol is not None:
-            raise TypeError(f"{as_written(scope)} chooses its probes as it goes: give their number, FisherScope(32).")
-        scope._check(lin)
-        return _of_fisher(scope, lin)
+        directions, draws = scope.all_cotangents(lin)
+        return Question(torch.cat([directions, draws]), len(directions), squared=True)
     own = ["measure"]
     if isinstance(scope, JacobianScope):
         methods = ("measure", "measure_many", "combine")
@@ -70,15 +68,5 @@ def question_of(scope: Scope, lin: Linearization, asking: str) -> Question:
             f"its own `{own[0]}`): take SemanticScope, DirectionScope, TemperatureScope, MetricScope, FisherScope, or "
             "a JacobianScope of your own."
         )
-    cotangents = scope._checked_cotangents(lin)
+    cotangents = scope.joint_cotangents(lin)
     return Question(cotangents, len(cotangents), squared=False)
-
-
-def _of_fisher(scope: FisherScope, lin: Linearization) -> Question:
-    """All of F, its leading directions, or the directions and draws by which the scope estimates."""
-    root = scope._root(lin)
-    if root is not None:
-        rows = root if scope.rank is None else root[: scope.rank]
-        return Question(rows, len(rows), squared=True)
-    L, v = scope.sketched(lin)
-    return Question(torch.cat([L, v]), len(L), squared=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization, linearize_places
-from tl_scopes.models import Component, Model, Part, Prompt, Trace
+from tl_scopes.models import Component, Model, Part, Prompt, Rules, Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +111,7 @@ def traced(lin: Linearization, *parts: Part) -> Traced:
         places=[(0, lin.trace.places[row][1]) for row in lin.ends.rows],
         values={lin.wrt: lin.embeddings[None]} if lin.trace.moved else None,
         checkpoint=lin.trace.checkpointed,
+        rules=lin.trace.rules,
         keep=list(wanted),
     )
     return _traced(lin, trace, wanted, parts)
@@ -125,6 +126,7 @@ def linearize_with(
     wrt: str = models.EMBEDDING,
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
+    rules: Rules = None,
 ) -> Traced:
     """`linearize` with the components of these kinds kept, from the same forward pass.
 
@@ -137,7 +139,8 @@ def linearize_with(
     tokens = tokens[: models.as_position(position, len(tokens)) + 1]
     texts = tuple(models.token_text(model, id) for id in tokens.tolist())
     wanted = _wanted(model, parts)
-    (lin,) = linearize_places(model, tokens[None], [texts], wrt, of, notes=[notes], keep=list(wanted))
+    ruled = models.LinearRules.read(rules)
+    (lin,) = linearize_places(model, tokens[None], [texts], wrt, of, rules=ruled, notes=[notes], keep=list(wanted))
     lin.require_finite()
     return _traced(lin, lin.trace, wanted, parts)
 
