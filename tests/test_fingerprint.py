@@ -22,7 +22,7 @@ from tests.own_scopes import ALIKE, ALL_DIFFERENT, Holding, Named, Plain, helper
 from tests.zoo import PROMPT
 from tl_scopes.faithfulness import Perturbation
 from tl_scopes.faithfulness.evaluation import evaluate
-from tl_scopes.faithfulness.fingerprint import contents, identity, names, without_addresses
+from tl_scopes.scopes.fingerprint import contents, identity, names, without_addresses
 
 ZERO = Perturbation(("zero",), (0.5,), steps=1, samples=0, randomise=False)
 
@@ -59,7 +59,7 @@ def test_contents_are_the_same_in_every_process() -> None:
     code = """
 import json, tl_scopes
 from tests.own_scopes import ALL_DIFFERENT
-from tl_scopes.faithfulness.fingerprint import contents
+from tl_scopes.scopes.fingerprint import contents
 print(json.dumps([contents(make()) for make in ALL_DIFFERENT]))
 """
     found = json.loads(in_another_process(code))

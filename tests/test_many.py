@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
-from tl_scopes.jacobian.linearization import linearize_places
+from tl_scopes.jacobian.linearization import cotangents_of, linearize_places
 from tl_scopes.tiny.tasks import examples
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -147,6 +147,35 @@ def test_hooks_on_logits_that_are_gone_are_missed() -> None:
         points = lin.at_each(torch.stack([lin.embeddings, lin.embeddings]))
     with pytest.raises(ValueError, match="one prediction cannot be told from the others of the same forward pass"):
         tls.SemanticScope(3)(points[1])
+
+
+def test_cotangents_go_through_the_unembedding_together(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one by one, also of spans; one by one where two read the same row, or a hook might mix the rows."""
+    span = tls.linearize(specimen.model, PROMPT, answer=[5, 7, 9])
+    assert isinstance(span, tls.Span)
+    parts, scope = [span.part(2, 3), span.part(0, 2)], tls.SemanticScope()
+    functions = [scope.function(part) for part in parts]
+    expected = [part.cotangent(function) for part, function in zip(parts, functions, strict=True)]
+    for found, one in zip(cotangents_of(parts, functions), expected, strict=True):
+        assert_close(found, one, rtol=1e-10, atol=1e-12)
+    alone, cotangent = [], tls.Linearization.cotangent
+
+    def counted(lin: tls.Linearization, function: Any) -> torch.Tensor:
+        alone.append(lin)
+        return cotangent(lin, function)
+
+    monkeypatch.setattr(tls.Linearization, "cotangent", counted)
+    cotangents_of(parts, functions)
+    assert not alone
+    cotangents_of([parts[0], parts[0]], [functions[0]] * 2)
+    assert len(alone) == 2
+    monkeypatch.undo()
+    with specimen.model.hooks(fwd_hooks=[("unembed.hook_out", lambda value, hook: value * 2)]):
+        hooked = tls.linearize(specimen.model, PROMPT, answer=[5, 7, 9])
+        parts = [hooked.part(k, k + 1) for k in range(3)]  # type: ignore[attr-defined]
+        functions = [scope.function(part) for part in parts]
+        for found, part, function in zip(cotangents_of(parts, functions), parts, functions, strict=True):
+            assert_close(found, part.cotangent(function), rtol=0, atol=0)
 
 
 # -- many prompts -----------------------------------------------------------------------------------------------------

@@ -7,12 +7,13 @@ from itertools import islice, repeat
 from typing import Any, Literal, NamedTuple, SupportsIndex
 
 import torch
+from tqdm import tqdm
 
 from tl_scopes import models
 from tl_scopes.failures import Failures
 from tl_scopes.jacobian.linearization import Linearization, linearize_places
 from tl_scopes.jacobian.span import Exchange, linearize_answers
-from tl_scopes.models import Answer, Model, Prompt, ReadPrompt
+from tl_scopes.models import Answer, LinearRules, Model, Prompt, ReadPrompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.results.attribution import Attribution
@@ -38,6 +39,7 @@ def attribute_many(
     on_error: Literal["warn", "raise"] = "warn",
     progress: bool = True,
     checkpoint: bool = False,
+    rules: Rules = None,
 ) -> Iterator[Attribution | None]:
     """`attribute` for each prompt, at its last position, from batches: answers in the order of the prompts.
 
@@ -61,7 +63,7 @@ def attribute_many(
             the others go on; but when none of the first 16 batches can be answered, the first error is raised, for it
             will be the fault of all. "raise": the first error ends it.
         progress: whether to show a progress bar, where this runs on a terminal.
-        checkpoint: as in `linearize`.
+        checkpoint, rules: as in `linearize`.
 
     Yields:
         One Attribution per prompt, or None.
@@ -89,7 +91,7 @@ def attribute_many(
     models.check_model(model)
     batch_size = models.as_count(batch_size, "batch_size must be at least 1")
     score_answer, checkpoint = as_flag(score_answer, "score_answer"), as_flag(checkpoint, "checkpoint")
-    job = _Job(model, scope, wrt, of, score_answer, checkpoint, models.user_hooks(model))
+    job = Job(model, scope, wrt, of, score_answer, checkpoint, LinearRules.read(rules), models.user_hooks(model))
     failures, progress = Failures("attribute_many", on_error), as_flag(progress, "progress")
     asked = _AllAsked.of(models.each_prompt(prompts), answers, targets, foils)
     if asked.foils is not None and not scope.compares:
@@ -97,7 +99,7 @@ def attribute_many(
     return _answers(job, asked, batch_size, prepend_bos, failures, progress)
 
 
-class _Asked(NamedTuple):
+class Asked(NamedTuple):
     """A prompt, and what is asked about it."""
 
     prompt: Prompt
@@ -107,7 +109,7 @@ class _Asked(NamedTuple):
     named: bool
     """Whether the call names answers or targets."""
 
-    def read(self, job: "_Job", prepend_bos: bool | None) -> "Exchange | ReadPrompt":
+    def read(self, job: "Job", prepend_bos: bool | None) -> "Exchange | ReadPrompt":
         """The tokens of the prompt, and of what is said after it.
 
         Raises:
@@ -116,26 +118,18 @@ class _Asked(NamedTuple):
         if self.named and self.answer is None and self.target is None:
             raise ValueError("its answer or target is None: where some prompts have one, all must.")
         model, read = job.model, models.read_prompt(job.model, self.prompt, prepend_bos)
-        target, versus = job.scope.said(model, models.output_size(model))
-        for own, given, name in ((target, self.named, "answer or target"), (versus, self.foil is not None, "foil")):
-            if own is not None and given:
-                raise ValueError(
-                    f"{as_written(job.scope)} asks about {own.text!r}, and the prompt has {name} of its own: leave one "
-                    "out."
-                )
-        notes = read.notes
+        vocab, said, foil, notes = models.output_size(model), None, None, read.notes
         if self.answer is not None:
-            target, more = models.read_answer(model, self.answer, self.prompt, read.tokens)
+            said, more = models.read_answer(model, self.answer, read.tokens)
             notes += more
         elif self.target is not None:
-            target = models.read_target(model, self.target, models.output_size(model))
-        elif target is None or not (target.is_span or (versus is not None and versus.is_span)):
-            return read
+            said = models.read_target(model, self.target, vocab)
         if self.foil is not None:
-            versus = models.read_target(model, self.foil, models.output_size(model), "foil")
-        exchange = Exchange(read.tokens, target, versus, read.parts, notes)
-        exchange.require_answerable(model)
-        return exchange
+            foil = models.read_target(model, self.foil, vocab, "foil")
+        for name, given in (("target", said if self.answer is None else None), ("foil", foil)):
+            if given is not None and given.is_span:
+                notes += models.where_they_meet(model, read.tokens, given, name)
+        return job.scope.exchange(model, read._replace(notes=notes), said, foil, vocab) or read
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +164,7 @@ class _AllAsked:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __iter__(self) -> Iterator[_Asked]:
+    def __iter__(self) -> Iterator[Asked]:
         columns = [repeat(None) if given is None else given for given in (self.answers, self.targets, self.foils)]
         several = [i for i, given in enumerate((self.answers, self.targets, self.foils)) if given is not None]
         rows = iter(self.prompts)
@@ -181,13 +175,13 @@ class _AllAsked:
             if any(found[i] is missing for i in several):
                 raise ValueError(f"prompt {number} has no answer, target or foil: give one for each prompt.")
             answer, target, foil = found
-            yield _Asked(prompt, answer, target, foil, bool(several))  # type: ignore[arg-type]
+            yield Asked(prompt, answer, target, foil, bool(several))  # type: ignore[arg-type]
         if any(next(beside[i], missing) is not missing for i in several):
             raise ValueError("there are more answers, targets or foils than prompts: give one for each prompt.")
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
+class Job:
     """What is the same for all batches of a call."""
 
     model: Model
@@ -196,8 +190,28 @@ class _Job:
     of: str
     score_answer: bool
     checkpoint: bool
+    rules: LinearRules | None
     hooks: dict[str, tuple[object, ...]]
     """The user's hooks at the call."""
+
+    def answers(
+        self, window: Sequence[tuple[int, Asked]], batch_size: int, prepend_bos: bool | None, bar: tqdm, shown: bool
+    ) -> dict[int, Attribution | Exception]:
+        """An answer or an error for each numbered prompt, from batches of prompts of about the same length."""
+        read: dict[int, ReadPrompt | Exchange] = {}
+        found: dict[int, Attribution | Exception] = {}
+        for number, prompt in window:
+            try:
+                read[number] = prompt.read(self, prepend_bos)
+            except Exception as error:
+                found[number] = error
+        bar.update(len(found))
+        for batch in self.batches(read, batch_size):
+            with no_progress(not shown):  # not over a yield, which would hide the bars of whoever asks
+                answers = self.ask([read[number] for number in batch])
+            found |= dict(zip(batch, answers, strict=True))
+            bar.update(len(batch))
+        return found
 
     def batches(self, prompts: dict[int, ReadPrompt | Exchange], size: int) -> Iterator[list[int]]:
         """The numbers of the prompts that go through the model together.
@@ -239,8 +253,15 @@ class _Job:
     def _linearized(self, prompts: Sequence[ReadPrompt | Exchange]) -> Sequence[Linearization]:
         exchanges = [one for one in prompts if isinstance(one, Exchange)]
         if len(exchanges) == len(prompts):
-            options = {"score_answer": self.score_answer, "checkpoint": self.checkpoint}
-            return linearize_answers(self.model, exchanges, self.wrt, self.of, **options)
+            return linearize_answers(
+                self.model,
+                exchanges,
+                self.wrt,
+                self.of,
+                score_answer=self.score_answer,
+                checkpoint=self.checkpoint,
+                rules=self.rules,
+            )
         tokens = [prompt.tokens for prompt in prompts]
         # It does not matter what fills them up, but it must be a token that the model knows.
         padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=int(tokens[0][0]))
@@ -252,13 +273,14 @@ class _Job:
             self.of,
             places=[(entry, len(ids) - 1) for entry, ids in enumerate(tokens)],
             checkpoint=self.checkpoint,
+            rules=self.rules,
             notes=[prompt.notes for prompt in prompts],
         )
         return [replace(lin, parts=prompt.parts) for lin, prompt in zip(lins, prompts, strict=True)]
 
 
 def _answers(
-    job: _Job, prompts: _AllAsked, batch_size: int, prepend_bos: bool | None, failures: Failures, progress: bool
+    job: Job, prompts: _AllAsked, batch_size: int, prepend_bos: bool | None, failures: Failures, progress: bool
 ) -> Iterator[Attribution | None]:
     numbered, warned = enumerate(prompts), False
     total = len(prompts) if isinstance(prompts.prompts, Sized) else None
@@ -270,20 +292,8 @@ def _answers(
             window, end = _read(islice(numbered, _WINDOW * batch_size))
             if not window:
                 break
-            read: dict[int, ReadPrompt | Exchange] = {}
-            found: dict[int, Attribution | Exception] = {}
-            for number, prompt in window:
-                try:
-                    read[number] = prompt.read(job, prepend_bos)
-                except Exception as error:
-                    found[number] = error
-            bar.update(len(found))
-            for batch in job.batches(read, batch_size):
-                with no_progress(not progress):  # not over a yield, which would hide the bars of whoever asks
-                    answers = job.ask([read[number] for number in batch])
-                warned = warned or warn(job.scope, [answer for answer in answers if isinstance(answer, Attribution)])
-                found |= dict(zip(batch, answers, strict=True))
-                bar.update(len(batch))
+            found = job.answers(window, batch_size, prepend_bos, bar, progress)
+            warned = warned or warn(job.scope, [one for one in found.values() if isinstance(one, Attribution)])
             if any(isinstance(answer, Attribution) for answer in found.values()):
                 failures.answered()
             for number, _ in window:
@@ -303,7 +313,7 @@ def _lengths(prompt: ReadPrompt | Exchange) -> list[int]:
     return [len(text) for _, text in prompt.texts] if isinstance(prompt, Exchange) else [len(prompt.tokens)]
 
 
-def _read(numbered: Iterator[tuple[int, _Asked]]) -> tuple[list[tuple[int, _Asked]], Exception | None]:
+def _read(numbered: Iterator[tuple[int, Asked]]) -> tuple[list[tuple[int, Asked]], Exception | None]:
     """The next prompts, and the error that ended them, if one did: the prompts before it are still answered."""
     window = []
     try:

@@ -1,0 +1,75 @@
+"""The command tl-scopes corpus, from the outside."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import tl_scopes as tls
+from tl_scopes.__main__ import main
+from tl_scopes.cli_corpus import app
+
+TEXTS = ["The keys near the door", "The key near the doors", ""]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{i}", "question": text}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
+def run(*args: object) -> Any:
+    return CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, list(map(str, args)))
+
+
+def test_the_command_is_the_function(prompts: Path, tmp_path: Path) -> None:
+    """Its folder is the function's, byte for byte, and it goes on where it stands."""
+    given = ["--out", tmp_path / "a", "--column", "prompt=question", "--scope", "semantic", "--target", " are"]
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="1 of 3 prompts have no answer"):
+            result = run(prompts, *given, "--rules", "norms,patterns", "--batch-size", "2")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"3 prompts in {tmp_path / 'a'}, 1 without an answer\n"
+    with pytest.warns(UserWarning, match="1 of 3 prompts have no answer"):
+        tls.attribute_corpus(
+            prompts, tmp_path / "b", tls.SemanticScope(" are"), columns={"prompt": "question"}, batch_size=2,
+            rules=["norms", "patterns"],
+        )  # fmt: skip
+    assert pd.read_parquet(tmp_path / "a").target.tolist()[:2] == [" are"] * 2
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_what_is_wrong(prompts: Path, tmp_path: Path) -> None:
+    for args, message in [
+        (
+            ["--scope", "fisher", "--target", " are"],
+            "--target goes with --scope semantic, path-integrated",
+        ),
+        (["--column", "question"], "--column is written NAME=COLUMN, prompt=question say, got 'question'"),
+        ([], "has no column 'prompt': it has 'id', 'question'"),
+        (["--column", "prompt=question", "--column", "id=key"], "has no column 'key'"),
+        (["--column", "prompt=question", "--model", "./nothing"], "there is no folder './nothing'"),
+    ]:
+        result = run(prompts, "--out", tmp_path / "a", *args)
+        assert result.exit_code == 2
+        assert message in result.stderr
+        assert result.stdout == ""
+    assert not (tmp_path / "a").exists()
+
+
+def test_both_commands_are_one(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The first word decides; help does not wait for torch."""
+    for args, text in [(["corpus", "--help"], "tl-scopes corpus [OPTIONS]"), (["--help"], "tl-scopes [OPTIONS]")]:
+        monkeypatch.setattr(sys, "argv", ["tl-scopes", *args])
+        with pytest.raises(SystemExit):
+            main()
+        assert text in capsys.readouterr().out
+    code = "import sys, tl_scopes.__main__; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

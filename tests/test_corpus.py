@@ -1,0 +1,489 @@
+"""A corpus in a folder: what goes in, what comes out, and what is refused."""
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import tl_scopes as tls
+from tests import zoo
+from tl_scopes.corpus.parts import MANIFEST
+from tl_scopes.models import Provenance
+
+TEXTS = ["The keys near the door", "The key near the doors", "The keys to the old cabinet", "The wheel of the cars"]
+SEMANTIC = tls.SemanticScope()
+FASTER: dict[str, Any] = {"batch_size": 2, "part_size": 3, "progress": False}
+
+
+def ask(prompts: Any, out: Path, scope: tls.Scope = SEMANTIC, **options: Any) -> tls.Corpus:
+    return tls.attribute_corpus(prompts, out, scope, **FASTER | options)
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "scores"
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [tls.SemanticScope(" are", versus=" is"), tls.FisherScope(probes=4), tls.PathIntegratedScope(steps=4)],
+    ids=str,
+)
+def test_a_corpus_is_attribute_many(tiny: Any, out: Path, scope: tls.Scope) -> None:
+    """What is read back is what the batch gave, field by field, in the order of the prompts."""
+    corpus = ask(TEXTS, out, scope, model=tiny, part_size=4)
+    expected = list(tls.attribute_many(tiny, TEXTS, scope, batch_size=2, progress=False))
+    assert len(corpus) == len(TEXTS)
+    for found, answer in zip(tls.read_corpus(out), expected, strict=True):
+        assert found is not None
+        assert answer is not None
+        assert found.to_json() == answer.to_json()
+        assert found.provenance == answer.provenance
+
+
+def test_the_columns(tiny: Any, out: Path) -> None:
+    """Names and types of the columns, for all who read Parquet without this package."""
+    corpus = ask(TEXTS, out, tls.FisherScope(probes=4), model=tiny)
+    frame = pd.read_parquet(out)
+    answer = corpus[0]
+    assert answer is not None
+    assert " ".join(frame) == (
+        "id prompt scores token_ids tokens target value quantity scope unit standard_error notes error provenance "
+        "record"
+    )
+    assert frame.id.tolist() == [0, 1, 2, 3]
+    assert frame.prompt.tolist() == TEXTS
+    assert frame.scores[0].tolist() == answer.scores.tolist()
+    assert frame.scores[0].dtype == np.float32
+    assert frame.standard_error[0].tolist() == answer.standard_error.tolist()
+    assert frame.token_ids[0].tolist() == answer.tokens.tolist()
+    assert tuple(frame.tokens[0]) == answer.str_tokens
+    assert frame.error.isna().all()
+    assert frame.scope.tolist() == ["FisherScope(probes=4)"] * 4
+    assert frame.unit[0] == answer.unit
+    assert frame.provenance[0] == dataclasses.asdict(corpus.provenance)
+    pd.testing.assert_frame_equal(corpus.to_dataframe(), frame)
+    semantic = pd.read_parquet(ask(TEXTS, out.with_name("semantic"), model=tiny).path)
+    assert semantic.target.tolist()[:2] == [" are", " is"]
+    assert semantic.quantity.tolist()[:2] == ["logit of ' are'", "logit of ' is'"]
+    assert semantic.value.gt(0).all()
+    assert semantic.standard_error.isna().all()
+
+
+def test_other_readers(tiny: Any, out: Path, tmp_path: Path) -> None:
+    """One line reads it with datasets, and with polars."""
+    ask(TEXTS, out, model=tiny)
+    datasets = pytest.importorskip("datasets")
+    read = datasets.load_dataset("parquet", data_files=f"{out}/*.parquet", split="train", cache_dir=str(tmp_path / "d"))
+    assert read["prompt"][:] == TEXTS
+    polars = pytest.importorskip("polars")
+    assert polars.read_parquet(f"{out}/*.parquet")["prompt"].to_list() == TEXTS
+
+
+def test_scores_in_double(out: Path) -> None:
+    with zoo.Float64():
+        model = zoo.specimen("bridge llama").model
+        prompts = [zoo.PROMPT, zoo.PROMPT[:3]]
+        (first, _) = ask(prompts, out, tls.SemanticScope(7), model=model)
+        expected = tls.attribute(model, zoo.PROMPT, tls.SemanticScope(7))
+    assert first is not None
+    assert first.scores.dtype == torch.float64
+    torch.testing.assert_close(first.scores, expected.scores)
+    assert pd.read_parquet(out).prompt.tolist() == [str(zoo.PROMPT), str(zoo.PROMPT[:3])]
+
+
+def test_a_bad_prompt_is_a_row_with_its_error(tiny: Any, out: Path, no_type_checks: None) -> None:
+    prompts: list[Any] = [TEXTS[0], "", [10**6], "half of a character: \ud800", None, TEXTS[1]]
+    with pytest.warns(UserWarning, match=r"4 of 6 prompts have no answer.*the first, 1: the prompt is empty: give at"):
+        corpus = ask(prompts, out, model=tiny)
+    assert [answer is None for answer in corpus] == [False, True, True, True, True, False]
+    assert list(corpus.errors) == [1, 2, 3, 4]
+    assert "token id 1000000 is outside the vocabulary" in corpus.errors[2]
+    frame = pd.read_parquet(out)
+    assert frame.error.notna().tolist() == [False, True, True, True, True, False]
+    assert frame.scores.isna().tolist() == frame.error.notna().tolist()
+    assert repr(corpus) == f"Corpus({str(out)!r}: 6 prompts, 4 without an answer, tiny)"
+    assert ask([""], out.with_name("one"), model=tiny).errors == {0: frame.error[1]}  # a small corpus may be all bad
+
+
+def test_a_fault_of_all_prompts_is_an_error(tiny: Any, out: Path) -> None:
+    """Nobody wants a million rows with one error; and nothing is kept."""
+    with pytest.raises(ValueError, match="99999 is outside the vocabulary") as caught:
+        ask(TEXTS, out, tls.SemanticScope(99999), model=tiny)
+    assert caught.value.__notes__[-1] == "none of the first 3 prompts of attribute_corpus has an answer"
+    assert not list(out.glob("*.parquet"))
+
+
+def test_answers_targets_and_foils(tiny: Any, out: Path) -> None:
+    """They stand in columns, under their own names or others."""
+    rows = [{"id": f"a{i}", "prompt": text, "reply": " are old", "foil": " is"} for i, text in enumerate(TEXTS)]
+    corpus = ask(rows, out, model=tiny, columns={"answer": "reply"}, score_answer=True)
+    many = tls.attribute_many(tiny, TEXTS, SEMANTIC, answers=[" are old"] * 4, foils=[" is"] * 4, score_answer=True)
+    for found, expected in zip(corpus, many, strict=True):
+        assert found is not None
+        assert expected is not None
+        assert found.quantity == expected.quantity == "log p(' are old') − log p(' is')"
+        torch.testing.assert_close(found.scores, expected.scores)
+    targets = ask(
+        [{"text": TEXTS[0], "target": " is", "answer": 3}], out.with_name("t"), model=tiny, columns={"answer": None}
+    )
+    assert [answer and answer.target and answer.target.text for answer in targets] == [" is"]
+    mixed = [{"prompt": TEXTS[0], "answer": " are"}, {"prompt": TEXTS[1], "answer": None}]
+    with pytest.warns(UserWarning, match="its answer or target is None: where some prompts have one, all must"):
+        ask(mixed, out.with_name("m"), model=tiny)
+
+
+def test_chats_and_ids(out: Path) -> None:
+    model = tls.load_tiny()
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = [{"role": "user", "content": TEXTS[0]}]
+    ids = model.to_tokens(TEXTS[1])[0]
+    corpus = ask([chat, ids, ids.tolist(), ids.numpy()], out, model=model)
+    first, second, *_ = corpus
+    assert first is not None
+    assert second is not None
+    assert "user" in first.parts
+    assert second.tokens.tolist() == ids.tolist()
+    frame = pd.read_parquet(out)
+    assert json.loads(frame.prompt[0]) == chat
+    assert frame.prompt[1] == frame.prompt[2] == frame.prompt[3] == str(ids.tolist())
+
+
+# -- what goes in -----------------------------------------------------------------------------------------------------
+
+
+def as_jsonl(folder: Path) -> Path:
+    return write(folder / "p.jsonl", *(json.dumps({"id": f"p{i}", "prompt": t}) for i, t in enumerate(TEXTS)), "")
+
+
+def as_csv(folder: Path) -> Path:
+    pd.DataFrame({"id": [f"p{i}" for i in range(4)], "prompt": TEXTS}).to_csv(folder / "p.csv", index=False)
+    return folder / "p.csv"
+
+
+def as_parquet(folder: Path) -> Path:
+    pd.DataFrame({"id": [f"p{i}" for i in range(4)], "prompt": TEXTS}).to_parquet(folder / "p.parquet")
+    return folder / "p.parquet"
+
+
+def as_folder(folder: Path) -> Path:
+    (folder / "parts").mkdir()
+    as_parquet(folder).rename(folder / "parts" / "p.parquet")
+    return folder / "parts"
+
+
+def as_dataset(folder: Path) -> Any:
+    return pytest.importorskip("datasets").load_dataset(
+        "csv", data_files=str(as_csv(folder)), split="train", cache_dir=str(folder / "c")
+    )
+
+
+def as_iterator(folder: Path) -> Iterator[Any]:
+    return ({"id": f"p{i}", "prompt": text} for i, text in enumerate(TEXTS))
+
+
+SOURCES = [as_jsonl, as_csv, as_parquet, as_folder, as_dataset, as_iterator]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_all_sources_are_one(tiny: Any, out: Path, tmp_path: Path, source: Callable[[Path], Any]) -> None:
+    """The same rows give the same bytes, wherever they stand."""
+    expected = ask([{"id": f"p{i}", "prompt": text} for i, text in enumerate(TEXTS)], tmp_path / "list", model=tiny)
+    corpus = ask(source(tmp_path), out, model=tiny)
+    assert files(out) == files(tmp_path / "list")
+    assert [id for id, _ in corpus.items()] == ["p0", "p1", "p2", "p3"]
+    found, same = corpus["p2"], expected["p2"]
+    assert found is not None
+    assert same is not None
+    assert found.str_tokens == same.str_tokens
+    with pytest.raises(KeyError, match="there is no prompt with the id 'p9'"):
+        corpus["p9"]
+
+
+def test_lines_that_are_prompts(tiny: Any, out: Path, tmp_path: Path) -> None:
+    """A line of JSON may be a text or a list of ids."""
+    path = write(tmp_path / "p.jsonl", json.dumps(TEXTS[0]), "[0, 5, 6]")
+    assert len(ask(path, out, model=tiny)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "message"),
+    [
+        ("p.jsonl", ['{"prompt": "a"}', "", '{"prompt": '], r"line 3 of '.*p\.jsonl' is not JSON: .*Mend the line, or"),
+        ("p.jsonl", ['{"id": 1, "prompt": "a"}', '{"prompt": "b"}'], r"line 2 of .* has no id in its column 'id'"),
+        ("p.jsonl", ['{"id": 1, "prompt": "a"}'] * 2, r"line 2 of '.*' has the id 1, which an earlier one has: give"),
+        ("p.jsonl", ['{"id": 1.5, "prompt": "a"}'], r"line 1 of '.*' has the id 1\.5: ids are texts or integers"),
+        ("p.jsonl", ['{"id": true, "prompt": "a"}'], "has the id True: ids are texts or integers"),
+        ("p.jsonl", ['{"id": 1, "prompt": "a"}', '{"id": "b", "prompt": "b"}'], "has the id 'b', and the first id is"),
+        ("p.jsonl", ['{"question": "a"}'], r"has no column 'prompt': it has 'question'\. Say which .*'question'} say"),
+        ("p.jsonl", ['{"prompt": "a"}', '{"x": "b"}'], "line 2 of .* has no column 'prompt', as the first has"),
+        ("p.jsonl", ['{"prompt": "a"}', '"b"'], "line 2 of .* is a str, and the first is not of that kind: give all"),
+        ("p.jsonl", ['{"prompt": "a"}', '{"prompt": "b", "answer": "c"}'], "has a column 'answer', and the first has"),
+        ("p.csv", [], r"p\.csv' is empty: its first line must name the columns"),
+        ("p.csv", ["id,prompt", "1,a,b"], r"line 2 of .* has 3 fields, and the first line names 2 columns: put a text"),
+        ("p.csv", ["id,prompt", '1,"a'], r"line 2 of '.*p\.csv' is not CSV: unexpected end of data"),
+        ("p.parquet", ["nothing"], r"p\.parquet' cannot be read as Parquet after 0 rows"),
+        ("p.txt", ["a"], r"the prompts in '.*p\.txt' cannot be read: give JSON lines \(\.jsonl\), CSV"),
+    ],
+)
+def test_files_that_cannot_be_read(out: Path, tmp_path: Path, name: str, lines: list[str], message: str) -> None:
+    """They are refused with the line, before the model is loaded and anything is written."""
+    with pytest.raises(ValueError, match=message):
+        ask(write(tmp_path / name, *lines), out, model="no model")
+    assert not out.exists()
+
+
+def test_text_that_is_not_utf8(out: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_bytes(b'"a"\n"\xff"\n')
+    with pytest.raises(ValueError, match=r"line 2 of '.*p\.jsonl' is not UTF-8: 'utf-8' codec"):
+        ask(tmp_path / "p.jsonl", out)
+
+
+def test_prompts_that_are_none(tiny: Any, out: Path, no_type_checks: None) -> None:
+    for prompts, options, error, message in [
+        ("The keys near the door", {}, ValueError, "there is no file 'The keys near the door': prompts are the"),
+        (pd.DataFrame({"prompt": TEXTS}), {}, TypeError, r"got a DataFrame: give its rows, with pandas prompts\.to"),
+        (7, {}, TypeError, "prompts must be an iterable of prompts, got one int"),
+        (TEXTS, {"columns": {"prompt": "x"}}, ValueError, "prompt 0 is a str without columns, so that columns="),
+        ([{"prompt": "a"}], {"columns": {"prompt": "x"}}, ValueError, "prompt 0 has no column 'x': it has 'prompt'"),
+        ([{"prompt": "a"}], {"columns": {"text": "x"}}, ValueError, "columns names the columns for .* not for 'text'"),
+        (TEXTS, {"part_size": 0}, ValueError, "part_size must be at least 1, got 0"),
+        (TEXTS, {"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
+        (TEXTS, {"progress": "no"}, TypeError, "progress is True or False, got 'no'"),
+        (TEXTS, {"scope": tls.SemanticScope}, TypeError, r"expected a scope such as SemanticScope\(\)"),
+        (TEXTS, {"model": "no/such/model", }, ValueError, "cannot load the model 'no/such/model'"),
+    ]:  # fmt: skip
+        with pytest.raises(error, match=message):
+            ask(prompts, out, **{"model": tiny} | options)
+    assert not out.exists()
+
+
+def test_models(tiny: Any, out: Path) -> None:
+    """None is the bundled model; a name and a function are loaded; hooks are refused."""
+    expected = ask(TEXTS[:1], out, model=tiny)
+    for number, model in enumerate((None, tls.load_tiny)):
+        ask(TEXTS[:1], out.with_name(str(number)), model=model)
+        assert files(out.with_name(str(number))) == files(expected.path)
+    with tiny.hooks(fwd_hooks=[("hook_embed", lambda value, hook: 2 * value)]):
+        with pytest.raises(ValueError, match="the model has hooks of yours, .* attribute outside of model.hooks"):
+            ask(TEXTS, out.with_name("hooks"), model=tiny)
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_run_again(tiny: Any, out: Path) -> None:
+    """What is there is not computed again; more prompts may follow, and give the files of a run with all of them."""
+    ask(TEXTS[:2], out, model=tiny)
+    before = files(out)
+    assert len(ask(TEXTS[:2], out, model=tiny)) == 2
+    assert files(out) == before
+    ask(TEXTS, out, model=tiny)
+    ask(TEXTS, out.with_name("whole"), model=tiny)
+    whole = files(out.with_name("whole"))
+    assert {name: data for name, data in files(out).items() if name != MANIFEST} == {
+        name: data for name, data in whole.items() if name != MANIFEST
+    }
+    assert len(tls.read_corpus(out)) == 4
+
+
+def test_no_prompts(tiny: Any, out: Path) -> None:
+    """A folder without answers can be read as well, and go on."""
+    assert list(ask([], out, model=tiny)) == []
+    assert len(pd.read_parquet(out)) == 0
+    assert len(ask(iter(TEXTS), out, model=tiny)) == 4
+
+
+def test_another_job_is_refused(tiny: Any, out: Path) -> None:
+    ask(TEXTS, out, model=tiny)
+    before = files(out)
+    for options, message in [
+        ({"scope": tls.TemperatureScope()}, r"holds results of other settings \(scopes was .*Semantic.*, is .*Temp"),
+        ({"batch_size": 1}, r"other settings \(batch_size was 2, is 1\): give another folder"),
+        ({"rules": "linear"}, r"other settings \(rules was None, is 'linear'\)"),
+        ({"prompts": TEXTS[::-1]}, r"the 3 prompts from the id 0 on, .*, are not the 3 whose scores are in"),
+        ({"prompts": TEXTS[:3]}, r"part-000001\.parquet' holds answers to more prompts than were given: give all"),
+        ({"prompts": TEXTS[:2]}, r"the 2 prompts from the id 0 on, .*, are not the 3 whose scores are in"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            ask(**{"prompts": TEXTS, "out": out, "model": tiny} | options)
+    other = tls.load_tiny()
+    with torch.no_grad():
+        next(other.parameters())[0, 0] += 1
+    with pytest.raises(ValueError, match=r"weights was \d+, is \d+"):
+        ask(TEXTS, out, model=other)
+    assert files(out) == before
+
+
+def test_folders_of_others(tiny: Any, out: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"there is no {MANIFEST} in '.*': give the folder that attribute_corpus has"):
+        tls.read_corpus(tmp_path)
+    with pytest.raises(ValueError, match="is a file: give the path of a folder for the answers"):
+        ask(TEXTS, write(tmp_path / "file", "a"), model=tiny)
+    with pytest.raises(ValueError, match=rf"holds 'file' and no {MANIFEST}, so it is not one of attribute_corpus"):
+        ask(TEXTS, tmp_path, model=tiny)
+    ask(TEXTS, out, model=tiny)
+    pq.write_table(pa.table({"a": [1]}), out / "more.parquet")
+    with pytest.raises(ValueError, match=r"also holds 'more\.parquet', which readers of the folder would take for a"):
+        ask(TEXTS, out, model=tiny)
+    (out / "more.parquet").unlink()
+    write(out / MANIFEST, "{}")
+    with pytest.raises(ValueError, match="holds no answers to a corpus: give another folder"):
+        ask(TEXTS, out, model=tiny)
+    with pytest.raises(ValueError, match="holds no answers to a corpus"):
+        tls.read_corpus(out)
+
+
+@pytest.mark.parametrize("spoil", [lambda data: data[:-99], lambda data: data[:99] + b"?" + data[100:]])
+def test_a_part_that_was_cut_off_or_changed(tiny: Any, out: Path, spoil: Callable[[bytes], bytes]) -> None:
+    """It is refused with what to do, by who reads and by who goes on; deleted, it is computed again."""
+    corpus = ask(TEXTS, out, model=tiny)
+    before, part = files(out), out / "part-000000.parquet"
+    part.write_bytes(spoil(part.read_bytes()))
+    message = r"part-000000\.parquet' is not what was written, it was cut off or changed .*: delete it and run"
+    with pytest.raises(ValueError, match=message):
+        ask(TEXTS, out, model=tiny)
+    with pytest.raises(ValueError, match=message):
+        list(corpus)
+    part.unlink()
+    with pytest.raises(ValueError, match=r"part-000000\.parquet' is missing: run attribute_corpus again"):
+        list(tls.read_corpus(out))
+    ask(TEXTS, out, model=tiny)
+    assert {**files(out), MANIFEST: b""} == {**before, MANIFEST: b""}
+
+
+def test_a_damaged_log(tiny: Any, out: Path) -> None:
+    """A line that was edited is refused; without the line its part is computed again."""
+    ask(TEXTS, out, model=tiny)
+    before, manifest = files(out), out / MANIFEST
+    first, second, third = manifest.read_text().splitlines()
+    write(manifest, first, second.replace('"rows": 3', '"rows": 2'), third)
+    with pytest.raises(ValueError, match=r"line 2 of '.*' is not what was written, .*: delete this line, and its part"):
+        ask(TEXTS, out, model=tiny)
+    write(manifest, first, third)
+    ask(TEXTS, out, model=tiny)
+    assert {**files(out), MANIFEST: b""} == {**before, MANIFEST: b""}
+    assert sorted(manifest.read_text().splitlines()) == sorted([first, second, third])
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The error says what is kept and what to do, and the run goes on when there is room."""
+    ask(TEXTS, out.with_name("whole"), model=tiny)
+    ask(TEXTS[:3], out, model=tiny)
+    with monkeypatch.context() as patch:
+
+        def full(*args: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), full)
+        message = r"part-000001\.parquet could not be written \(No space left on device\); the parts before it are kept"
+        with pytest.raises(OSError, match=message) as caught:
+            ask(TEXTS, out, model=tiny)
+        assert caught.value.errno == errno.ENOSPC
+    assert len(tls.read_corpus(out)) == 3
+    assert not list(out.glob(".*"))
+    ask(TEXTS, out, model=tiny)
+    assert files(out) == files(out.with_name("whole"))
+
+
+def test_two_processes_on_one_folder(tiny: Any, out: Path) -> None:
+    """The second is refused; reading is allowed meanwhile."""
+    ask(TEXTS[:3], out, model=tiny)
+    code = "import sys, filelock as f; lock = f.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", code, f"{out.resolve() / MANIFEST}.lock"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RuntimeError, match="another attribute_corpus is writing to .* or give another folder"):
+            ask(TEXTS, out, model=tiny)
+        assert len(list(tls.read_corpus(out))) == 3
+        other.kill()
+    assert len(ask(TEXTS, out, model=tiny)) == 4
+
+
+# -- provenance -------------------------------------------------------------------------------------------------------
+
+
+def test_provenance(tiny: Any) -> None:
+    """An answer says what it was made with, in JSON and at the foot of its page."""
+    answer = tls.attribute(tiny, TEXTS[0], SEMANTIC)
+    made = answer.provenance
+    assert made is not None
+    assert made == Provenance.of(tiny)
+    assert (made.model, made.dtype, made.device, made.attention, made.revision) == (
+        "tiny",
+        "float32",
+        "cpu",
+        "eager",
+        None,
+    )
+    assert made.torch == torch.__version__
+    assert tls.Attribution.from_json(answer.to_json()).provenance == made
+    assert answer.without([0]).provenance == made
+    assert str(made) in answer.to_html()
+    assert str(made) in tls.attribution_map(tiny, TEXTS[0], SEMANTIC).to_html()
+    assert str(made) in tls.compare([answer, tls.attribute(tiny, TEXTS[0], tls.TemperatureScope())]).to_html()
+    record = json.loads(answer.to_json())
+    del record["provenance"]
+    without = tls.Attribution.from_json(json.dumps(record))
+    assert without.provenance is None
+    assert "<footer" not in without.to_html()
+    with pytest.raises(ValueError, match=r"provenance\.date: Field required"):
+        tls.Attribution.from_json(
+            json.dumps(record | {"provenance": {k: v for k, v in vars(made).items() if k != "date"}})
+        )
+
+
+def test_other_weights_have_another_checksum() -> None:
+    """Whatever parameter was trained, and at once."""
+    model = tls.load_tiny()
+    known = {Provenance.of(model).weights}
+    for parameter in list(model.parameters())[::7]:
+        with torch.no_grad():
+            parameter.mul_(1.01)
+        known.add(Provenance.of(model).weights)
+    assert len(known) == 1 + len(list(model.parameters())[::7])
+
+
+def test_other_versions(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading under other versions of the model's libraries warns, for a corpus once."""
+    text = tls.attribute(tiny, TEXTS[0], SEMANTIC).to_json()
+    ask(TEXTS, out, model=tiny)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tls.Attribution.from_json(text)
+        list(tls.read_corpus(out))
+    monkeypatch.setattr("tl_scopes.models.provenance._installed", lambda package: "9.9")
+    with pytest.warns(UserWarning, match=r"this answer was made with other versions, .*torch .*\(now 9\.9\), with"):
+        tls.Attribution.from_json(text)
+    with pytest.warns(UserWarning, match="the corpus in '.*' was made with other versions") as warned:
+        list(tls.read_corpus(out))
+    assert len(warned) == 1
+    with pytest.raises(ValueError, match=r"other settings \(torch was"):
+        ask(TEXTS, out, model=tiny)

@@ -1,0 +1,99 @@
+"""The command `tl-scopes corpus`: a file of prompts in, a folder of answers out."""
+
+import sys
+from contextlib import redirect_stdout
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tl_scopes.cli import QUESTIONS, Dtype, Scope, _exits, _token
+
+# torch and TransformerLens take seconds to import, so functions import what needs them, and --help does not wait.
+
+HELP = """Ask about every prompt in a file, and keep the answers in a folder of Parquet files.
+
+Run it again after an interruption, and it goes on. Without --model it asks the small model that comes with the package.
+
+Examples:
+  tl-scopes corpus prompts.jsonl --out scores/
+  tl-scopes corpus questions.csv --out scores/ --column prompt=question --model Qwen/Qwen3-0.6B
+  python -c "import pandas; print(pandas.read_parquet('scores'))\""""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+_Question = partial(typer.Option, rich_help_panel="Question")
+_Model = partial(typer.Option, rich_help_panel="Model")
+_Output = partial(typer.Option, rich_help_panel="Output")
+
+_FILE = """JSON lines (.jsonl), CSV or Parquet, or a folder of Parquet files. A column "prompt" (or text, or messages),
+and if you like "id", "answer", "target" and "foil"."""
+_COLUMN = "What a column is called, prompt=question say; target= for one that means another thing. Repeat it."
+_PART = "How many prompts a file holds: as many are computed again after an interruption."
+
+
+@app.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+def corpus(
+    prompts: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=_FILE)],
+    out: Annotated[Path, _Output(metavar="FOLDER", show_default=False, help="Where the answers go.")],
+    scope: Annotated[Scope, _Question(metavar="NAME", help="As for one prompt: tl-scopes --help.")] = Scope.SEMANTIC,
+    target: Annotated[str | None, _Question(metavar="TOKEN", help="What to explain after every prompt.")] = None,
+    versus: Annotated[str | None, _Question(metavar="TOKEN", help="Why the target rather than this?")] = None,
+    column: Annotated[list[str] | None, _Question(metavar="NAME=COLUMN", help=_COLUMN)] = None,
+    rules: Annotated[str | None, _Question(metavar="NAMES", help="Differentiate by rules: linear, lookup ...")] = None,
+    model: Annotated[str | None, _Model(metavar="NAME", show_default="the bundled one", help="A name or path.")] = None,
+    device: Annotated[str | None, _Model(metavar="NAME", show_default="a GPU if there is one", help="cpu ...")] = None,
+    dtype: Annotated[Dtype, _Model(metavar="NAME", help="float32, float64, bfloat16 or float16.")] = Dtype.FLOAT32,
+    bos: Annotated[
+        bool | None, _Model("--bos/--no-bos", show_default="as the model has it", help="Put BOS first.")
+    ] = None,
+    checkpoint: Annotated[bool, _Model("--checkpoint", help="For long prompts: keep less in memory.")] = False,
+    batch_size: Annotated[int, _Model(metavar="N", min=1, help="How many prompts run together.")] = 8,
+    part_size: Annotated[int, _Output(metavar="N", min=1, help=_PART)] = 128,
+) -> None:
+    """Answer one question about every prompt of a file."""
+    question = QUESTIONS[scope]
+    named = {name: token for name, token in (("target", target), ("versus", versus)) if token is not None}
+    with _exits(2, ValueError):
+        for name in set(named) - set(question.tokens):
+            takers = ", ".join(other for other, asked in QUESTIONS.items() if name in asked.tokens)
+            raise ValueError(f"--{name} goes with --scope {takers}, not with {scope}.")
+        columns = dict(map(_column, column or []))
+
+    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
+        import torch
+
+        import tl_scopes as tls
+        from tl_scopes import models
+
+        options: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
+        with _exits(2, ValueError), _exits(1, RuntimeError, MemoryError, OSError):
+            asked = getattr(tls, question.scope)(
+                **question.options, **{name: _token(token) for name, token in named.items()}
+            )
+            found = tls.attribute_corpus(
+                prompts,
+                out,
+                asked,
+                model=partial(tls.load_tiny, **options) if model is None else partial(models.load, model, **options),
+                columns=columns,
+                rules=rules.split(",") if rules and "," in rules else rules,
+                prepend_bos=bos,
+                checkpoint=checkpoint,
+                batch_size=batch_size,
+                part_size=part_size,
+            )
+    typer.echo(f"{len(found)} prompts in {out}, {sum(entry['errors'] for entry in found.entries)} without an answer")
+
+
+def _column(text: str) -> tuple[str, str | None]:
+    """The name of a column of ours, and that of the file's.
+
+    Raises:
+        ValueError: for text without an equals sign.
+    """
+    name, equals, theirs = text.partition("=")
+    if not equals:
+        raise ValueError(f"--column is written NAME=COLUMN, prompt=question say, got {text!r}.")
+    return name, theirs or None

@@ -1,0 +1,201 @@
+"""A corpus in, a folder of answers out, which goes on after any interruption."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex
+
+from tl_scopes import models
+from tl_scopes.corpus import on_ray
+from tl_scopes.corpus.parts import Parts
+from tl_scopes.corpus.saved import Corpus, read_corpus
+from tl_scopes.corpus.source import Source
+from tl_scopes.corpus.worker import Computed, Loader, Options, Part, Worker, loader
+from tl_scopes.models import LinearRules, Model, Prompt, Rules
+from tl_scopes.models.arguments import as_flag
+from tl_scopes.progress import no_progress, progress_bar
+from tl_scopes.scopes.fingerprint import identity
+from tl_scopes.scopes.scope import Scope, require_scope
+
+
+def attribute_corpus(
+    prompts: str | Path | Iterable[Prompt] | Iterable[Mapping[str, Any]],
+    out: str | Path,
+    scope: Scope,
+    *,
+    model: Model | str | Path | Loader | None = None,
+    columns: Mapping[str, str | None] | None = None,
+    score_answer: bool = False,
+    wrt: str = models.EMBEDDING,
+    of: str = models.READOUT,
+    batch_size: int | SupportsIndex = 8,
+    part_size: int | SupportsIndex = 128,
+    prepend_bos: bool | None = None,
+    checkpoint: bool = False,
+    rules: Rules = None,
+    engine: Literal["local", "ray"] = "local",
+    actors: int | SupportsIndex | None = None,
+    num_gpus: int | float = 0,
+    progress: bool = True,
+) -> Corpus:
+    """`attribute` for each prompt of a corpus, at its last position, kept in a folder of Parquet files.
+
+    Run it again after any interruption, and it goes on: nothing is lost but the part that was being computed, nothing
+    is computed twice, and the files are those of a run without interruptions, byte for byte, on the same machine.
+
+    Each row has the columns id, prompt, scores, token_ids, tokens, target, value, quantity, scope, unit,
+    standard_error, notes, error, provenance; and record, from which `tl_scopes.read_corpus` makes the Attribution. A
+    prompt that is not a text (a chat, token ids) stands in its column as JSON. A prompt that has no answer is a row
+    with its error, and is not tried again.
+
+    Args:
+        prompts: the path of a file in JSON lines (.jsonl), CSV or Parquet, or of a folder of Parquet files; or an
+            iterable, a `datasets.Dataset` say, of prompts as in `linearize`, or of dicts. A line in JSON is a text, a
+            chat, a list of token ids, or an object. What has columns must have one for the prompts: prompt, text,
+            messages, or input_ids. It may have id, texts or integers that are all different, else the number of the row
+            is the id; and answer, target and foil, as in `attribute_many`, in every row or in none. Other columns are
+            left alone.
+        out: the folder. It belongs to one job: one scope, model, weights, settings and versions.
+        scope: the question.
+        model: a `HookedTransformer` or a `TransformerBridge`; or what `models.load` takes, a name or a folder; or a
+            function without arguments that loads one; None is the bundled model.
+        columns: what the columns are called, {"prompt": "question", "answer": "reply"} say; None for one that is there
+            and does not mean this, {"target": None} say.
+        score_answer, wrt, of, checkpoint, rules: as in `linearize`.
+        batch_size: how many prompts go through the model together.
+        part_size: how many prompts a file holds, all of which are computed again when the process is killed before the
+            last of them.
+        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+        engine: "local" computes in this process. "ray" computes in actors of Ray's, each with a model of its own, on
+            this machine or on a cluster (`ray.init(address="auto")` before); it takes the package Ray
+            (`tl-scopes[ray]`). The folder is written by this process alone, need not be shared, and is the same.
+        actors: how many of them; None is one for each GPU, or one.
+        num_gpus: how many GPUs each actor has to itself, or which part of one.
+        progress: whether to show how many prompts are done, how fast, and the time left, where this runs on a terminal.
+
+    Returns:
+        The `Corpus`, as `tl_scopes.read_corpus(out)` gives it.
+
+    Cost: as `attribute_many`, and a pass over the weights, the prompts and the parts that are there. Memory for one
+        part, and for the ids.
+
+    Raises:
+        TypeError: for something that is not a scope, a table where there must be rows; for an option that is not a
+            bool; for a scope with an option whose contents cannot be read.
+        ValueError: for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
+            are not there; for a folder of another job, with other prompts, or with a part that was cut off or changed;
+            for a model with hooks of yours; for a part_size or batch_size below 1. Where no prompt of a whole first
+            part has an answer, the first error.
+        ImportError: for engine="ray" without Ray. ValueError for another engine, for actors or num_gpus without Ray,
+            for more actors or GPUs than Ray has, and for a model with Ray that is loaded already.
+        RuntimeError: while another process writes into the folder.
+        OSError: where a part cannot be written, on a full disk say; what was kept before stays.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> prompts = [{"id": "a", "prompt": "The keys near the door"}, {"id": "b", "prompt": "The key near the doors"}]
+        >>> corpus = tls.attribute_corpus(prompts, folder, tls.SemanticScope())
+        >>> corpus["b"].target.text
+        ' is'
+    """
+    require_scope(scope)
+    progress = as_flag(progress, "progress")
+    options = Options(
+        scope,
+        wrt,
+        of,
+        as_flag(score_answer, "score_answer"),
+        as_flag(checkpoint, "checkpoint"),
+        LinearRules.read(rules),
+        models.as_count(batch_size, "batch_size must be at least 1"),
+        models.as_count(part_size, "part_size must be at least 1"),
+        None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos"),
+    )
+    count = None if actors is None else models.as_count(actors, "actors must be at least 1")
+    source = Source.of(prompts, columns or {})
+    # Better before hours of work than after them.
+    total = sum(1 for _ in source) if source.is_rereadable else None
+    with _workers(engine, loader(model), options, count, num_gpus, progress) as workers:
+        settings, made = workers.about()
+        settings["scopes"] = {"scope": identity(scope, "scope")}
+        with Parts.open(Path(out), settings, {"provenance": made}) as parts:
+            _go_on(source, total, parts, workers, options, progress)
+    corpus = read_corpus(out)
+    failed = sum(entry["errors"] for entry in corpus.entries)
+    if failed:
+        id, error = next(iter(corpus.errors.items()))
+        warnings.warn(
+            f"{failed} of {len(corpus)} prompts have no answer, for the reasons in the column 'error'; the first, "
+            f"{id!r}: {error}",
+            stacklevel=2,
+        )
+    return corpus
+
+
+def _workers(
+    engine: str, load: Loader, options: Options, actors: int | None, num_gpus: int | float, progress: bool
+) -> AbstractContextManager[Worker | on_ray.Actors]:
+    """What computes, in this process or in others.
+
+    Raises:
+        ValueError: for another engine, and for actors or GPUs of Ray's without Ray.
+    """
+    if engine == "ray":
+        return on_ray.actors(load, options, actors, num_gpus)
+    if engine != "local":
+        raise ValueError(f'engine is "local" or "ray", got {engine!r}.')
+    if actors is not None or num_gpus:
+        raise ValueError(
+            'actors and num_gpus are for engine="ray": in this process there is one model, on the device it was loaded '
+            "to."
+        )
+    return nullcontext(Worker(load, options, progress))
+
+
+def _go_on(
+    source: Source, total: int | None, parts: Parts, workers: Worker | on_ray.Actors, options: Options, progress: bool
+) -> None:
+    """Compute the parts that are not there."""
+    made, count, warned, answered = parts.log.about["provenance"], 0, False, bool(parts.entries)
+
+    def missing() -> Iterator[Part]:
+        nonlocal count
+        rows = iter(source)
+        while (part := list(islice(rows, options.part_size))) or not count:
+            if not parts.has(count, part):
+                yield count, part
+            else:
+                bar.update(len(part))
+                bar.initial = bar.n  # these do not count in the rate
+            count += 1
+
+    with no_progress(not progress):
+        bar = progress_bar(total, "prompts", unit="prompt", delay=0)
+    with bar:
+        for (number, rows), computed in workers.all(missing(), made, bar):
+            _require_answers(computed, rows, options, answered)
+            answered = True
+            if computed.caveat is not None and not warned:
+                warnings.warn(computed.caveat, stacklevel=3)
+                warned = True
+            parts.write(number, rows, computed.table, computed.errors)
+    beyond = [other for other in parts.entries if other >= count]
+    if beyond:
+        raise ValueError(
+            f"{str(parts.path(min(beyond)))!r} holds answers to more prompts than were given: give all prompts of the "
+            "job, or another folder."
+        )
+
+
+def _require_answers(computed: Computed, rows: Any, options: Options, answered: bool) -> None:
+    """Where a whole first part fails, it will be the fault of all.
+
+    Raises:
+        Exception: the first error.
+    """
+    if computed.first is not None and not answered and len(rows) == options.part_size > 1:
+        computed.first.add_note(f"none of the first {len(rows)} prompts of attribute_corpus has an answer")
+        raise computed.first
