@@ -140,6 +140,8 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        if self.open[-1:] == ["style"]:
+            return
         self.text += data
         if self.titled and len(self.open) >= self.depth:
             title, style, text = self.titled[-1]

@@ -202,7 +202,9 @@ def test_what_is_not_html_is_escaped() -> None:
 def test_html_is_made_in_one_file() -> None:
     """Others can make none of their own: they neither escape nor write tags."""
     for path in Path(views.__path__[0]).glob("*.py"):
-        if path.name in ("markup.py", "live.py"):  # live.py writes its script below a finished element
+        # live.py writes its script below a finished element; explorer.py its own script and style, files of ours, and
+        # what it shows as JSON (tests/test_explorer.py has hostile tokens in a browser).
+        if path.name in ("markup.py", "live.py", "explorer.py"):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):

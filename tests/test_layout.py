@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tl_scopes as tls
+from tests.browser import Browser
 from tests.pictures import CHECKS, LINEARITY, PROBE, SENTENCE, SINKS, Reader, answer, browse, needs_browser
 from tl_scopes.views import linearity as linearity_views
 from tl_scopes.views.figure import arrowed, drawable, new_figure
@@ -84,7 +85,78 @@ def test_every_row_has_its_own_ground(shown: Any) -> None:
     """Notebooks give one to rows: that of a dark notebook would be black, under dark text."""
     rows = [given["style"] or "" for name, given in Reader(shown._repr_html_()).elements if name in ("table", "tr")]
     assert len(rows) >= 8
-    assert all("background-color:#ffffff;color:#1f2328" in style for style in rows)
+    ground = "background-color:#ffffff;background-color:light-dark(#ffffff,#1f1f1f);color:#1f2328;"
+    assert all(ground in style for style in rows)
+
+
+# -- 420 pixels, and the dark ------------------------------------------------------------------------------------------
+
+CARDS = [SENTENCE, tls.AttributionMap((SENTENCE,)), tls.compare([SENTENCE]), CHECKS, LINEARITY, SINKS]
+
+# Words of cards that stand on more than one line, although they would fit on one.
+BROKEN = """(() => {
+  const found = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), range = new Range();
+  while (texts.nextNode()) {
+    const node = texts.currentNode;
+    if (node.parentNode.closest("style, script")) continue;
+    for (const word of node.data.matchAll(/\\S+/g)) {
+      range.setStart(node, word.index);
+      range.setEnd(node, word.index + word[0].length);
+      const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top)));
+      if (lines.size > 1 && range.getBoundingClientRect().width < 370 && word[0].length < 40) found.push(word[0]);
+    }
+  }
+  return found;
+})()"""
+
+
+@needs_browser
+@pytest.mark.parametrize("shown", CARDS, ids=lambda shown: type(shown).__name__)
+def test_no_word_of_a_narrow_card_is_broken(shown: Any, browser: Browser, tmp_path: Path) -> None:
+    browser.open(saved(shown, tmp_path), width=420)
+    assert browser.run(BROKEN) == []
+    assert browser.run("document.documentElement.scrollWidth") <= 420
+
+
+def saved(shown: Any, folder: Path, body: str = "<body>") -> str:
+    (folder / "page.html").write_text(f'<!doctype html><meta charset="utf-8">{body}{shown._repr_html_()}', "utf-8")
+    return f"file://{folder / 'page.html'}"
+
+
+THEMES = {
+    '<body data-jp-theme-light="X">': {"false": "dark", "true": "light"},
+    '<html theme="X"><body>': {"dark": "dark", "light": "light"},
+    '<html data-theme="X"><body>': {"dark": "dark", "light": "light"},
+    '<body class="X">': {"vscode-dark": "dark", "vscode-light": "light", "dark": "dark", "other": "computer"},
+}
+
+
+@needs_browser
+@pytest.mark.parametrize("shown", CARDS, ids=lambda shown: type(shown).__name__)
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light computer", "dark computer"])
+def test_cards_follow_the_theme(shown: Any, is_dark: bool, browser: Browser, tmp_path: Path) -> None:
+    """Of the notebook, or where it has none of the computer: ground, letters, and pictures, which are turned around."""
+    for body, themes in THEMES.items():
+        for name, theme in themes.items():
+            browser.open(saved(shown, tmp_path, body.replace("X", name)), dark=is_dark)
+            style = "getComputedStyle(document.querySelector('.tl-scopes'))"
+            ground, ink = browser.run(f"[{style}.backgroundColor, {style}.color]")
+            wanted = is_dark if theme == "computer" else theme == "dark"
+            assert ground == ("rgb(31, 31, 31)" if wanted else "rgb(255, 255, 255)"), (body, name)
+            assert ink == ("rgb(236, 241, 248)" if wanted else "rgb(31, 35, 40)")
+            filters = browser.run("[...document.querySelectorAll('img')].map(e => getComputedStyle(e).filter)")
+            assert set(filters) <= {"invert(0.88) hue-rotate(180deg)" if wanted else "none"}
+
+
+@needs_browser
+def test_a_live_view_stays_light_in_a_dark_card(browser: Browser, tmp_path: Path) -> None:
+    """circuitsvis has colours for a light ground alone."""
+    page = f'<!doctype html><meta charset="utf-8"><body class="dark">{SENTENCE.show()._repr_html_()}'
+    (tmp_path / "page.html").write_text(page, "utf-8")
+    browser.open(f"file://{tmp_path / 'page.html'}", dark=True)
+    shown = "(e => getComputedStyle(document.querySelector(e)).backgroundColor)"
+    assert browser.run(f"{shown}('.tl-scopes')") == "rgb(31, 31, 31)"
+    assert browser.run(f"{shown}('.tl-light')") == "rgb(255, 255, 255)"
 
 
 # -- right to left ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import tl_scopes as tls
 from tests.pictures import CANVAS, LINEARITY, NASTY, PROBE, Reader, answer, browse, canvas, needs_browser
 from tl_scopes.views import attribution_map as map_views
 from tl_scopes.views import figure as figure_parts
-from tl_scopes.views.markup import visible
+from tl_scopes.views.markup import THEMES, visible
 from tl_scopes.views.palette import Scale, color
 
 VOID = "#f3f5f7"
@@ -110,6 +110,43 @@ def test_labels_do_not_overlap() -> None:
         boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
         spans = sorted((getattr(box, f"{side}0"), getattr(box, f"{side}1")) for box in boxes)
         assert all(end <= start + 0.5 for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 20), (3, 300), (40, 300), (200, 200), (17, 17)])
+def test_a_slice_draws_what_it_holds(rows: int, columns: int) -> None:
+    """Its few predictions are as high as ever, each with its label, and no label touches another."""
+    shown = prompt_map([f" token{i}" for i in range(columns)], random(columns))[-rows:]
+    figure = shown.plot()
+    grid = drawn(figure)
+    assert (len(grid), len(grid[0])) == (rows, columns)
+    axes = figure.axes[0]
+    assert len(labels(axes.yaxis)) == (rows if rows <= 60 else pytest.approx(50, abs=11))
+    for axis, side in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+        spans = sorted((getattr(box, f"{side}0"), getattr(box, f"{side}1")) for box in boxes)
+        assert (side == "x" and columns <= 16) or all(end <= start + 0.5 for (_, end), (start, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize("shown", [MAP, SIGNED], ids=["shares", "signed"])
+@pytest.mark.parametrize("colors", ["linear", "even"])
+def test_colors_of_a_map(shown: tls.AttributionMap, colors: Any) -> None:
+    """By "even" a cell is how many times an even share it is; up to one it is white, and a number is at its colour."""
+    figure = shown.plot(colors)
+    values = map_views._values(shown, colors)
+    scale = map_views._scale(values, colors)
+    for line, row, one in zip(drawn(figure), values.tolist(), shown, strict=True):
+        for hue, value, share in zip(line, row[: len(one.scores)], one.share.tolist(), strict=False):
+            assert value == pytest.approx(share * (len(one.scores) if colors == "even" else 1), rel=1e-5)
+            wanted = bytes.fromhex(color(scale.strength(value))[1:])
+            assert max(abs(a - b) for a, b in zip(bytes.fromhex(hue[1:]), wanted, strict=True)) <= 2
+            assert colors != "even" or abs(value) > 1.02 or min(bytes.fromhex(hue[1:])) > 252
+    bar = labels(figure.axes[1].yaxis)
+    assert figure.axes[1].get_ylabel() == ("times an even share" if colors == "even" else "share of the scores")
+    for place, text in bar.items():
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        assert scale.strength(value) == pytest.approx(place, abs=1e-6)
+    told = {"linear": "colour: in proportion to the share", "even": "colour: the share above an even one"}[colors]
+    assert told in Reader(shown.to_html(colors=colors)).text
 
 
 def test_everything_is_in_the_figure() -> None:
@@ -220,6 +257,7 @@ def test_card() -> None:
         png = b64decode(source.removeprefix("data:image/png;base64,"))
         size = [int.from_bytes(png[i : i + 4], "big") / 2 for i in (16, 20)]  # two pixels for each of the screen's
         assert [float(image["width"] or 0), float(image["height"] or 0)] == pytest.approx(size, abs=1)
+        html = html.replace(THEMES, "")
         for word in ("<script", "<style", "<link", "http", "href=", "@import", "url("):
             assert word not in html
 
@@ -252,7 +290,7 @@ def test_import_loads_no_matplotlib() -> None:
 def test_the_figure_stays_where_no_script_runs() -> None:
     html = MAP.show()._repr_html_()
     before_scripts = html[: html.index("<script>")]
-    assert re.search('<div id="tl-scopes-[^"]*"><div [^>]*><img [^>]*alt="Heat map of 8', before_scripts)
+    assert re.search('<div [^>]*id="tl-scopes-[^"]*"><div [^>]*><img [^>]*alt="Heat map of 8', before_scripts)
 
 
 def test_what_was_set_aside_says_so() -> None:

@@ -20,10 +20,12 @@ import pytest
 import torch
 
 from tests.pictures import ARE, IS, NASTY, PROBE, SENTENCE, Reader, answer, browse, needs_browser
+from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.views import attribution as card
+from tl_scopes.views import markup
 from tl_scopes.views.live import LiveView
-from tl_scopes.views.markup import visible
-from tl_scopes.views.palette import color, text_color
+from tl_scopes.views.markup import THEMES, visible
+from tl_scopes.views.palette import Scale, color, dark, text_color
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Visible text
@@ -101,6 +103,49 @@ def test_scores_below_zero_have_the_other_hue() -> None:
     assert "-1" in Reader(card.fragment(answer(["a", "b"], [0.5, -1.0]))).text
 
 
+LONG = [0.9, *[0.011, 0.05, 0.005, 0.007, 0.01, 0.017] * 10]
+
+
+def test_colors_that_let_few_tokens_stand_out() -> None:
+    """By "linear" strengths are in proportion; by "even" all up to an even share are white."""
+    one = answer(["a"] * 4, [0.4, -0.3, 0.2, 0.1])
+    assert card.strengths(one, "linear") == pytest.approx([1.0, -0.75, 0.5, 0.25])
+    assert card.strengths(one, "even") == pytest.approx([1.0, -1 / 3, 0.0, 0.0])
+    long = answer(["a"] * len(LONG), LONG)
+    for colors in ("root", "linear", "even"):
+        assert card.strengths(long, colors)[0] == 1  # type: ignore[arg-type]
+    assert sum(strength > 0.1 for strength in card.strengths(long)[1:]) == 60
+    assert sum(strength > 0.1 for strength in card.strengths(long, "linear")[1:]) == 50
+    assert sum(strength > 0.1 for strength in card.strengths(long, "even")[1:]) == 10
+    assert card.strengths(answer(["a", "b"], [0.5, 0.5]), "even") == [0.0, 0.0]
+    assert card.strengths(answer(["a", "b"], [0.0, 0.0]), "even") == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("colors", ["root", "linear", "even"])
+def test_scores_and_strengths_are_inverse(colors: Any) -> None:
+    scores = torch.randn(30, generator=torch.Generator().manual_seed(0)).tolist()
+    scale = Scale.of(scores, colors)
+    for score in scores:
+        if scale.strength(score) not in (0.0, 1.0, -1.0):
+            assert scale.score(scale.strength(score)) == pytest.approx(score)
+
+
+def test_the_legend_says_which_colors() -> None:
+    html = {colors: Reader(SENTENCE.to_html(colors=colors)).text for colors in ("root", "linear", "even")}  # type: ignore[arg-type]
+    assert "colour: square root of the score" in html["root"]
+    assert "00.0250.05score" in html["linear"]
+    assert "colour: in proportion to the score" in html["linear"]
+    assert "colour: the score above an even one" in html["even"]
+    signed = Reader(answer(["a"] * 4, [0.4, -0.3, 0.2, 0.1]).to_html(colors="even")).text
+    assert "-0.4±0.250.4score" in signed
+
+
+@pytest.mark.parametrize("draw", [SENTENCE.to_html, SENTENCE.plot, AttributionMap((SENTENCE,)).plot])
+def test_colors_that_do_not_exist(draw: Any, no_type_checks: None) -> None:
+    with pytest.raises(ValueError, match="colors is one of 'root', 'linear', 'even', got 'log'"):
+        draw(colors="log")
+
+
 def luminance(color: str) -> float:
     assert re.fullmatch("#[0-9a-f]{6}", color)
     channels = [byte / 255 for byte in bytes.fromhex(color[1:])]
@@ -132,13 +177,16 @@ def test_every_token_is_there_in_order(draw: Any, tokens: list[str]) -> None:
 
 @pytest.mark.parametrize("draw", [card.page, card.fragment])
 def test_self_contained(draw: Any) -> None:
-    """No script, no style sheet, no address: nothing to load, and nothing that leaks into a notebook."""
+    """No script, no address: nothing to load. The one style sheet is about the classes of cards alone."""
     html = draw(answer(NASTY, [1.0] * len(NASTY), scope="Custom('<script>')", notes=("<script>x</script>",)))
     html.encode("utf-8")
+    assert html.count(THEMES) == 1
+    assert all(".tl-scopes" in rule for rule in re.findall(r"[^{};>]*\{", THEMES) if "@media" not in rule)
+    html = html.replace(THEMES, "")
     for word in ("<script", "<style", "<link", "<img", "http", "href=", "@import", "url(", "<!--"):
         assert word not in html
     for _, attributes in Reader(html).elements:
-        assert set(attributes) <= {"style", "title", "lang", "charset", "name", "content"}
+        assert set(attributes) <= {"style", "class", "title", "lang", "charset", "name", "content"}
 
 
 def test_page_is_a_document() -> None:
@@ -149,10 +197,28 @@ def test_page_is_a_document() -> None:
 
 
 def test_card_brings_its_own_colors() -> None:
-    """So that it is legible in a dark notebook."""
+    """So that it is legible in any notebook: those of a light ground for browsers that know no others, and both."""
     outermost = card.fragment(SENTENCE).split(">")[0]
-    assert "background-color:#ffffff" in outermost
-    assert ";color:#1f2328" in outermost
+    assert "background-color:#ffffff;background-color:light-dark(#ffffff,#1f1f1f)" in outermost
+    assert ";color:#1f2328;color:light-dark(#1f2328,#ecf1f8)" in outermost
+    assert "color-scheme:light dark" in outermost
+
+
+@pytest.mark.parametrize("strength", [i / 50 for i in range(-50, 51)])
+def test_every_token_is_legible_on_both_grounds(strength: float) -> None:
+    """By WCAG's measure of contrast, 4.5; in the dark a stronger colour is a lighter one."""
+    style = markup.chip("x", strength)
+    hues = re.findall(r"light-dark\((#\w+),(#\w+)\)", style)
+    for ground, text in zip(*hues, strict=True):
+        a, b = luminance(ground), luminance(text)
+        assert (max(a, b) + 0.05) / (min(a, b) + 0.05) >= 4.5
+    assert hues[0] == (color(strength), dark(color(strength)))
+    assert luminance(dark(color(strength))) >= luminance(dark(color(0.9 * strength))) - 1e-3  # of rounding
+
+
+def test_texts_are_legible_in_the_dark() -> None:
+    for hue in (markup.INK, markup.MUTED):
+        assert (luminance(dark(hue)) + 0.05) / (luminance(dark("#ffffff")) + 0.05) >= 4.5
 
 
 def test_hover() -> None:
@@ -240,6 +306,29 @@ def test_a_long_prompt_stays_small() -> None:
     assert len(Reader(html).tokens) == 300
     assert len(html) < 150_000
     assert html.count("<wbr>") > 140
+
+
+def test_plot() -> None:
+    """A bar for each token that counts, as high as its share and in the card's colours."""
+    shown = answer([f" word{i}" for i in range(30)], [1.0 + i for i in range(30)], parts=("template", *["user"] * 29))
+    axes = shown.plot().axes[0]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx(shown.share.tolist())
+    for bar, strength in zip(axes.patches, card.strengths(shown), strict=True):
+        assert bar.get_facecolor()[:3] == pytest.approx([b / 255 for b in bytes.fromhex(color(strength)[1:])])
+    assert [label.get_text() for label in axes.get_xticklabels()] == [f"·word{i}" for i in range(30)]
+    assert axes.get_title(loc="left") == shown.scope
+    linear = shown.plot("linear").axes[0].patches[15].get_facecolor()
+    assert linear != axes.patches[15].get_facecolor()
+    assert shown.plot()._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [1, 8, 55, 90, 500])
+def test_labels_of_bars_do_not_overlap(size: int) -> None:
+    figure = answer([f" word{i}" for i in range(size)], [1.0 + i for i in range(size)]).plot()
+    assert figure.get_size_inches()[0] < 13.5
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert all(a.x1 <= b.x0 + 0.5 for a, b in pairwise(boxes))
+    assert len(boxes) == size if size <= 55 else len(boxes) >= 40  # every second one, and so on
 
 
 def test_attribution_draws_itself(tmp_path: Path) -> None:

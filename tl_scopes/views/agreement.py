@@ -10,7 +10,7 @@ from tl_scopes.views.palette import color
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tl_scopes.circuits.pairs import Effects
+    from tl_scopes.circuits.effects import Effects
 
 _NAMED = 6
 

@@ -3,38 +3,54 @@
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from tl_scopes.views import markup
+from tl_scopes.views import bars, markup
+from tl_scopes.views.figure import shortened
 from tl_scopes.views.live import LiveView, Written, as_html
 from tl_scopes.views.markup import Cell, Html, boxed, chip, joined, rows, table, tag, visible
-from tl_scopes.views.palette import Scale, color
+from tl_scopes.views.palette import COLORS, Colors, Scale, color, require_colors
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tl_scopes.results.attribution import Attribution
 
 
-def strengths(attribution: "Attribution") -> list[float]:
+def strengths(attribution: "Attribution", colors: Colors = "root") -> list[float]:
     """How strongly to colour each token: 0 for a score of zero, 1 for the strongest; negative where the score is."""
-    scale = scale_of(attribution)
+    scale = scale_of(attribution, colors)
     return [
         scale.strength(score) if counted else 0.0
         for score, counted in zip(attribution.scores.tolist(), attribution.is_counted, strict=True)
     ]
 
 
-def scale_of(attribution: "Attribution") -> Scale:
+def scale_of(attribution: "Attribution", colors: Colors = "root") -> Scale:
     """The scale of the scores that count."""
+    require_colors(colors)
     pairs = zip(attribution.scores.tolist(), attribution.is_counted, strict=True)
-    return Scale.of(score for score, counted in pairs if counted)
+    return Scale.of((score for score, counted in pairs if counted), colors)
 
 
-def page(attribution: "Attribution", *below: str) -> Html:
+def plot(attribution: "Attribution", colors: Colors = "root") -> "Figure":
+    """A bar for each token, as high as its share; tokens that do not count have none."""
+    return bars.bars(
+        attribution.share.tolist(),
+        strengths(attribution, colors),
+        [shortened(text) for text in attribution.labels],
+        names=("token", "share of the scores"),
+        title=attribution.scope,
+    )
+
+
+def page(attribution: "Attribution", *below: str, colors: Colors = "root") -> Html:
     """The static card as a complete page, without script or network. Other cards may stand below."""
-    return markup.page(attribution.scope, fragment(attribution), *below)
+    card = fragment(attribution, colors=colors)
+    return markup.page(attribution.scope, card, *below, footer=attribution.provenance)
 
 
-def fragment(attribution: "Attribution") -> Html:
-    """The static card, to be put into another page."""
-    return _card(attribution, running_text(attribution))
+def fragment(attribution: "Attribution", *tables: Html, colors: Colors = "root") -> Html:
+    """The static card, to be put into another page. Other tables may stand beside its own."""
+    return _card(attribution, running_text(attribution, colors=colors), *tables, colors=colors)
 
 
 def colored_tokens(attribution: "Attribution") -> LiveView:
@@ -56,7 +72,9 @@ def colored_tokens(attribution: "Attribution") -> LiveView:
     )
 
 
-def running_text(answer: "Attribution", *, marks: bool = True, underlined: Collection[int] = ()) -> Html:
+def running_text(
+    answer: "Attribution", *, marks: bool = True, underlined: Collection[int] = (), colors: Colors = "root"
+) -> Html:
     """The prompt, each token on its colour; `marks` write the share beside a token whose score is over the scale.
 
     Tokens at the `underlined` positions differ from those of another prompt.
@@ -64,7 +82,7 @@ def running_text(answer: "Attribution", *, marks: bool = True, underlined: Colle
     parts: list[Html] = []
     before = ""
     scores, shares = answer.scores.tolist(), answer.share.tolist()
-    scale = scale_of(answer)
+    scale = scale_of(answer, colors)
     named = answer.target.ids if answer.target is not None and not answer.target.is_span else []
     spoken = answer.target is not None and answer.target.is_span
     parts_of = answer.parts or ("",) * len(scores)
@@ -131,24 +149,25 @@ def next_token(answer: "Attribution") -> Html:
     return Html()
 
 
-def _card(answer: "Attribution", tokens: Html) -> Html:
-    scale = scale_of(answer)
+def _card(answer: "Attribution", tokens: Html, *tables: Html, colors: Colors = "root") -> Html:
+    scale = scale_of(answer, colors)
     named = dict(zip(answer.positions, answer.labels, strict=True))
     top = [([str(i), chip(named[i], scale.strength(s)), f"{s:.3g}"], share) for i, _, s, share in answer.top()]
     heading = f"Most influential tokens, {len(top)} of {sum(answer.is_counted)}"
     predictions = [([str(token.id), chip(token.text)], probability) for token, probability in answer.predictions]
     return markup.card(
-        answer.scope,
+        answer.scope + (f" under {answer.rules} rules" if answer.rules else ""),
         tag("div", markup.SMALL, joined(explains(answer), about(answer), by=" · ")),
         tag("div", "font-size:16px;line-height:2;margin:14px 0 12px", tokens, next_token(answer)),
-        _legend(answer, scale),
+        _legend(answer, scale, colors),
         table(heading, ("position", "token", "score", "share"), top, color(1.0)),
         table("Most likely next tokens", ("id", "token", "probability"), predictions, markup.BAR),
+        *tables,
         notes=answer.notes,
     )
 
 
-def _legend(answer: "Attribution", scale: Scale) -> Html:
+def _legend(answer: "Attribution", scale: Scale, colors: Colors) -> Html:
     scores = [score for score, counted in zip(answer.scores.tolist(), answer.is_counted, strict=True) if counted]
     if not scores:
         return tag("div", markup.SMALL, "no token counts: answer.with_template() counts those of the template")
@@ -158,11 +177,11 @@ def _legend(answer: "Attribution", scale: Scale) -> Html:
     hues = [color(scale.top * (low + (1 - low) * (i + 0.5) / 24)) for i in range(24)]
     bar = [tag("span", f"display:inline-block;padding:6px 4.5px;background-color:{hue}") for hue in hues]
     ticks = zip(("left", "center", "right"), (low, (low + 1) / 2, 1.0), strict=True)
-    numbers = [
-        Cell(f"{scale.score(scale.top * tick):.3g}", f"text-align:{side};width:72px;padding:0") for side, tick in ticks
-    ]
+    # In the middle of a scale with two sides white are all up to an even share.
+    told = [(side, "±" * (tick == 0 > low and scale.floor > 0), scale.score(scale.top * tick)) for side, tick in ticks]
+    numbers = [Cell(f"{sign}{score:.3g}", f"text-align:{side};width:72px;padding:0") for side, sign, score in told]
     drawn = tag("div", "line-height:0;white-space:nowrap", *bar), rows([numbers])
-    said = [f"score in {answer.unit}", tag("br"), "colour: square root of the score"]
+    said = [f"score in {answer.unit}", tag("br"), f"colour: {COLORS[colors].format('score')}"]
     if not all(answer.is_counted):
         said += ["; grey: ", ", ".join(answer.uncounted), ", not counted"]
     if scale.top < 1:

@@ -1,5 +1,6 @@
 """Pictures of an `AttributionMap`: a heat map as figure and static card, and circuitsvis' attention pattern, live."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from tl_scopes.views import heat_map, markup
 from tl_scopes.views.figure import arrowed, embedded, shortened
 from tl_scopes.views.live import LiveView, Written, require_drawable
 from tl_scopes.views.markup import SMALL, Html, isolated, tag, visible
-from tl_scopes.views.palette import Scale, color, sinks
+from tl_scopes.views.palette import COLORS, Colors, Scale, color, require_colors, sinks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,19 +20,20 @@ if TYPE_CHECKING:
     from tl_scopes.results.attribution_map import AttributionMap
 
 
-def plot(prompt_map: "AttributionMap") -> "Figure":
+def plot(prompt_map: "AttributionMap", colors: Colors = "root") -> "Figure":
     """A heat map of the shares: predictions from top to bottom, tokens from left to right."""
-    return _figure(prompt_map, prompt_map.answers[-1].scope)
+    return figure(prompt_map, prompt_map.answers[-1].scope, colors=colors)
 
 
-def page(prompt_map: "AttributionMap") -> Html:
+def page(prompt_map: "AttributionMap", colors: Colors = "root") -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page(prompt_map.answers[-1].scope, fragment(prompt_map))
+    last = prompt_map.answers[-1]
+    return markup.page(last.scope, fragment(prompt_map, colors), footer=last.provenance)
 
 
-def fragment(prompt_map: "AttributionMap") -> Html:
+def fragment(prompt_map: "AttributionMap", colors: Colors = "root") -> Html:
     """The static card, to be put into another page."""
-    return _card(prompt_map, embedded(_figure(prompt_map), _alt(prompt_map)))
+    return card(prompt_map, embedded(figure(prompt_map, colors=colors), _alt(prompt_map)), colors)
 
 
 def attention_view(prompt_map: "AttributionMap") -> LiveView:
@@ -62,23 +64,26 @@ def attention_view(prompt_map: "AttributionMap") -> LiveView:
         "negativeColor": color(-1.0),
         "upperTriColor": "#f3f5f7",
     }
-    figure = _figure(prompt_map)
-    width = f"width:{96 * figure.get_size_inches()[0]:.0f}px;max-width:100%"  # it would fill the page
+    static = figure(prompt_map)
+    width = f"width:{96 * static.get_size_inches()[0]:.0f}px;max-width:100%"  # it would fill the page
     return LiveView(
         "AttentionPattern",
         props,
-        embedded(figure, _alt(prompt_map)),
-        lambda live: _card(prompt_map, tag("div", width, live)),
+        embedded(static, _alt(prompt_map)),
+        lambda live: card(prompt_map, tag("div", width, live)),
         repr(prompt_map),
     )
 
 
-def _card(prompt_map: "AttributionMap", picture: Html) -> Html:
+def card(prompt_map: "AttributionMap", picture: Html, colors: Colors = "root") -> Html:
+    """The frame around a picture of the map."""
     last = prompt_map.answers[-1]
     about = f"{last.model} · {last.dtype} · {last.wrt} → {last.of} · {_count(prompt_map)}"
-    legend = f"score in {last.unit}; colour: square root of the share"
-    if _scale(_values(prompt_map)).top < 1:
+    legend = f"score in {last.unit}; colour: {COLORS[colors].format('share')}"
+    if _scale(_values(prompt_map, colors), colors).top < 1:
         legend += ", the darkest is over the scale"
+    if not all(last.is_counted):
+        legend += f"; grey: {', '.join(last.uncounted)}, not counted"
     return markup.card(
         last.scope,
         tag("div", SMALL, about),
@@ -100,19 +105,41 @@ def _alt(prompt_map: "AttributionMap") -> str:
     )
 
 
-def _figure(prompt_map: "AttributionMap", title: str = "") -> "Figure":
-    values, texts = _values(prompt_map), _texts(prompt_map)
-    rows = []
-    for answer in prompt_map:
-        read = shortened(texts[answer.position]) if answer.position in texts else f"({answer.position})"
-        rows.append(arrowed(read, shortened(_explained(answer)) if _explained(answer) else ""))
+def figure(
+    prompt_map: "AttributionMap",
+    title: str = "",
+    *,
+    rows: Sequence[str] | None = None,
+    names: tuple[str, str, str] = ("after token → prediction", "token", "share of the scores"),
+    colors: Colors = "root",
+) -> "Figure":
+    """A heat map of the shares.
+
+    Args:
+        prompt_map: the map.
+        title: what is written over it.
+        rows: the label of each row; None is the token read and what is explained after it.
+        names: what rows, columns and values are.
+        colors: how shares become colours. By "even" the values are how many times an even share they are.
+    """
+    require_colors(colors)
+    values, texts = _values(prompt_map, colors), _texts(prompt_map)
+    if rows is None:
+        rows = [
+            arrowed(
+                shortened(texts[answer.position]) if answer.position in texts else f"({answer.position})",
+                shortened(_explained(answer)) if _explained(answer) else "",
+            )
+            for answer in prompt_map
+        ]
     return heat_map.heat_map(
         values,
-        _scale(values),
+        _scale(values, colors),
         rows,
         [shortened(text) for text in prompt_map.answers[-1].labels],
-        names=("after token → prediction", "token", "share of the scores"),
+        names=(*names[:2], "times an even share") if colors == "even" else names,
         title=title,
+        percent=colors != "even",
     )
 
 
@@ -120,15 +147,20 @@ def _count(prompt_map: "AttributionMap") -> str:
     return f"{len(prompt_map)} prediction{'s' * (len(prompt_map) > 1)}"
 
 
-def _values(prompt_map: "AttributionMap") -> Float[Tensor, "position token"]:
-    """The shares, NaN for the tokens after each position."""
+def _values(prompt_map: "AttributionMap", colors: Colors = "root") -> Float[Tensor, "position token"]:
+    """The shares, or how many times an even share they are; NaN for the tokens after each position, and for those that
+    have no share.
+    """
     values = prompt_map.share
     for line, answer in zip(values, prompt_map, strict=True):
         line[len(answer.scores) :] = torch.nan
+        line[[i for i, counted in enumerate(answer.is_counted) if not counted]] = torch.nan
+        if colors == "even":
+            line *= sum(answer.is_counted)
     return values
 
 
-def _scale(values: Float[Tensor, "position token"]) -> Scale:
+def _scale(values: Float[Tensor, "position token"], colors: Colors = "root") -> Scale:
     """One scale for all predictions, which ends below the sinks, the columns that most predictions rest on.
 
     One value in fifty may lie over the scale too, so that a few do not wash out the rest. Predictions from fewer than
@@ -142,7 +174,8 @@ def _scale(values: Float[Tensor, "position token"]) -> Scale:
     rest = sizes[:, means.indices[sinks(means.values.tolist()) :]]
     rest = rest[rest.isfinite()].sort(descending=True).values
     end = rest[len(rest) // 50].item()
-    return Scale(end, 0.8 if values.abs().nan_to_num().max().item() > end else 1.0)
+    top = 0.8 if values.abs().nan_to_num().max().item() > end else 1.0
+    return Scale(end, top, 1.0 if colors == "even" else 0.0, 0.5 if colors == "root" else 1.0)
 
 
 def _texts(prompt_map: "AttributionMap") -> dict[int, str]:

@@ -17,7 +17,8 @@ _LIVE = "colour: share, white at 0 and full at Positive Bound"
 
 def page(comparison: "Comparison") -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page(", ".join(comparison.answers), fragment(comparison))
+    made = dict.fromkeys(str(one.provenance) for one in comparison.answers.values() if one.provenance is not None)
+    return markup.page(", ".join(comparison.answers), fragment(comparison), footer=" · ".join(made))
 
 
 def fragment(comparison: "Comparison") -> Html:

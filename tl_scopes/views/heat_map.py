@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from math import ceil, floor, log10
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.views.figure import default_style, drawable, new_figure
+from tl_scopes.views.figure import LEGIBLE, axes_at, default_style, drawable, fitted, label_ticks
 from tl_scopes.views.markup import INK, MUTED
 from tl_scopes.views.palette import Scale, color, text_color
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-LEGIBLE = 60
-"""How many tokens along an edge are all labelled. Of more than these every other one is, or every third, and so on."""
 _VOID = "#f3f5f7"  # not white, which is a score of zero
 _RIM = "#d8dee4"
 
@@ -31,34 +29,36 @@ def heat_map(
     *,
     names: tuple[str, str, str],
     title: str = "",
+    percent: bool = True,
 ) -> "Figure":
-    """One large map of shares.
+    """One large map.
 
     Args:
-        values: the shares, NaN where there is none.
+        values: the values, shares say; NaN where there is none.
         scale: from values to colours.
         rows: the labels of the rows.
         columns: the labels of the columns.
         names: what the rows, the columns and the values are.
         title: written over the map.
+        percent: whether values are written in percent.
     """
     size = max(len(rows), len(columns))
     annotated = size <= 16
-    cell = 0.36 if annotated else min(0.2, 0.2 * LEGIBLE / size)
-    width, height = len(columns) * cell, len(rows) * cell
+    # Of a slice the few rows are as high as ever, however many columns there are.
+    width, height = (count * (0.36 if annotated else min(0.2, 0.2 * LEGIBLE / count)) for count in values.shape[::-1])
     tall = min(max(height, 1.2), 2.4)
     with default_style():
-        figure, (axes, bar) = _figure((0.0, 0.0, width, height), (width + 0.2, height - tall, 0.13, tall))
+        figure, (axes, bar) = axes_at((0.0, 0.0, width, height), (width + 0.2, height - tall, 0.13, tall))
         image = _cells(axes, values, scale, grid=size <= LEGIBLE)
-        _label(axes, rows, columns, every=ceil(size / LEGIBLE), turned=45 if annotated else 90)
+        label_ticks(axes, rows, columns, (height, width), turned=45 if annotated else 90)
         if annotated:
-            _annotate(axes, values, scale)
+            _annotate(axes, values, scale, percent=percent)
         axes.set_ylabel(names[0], fontsize=8, color=MUTED)
         axes.set_xlabel(names[1], fontsize=8, color=MUTED)
         (title,), style = drawable([title], 10)
         axes.set_title(title, loc="left", **style)
-        _color_bar(figure, bar, image, scale, names[2], percent=True)
-        return _fitted(figure)
+        _color_bar(figure, bar, image, scale, names[2], percent=percent)
+        return fitted(figure)
 
 
 def small_multiples(
@@ -82,36 +82,18 @@ def small_multiples(
     ]
     top = down * (side + 0.35) - 0.35
     with default_style():
-        figure, (*panels, bar) = _figure(*places, (across * (side + 0.2) + 0.1, top - side, 0.13, side))
+        figure, (*panels, bar) = axes_at(*places, (across * (side + 0.2) + 0.1, top - side, 0.13, side))
         for i, (axes, matrix, title) in enumerate(zip(panels, matrices, titles, strict=True)):
             image = _cells(axes, matrix, scale, grid=False)
             is_left, is_lowest = i % across == 0, i + across >= len(matrices)
-            every = ceil(len(tokens) / 20)
-            _label(axes, tokens if is_left else (), tokens if is_lowest else (), every=every, turned=90, size=7)
+            label_ticks(axes, tokens if is_left else (), tokens if is_lowest else (), (side, side), turned=90, size=7)
             axes.set_title(title, fontsize=8, color=INK, pad=3, parse_math=False)
         _color_bar(figure, bar, image, scale, name, percent=False)
-        return _fitted(figure)
+        return fitted(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of a figure
-
-
-def _figure(*places: tuple[float, float, float, float]) -> tuple["Figure", list["Axes"]]:
-    """Axes at places in inches, in a figure of one inch until it is `_fitted`."""
-    figure = new_figure(figsize=(1, 1))
-    return figure, [figure.add_axes(place) for place in places]
-
-
-def _fitted(figure: "Figure") -> "Figure":
-    """The figure, made as large as what is in it."""
-    box, rim = figure.get_tightbbox(), 0.08
-    width, height = box.width + 2 * rim, box.height + 2 * rim
-    places = [axes.get_position().bounds for axes in figure.axes]
-    figure.set_size_inches(width, height)
-    for axes, (x, y, w, h) in zip(figure.axes, places, strict=True):
-        axes.set_position(((x - box.x0 + rim) / width, (y - box.y0 + rim) / height, w / width, h / height))
-    return figure
 
 
 def _cells(axes: "Axes", values: Tensor, scale: Scale, *, grid: bool) -> "AxesImage":
@@ -127,29 +109,14 @@ def _cells(axes: "Axes", values: Tensor, scale: Scale, *, grid: bool) -> "AxesIm
     return image
 
 
-def _label(
-    axes: "Axes", rows: Sequence[str], columns: Sequence[str], *, every: int, turned: int, size: int = 8
-) -> None:
-    texts, style = drawable([*rows, *columns], size)
-    rows, columns = texts[: len(rows)], texts[len(rows) :]
-    axes.set_yticks(range(0, len(rows), every), rows[::every], **style)
-    aligned: dict[str, Any] = {
-        "rotation": turned,
-        "ha": "right",
-        "rotation_mode": "anchor",
-        "va": "top" if turned < 90 else "center_baseline",
-    }
-    axes.set_xticks(range(0, len(columns), every), columns[::every], **style, **aligned)
-    axes.tick_params(axis="both", which="major", pad=3)
-
-
-def _annotate(axes: "Axes", values: Tensor, scale: Scale) -> None:
-    """Write the share into each cell, in percent."""
+def _annotate(axes: "Axes", values: Tensor, scale: Scale, *, percent: bool) -> None:
+    """Write the value into each cell."""
     for row, line in enumerate(values.tolist()):
         for column, value in enumerate(line):
             if value == value:
                 hue = text_color(scale.strength(value))
-                axes.text(column, row, f"{100 * value:.0f}", fontsize=7, ha="center", va="center", color=hue)
+                told = f"{100 * value:.0f}" if percent else f"{value:.1f}"
+                axes.text(column, row, told, fontsize=7, ha="center", va="center", color=hue)
 
 
 def _color_bar(figure: "Figure", axes: "Axes", image: "AxesImage", scale: Scale, name: str, *, percent: bool) -> None:
@@ -166,14 +133,14 @@ def _color_bar(figure: "Figure", axes: "Axes", image: "AxesImage", scale: Scale,
 
 
 def _ticks(scale: Scale, apart: float) -> list[float]:
-    """Zero and round numbers, no two of them closer than this part of the scale."""
-    if scale.end == 0:
-        return [0.0]
-    ticks, above = [0.0], scale.top
+    """Where the scale begins and round numbers, no two of them closer than this part of the scale."""
+    if scale.end <= scale.floor:
+        return [scale.floor]
+    ticks, above = [scale.floor], scale.top
     power = floor(log10(scale.end))
     for score in (digit * 10.0**k for k in range(power, power - 4, -1) for digit in (5, 2, 1)):
-        strength = scale.top * (score / scale.end) ** 0.5
-        if apart * scale.top <= strength <= above:
+        strength = scale.strength(score)
+        if score <= scale.end and apart * scale.top <= strength <= above:
             ticks.append(score)
             above = strength - apart * scale.top
     return sorted(ticks)

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 from uuid import uuid4
 
-from tl_scopes.views.markup import Html, joined, tag
+from tl_scopes.views.markup import Html, joined, lit
 
 _SCRIPT = """<script>{
   const source = "%(source)s", props = %(props)s;
@@ -87,7 +87,7 @@ class LiveView:
         # "</script>" would end the script from within a string, and "<!--" hide its end.
         props = json.dumps(self.props, default=lambda written: written.fields).replace("<", "\\u003c")
         fields = {"props": props, "source": source, "id": name, "component": self.component}
-        return self.frame(tag("div", "", self.static, id=name)) + _SCRIPT % fields
+        return self.frame(lit(self.static, id=name)) + _SCRIPT % fields
 
 
 def as_html(text: str) -> str:

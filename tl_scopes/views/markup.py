@@ -1,23 +1,30 @@
-"""HTML of the pictures: elements with inline styles only, which notebook previews and mail clients keep.
+"""HTML of the pictures: elements with inline styles, which notebook previews and mail clients keep.
+
+Each colour is written twice, for a light ground and for both, `light-dark(#ffffff, #1f1f1f)`. A card follows the
+computer's setting; a small style sheet in it follows the theme of the notebook instead, where that has one.
 
 What is put into an element is plain text, and is escaped, unless it is `Html`. Only this file makes `Html`, so that no
 picture can forget to escape a token, a number that is none, or the name of a model.
 """
 
+import re
 import unicodedata
 from base64 import b64encode
 from collections.abc import Iterable, Sequence
+from functools import cache
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
-from tl_scopes.views.palette import color, text_color
+from tl_scopes.views.palette import color, dark, text_color, text_on
 
 INK, MUTED, BAR = "#1f2328", "#59636e", "#8c959f"
 SMALL = f"font-size:12px;color:{MUTED};margin-top:4px"
 _PAPER = f"background-color:#ffffff;color:{INK};border:0"
 _CARD = (
     f"{_PAPER};border:1px solid #d8dee4;border-radius:8px;padding:16px 20px;margin:4px 0;"
-    "box-sizing:border-box;color-scheme:light;direction:ltr;text-align:left;line-height:1.5;overflow-wrap:anywhere;"
+    "box-sizing:border-box;color-scheme:light dark;direction:ltr;text-align:left;line-height:1.5;"
+    "overflow-wrap:anywhere;"
     "font-family:system-ui,-apple-system,Segoe UI,Roboto,Helvetica,Arial,sans-serif;"
     "-webkit-print-color-adjust:exact;print-color-adjust:exact"  # else printers leave backgrounds out
 )
@@ -62,17 +69,71 @@ def tag(name: str, style: str = "", /, *parts: str, **attributes: str) -> Html:
         >>> tag("b", "color:red", "1 < 2", tag("br"), title="a 'b'")
         '<b style="color:red" title="a &#x27;b&#x27;">1 &lt; 2<br></b>'
     """
-    given = {"style": style} | attributes
+    given = {"style": _themed(style)} | attributes
     start = name + "".join(f' {key}="{escape(value)}"' for key, value in given.items() if value)
     return Html(f"<{start}>" if name in _EMPTY else f"<{start}>{joined(*parts)}</{name}>")
+
+
+@cache
+def _themed(style: str) -> str:
+    """The style, with each colour followed by its like for both grounds, which browsers before 2024 pass over."""
+    declarations = []
+    given = dict(line.split(":", 1) for line in style.split(";") if ":" in line)
+    ground = given.get("background-color", "").strip()
+
+    def both(found: re.Match[str]) -> str:
+        hue = found[0]
+        # Black or white letters on a ground are those that can be read there.
+        on = hue in ("#000000", "#ffffff") and name.strip() == "color" and _HEX.fullmatch(ground)
+        return f"light-dark({hue},{text_on(dark(ground)) if on else dark(hue)})"
+
+    for line in style.split(";"):
+        declarations.append(line)
+        name, _, value = line.partition(":")
+        if _HEX.search(value):
+            declarations.append(f"{name}:{_HEX.sub(both, value)}")
+    return ";".join(declarations)
+
+
+_HEX = re.compile("#[0-9a-f]{6}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The frame
 
+_SHOWN_DARK = """[data-jp-theme-light="false"] X, html[theme="dark"] X, [data-theme="dark"] X, body.vscode-dark X,
+body.vscode-high-contrast X, body.dark X"""
+_SHOWN_LIGHT = """[data-jp-theme-light="true"] X, html[theme="light"] X, [data-theme="light"] X, body.vscode-light X,
+body.light X"""
+_IMAGE = ".tl-scopes img:not(.tl-light img)"
+_TURNED = "filter: invert(0.88) hue-rotate(180deg)"  # white becomes the card's dark ground, and blue stays blue
+THEMES = Html(
+    "<style>"
+    f"@media (prefers-color-scheme: dark) {{ {_IMAGE} {{ {_TURNED} }} }}\n"
+    f"{_SHOWN_DARK.replace('X', '.tl-scopes')} {{ color-scheme: dark !important }}\n"
+    f"{_SHOWN_DARK.replace('X', _IMAGE)} {{ {_TURNED} }}\n"
+    f"{_SHOWN_LIGHT.replace('X', '.tl-scopes')} {{ color-scheme: light !important }}\n"
+    f"{_SHOWN_LIGHT.replace('X', _IMAGE)} {{ filter: none }}"
+    "</style>"
+)
+"""What makes cards dark in the dark themes of JupyterLab, Colab, Sphinx, VS Code and marimo, and light in the light."""
 
-def page(title: str, *cards: str) -> Html:
-    """A complete page: no script, no network."""
+
+def lit(*parts: str, **attributes: str) -> Html:
+    """A light place in a card of any colours, for what has no dark colours."""
+    style = f"{_PAPER};color-scheme:light;border-radius:6px"
+    return tag("div", style, *parts, **{"class": "tl-light"} | attributes)
+
+
+def saved(html: Html, path: str | Path | None) -> Html:
+    """The same page, written to a file if there is a path."""
+    if path is not None:
+        Path(path).write_text(html, encoding="utf-8")
+    return html
+
+
+def page(title: str, *cards: str, footer: object = None) -> Html:
+    """A complete page: no script, no network. The footer says what it was made with, where that is known."""
     head = tag(
         "head",
         "",
@@ -80,14 +141,17 @@ def page(title: str, *cards: str) -> Html:
         tag("meta", name="viewport", content="width=device-width"),
         tag("title", "", title),
     )
-    body = tag("body", "margin:24px;background-color:#ffffff", "\n", joined(*cards, by="\n"), "\n")
+    made = tag("footer", f"{SMALL};font-family:system-ui,sans-serif", f"Made with {footer}") if footer else Html()
+    ground = "margin:24px;background-color:#ffffff;color-scheme:light dark"
+    body = tag("body", ground, "\n", joined(*cards, made, by="\n"), "\n")
     return joined(Html("<!doctype html>\n"), tag("html", "", head, "\n", body, lang="en"), "\n")
 
 
 def card(title: str, *parts: str, notes: Iterable[str] = (), width: str = "860px") -> Html:
     """The frame of every picture, with its own ground and text colours, for light and dark notebooks."""
     noted = [tag("div", SMALL, "Note: ", note) for note in notes]
-    return tag("div", f"{_CARD};max-width:{width}", joined(tag("div", _TITLE, title), *parts, *noted, by="\n"))
+    within = joined(THEMES, tag("div", _TITLE, title), *parts, *noted, by="\n")
+    return tag("div", f"{_CARD};max-width:{width}", within, **{"class": "tl-scopes"})
 
 
 def image(png: bytes, alt: str, width: int, height: int) -> Html:

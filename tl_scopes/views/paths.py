@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tl_scopes.views import heat_map, markup
 from tl_scopes.views.figure import shortened
-from tl_scopes.views.markup import MUTED, SMALL, Cell, Html, tag, visible
+from tl_scopes.views.live import LiveView, require_drawable
+from tl_scopes.views.markup import MUTED, SMALL, Cell, Html, isolated, tag, visible
 from tl_scopes.views.palette import Scale, color, text_color
 
 if TYPE_CHECKING:
@@ -110,6 +111,31 @@ def flow(paths: "Paths", column: int) -> Html:
     return _card(paths, column, _scrolled(markup.rows(lines)), tag("div", SMALL, legend))
 
 
+def live_flow(paths: "Paths") -> LiveView:
+    """circuitsvis' view of activations, with depths for layers and source tokens for neurons.
+
+    Departure: circuitsvis colours by the largest number in sight, and it has no heads. Which of them move the influence
+    stands in the static picture.
+
+    Raises:
+        ValueError: for more than 160,000 numbers.
+    """
+    assert paths.stream is not None
+    require_drawable(paths.stream.numel())
+    scores = paths.scores.where(paths.scores != 0, torch.ones_like(paths.scores))
+    shares = (paths.stream / scores).permute(1, 0, 2)
+    props = {
+        "tokens": [isolated(shortened(text)) for text in paths.str_tokens],
+        "activations": [[[round(one, 4) for one in line] for line in rows] for rows in shares.tolist()],
+        "firstDimensionName": "before layer",
+        "secondDimensionName": "from token",
+        "firstDimensionLabels": [*(f"L{layer}" for layer in paths.stream_layers[:-1]), "end"],
+        "secondDimensionLabels": [f"{visible(paths.str_tokens[i])} ({i})" for i in paths.positions],
+    }
+    about = f"where the influence of {len(paths.positions)} tokens stands before each layer"
+    return LiveView("TextNeuronActivations", props, flow(paths, paths.column()), about=about)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Parts of a card
 
@@ -141,7 +167,7 @@ def _number(share: float, scale: Scale, title: str) -> Cell:
 
 
 def _side() -> str:
-    return f"padding:0 0 0 12px;line-height:15px;font-size:11px;color:{MUTED}"
+    return f"padding:0 0 0 12px;line-height:15px;font-size:11px;white-space:normal;color:{MUTED}"
 
 
 def _movers(paths: "Paths", column: int, layer: int) -> Html:
@@ -154,7 +180,8 @@ def _movers(paths: "Paths", column: int, layer: int) -> Html:
         if abs(row.share) >= _NOTABLE:
             tone = "#0072b2" if row.value >= 0 else "#b34700"
             where = f" → {visible(row.at)}" if row.at is not None else ""
-            told.append(tag("span", f"color:{tone};margin-right:10px", f"{row.name}{where} {row.share:.0%}"))
+            style = f"color:{tone};margin-right:10px;display:inline-block;white-space:nowrap"  # on a phone they wrap
+            told.append(tag("span", style, f"{row.name}{where} {row.share:.0%}"))
     return markup.joined(*told)
 
 

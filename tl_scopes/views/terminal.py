@@ -16,6 +16,7 @@ from tl_scopes.views.markup import visible
 from tl_scopes.views.palette import color, text_color
 
 if TYPE_CHECKING:
+    from tl_scopes.answers import AnswerMap
     from tl_scopes.diagnostics.check_report import Checks
     from tl_scopes.results.attribution import Attribution
 
@@ -91,6 +92,47 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
     if checks is not None:
         console.print("\nCan it be trusted?")
         console.print(Padding(_verdicts(checks), (0, 0, 0, 2), expand=False))
+
+
+def report_rows(rows: "AnswerMap", score: str, top: int) -> None:
+    """Print what moves each token of an answer: a line for each, with its most influential tokens and their shares.
+
+    Args:
+        rows: one answer for each token.
+        score: what a score is, with {what} in place of the number explained.
+        top: how many tokens to list beside each.
+    """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.width = min(console.width, 100)
+    last = rows.answers[-1]
+    listed = Table.grid(padding=(0, 2))
+    listed.add_column("token", no_wrap=True)
+    listed.add_column("value", no_wrap=True, justify="right")
+    listed.add_column("moved by")
+    listed.add_row("token", "value", "moved by", style="dim")
+    for text, answer in zip(rows.answer_texts, rows, strict=True):
+        strength = dict(zip(answer.positions, strengths(answer), strict=True))
+        named = dict(zip(answer.positions, answer.labels, strict=True))
+        moved = Text()
+        for one in answer.top(top):
+            hue = strength[one.position]
+            moved.append(visible(named[one.position]), f"{text_color(hue)} on {color(hue)}")
+            moved.append(f" {one.share:.0%}  ")
+        value = "" if answer.value is None else f"{answer.value:.2f}"
+        listed.add_row(Text(visible(text), "bold"), value, moved)
+
+    legend = Table.grid(padding=(0, 2))
+    facts = {"score": score.format(what="its log-probability"), "unit": last.unit, "note": "; ".join(last.notes)}
+    if last.quantity is not None:
+        facts["value"] = "of each token: " + last.quantity.split("(")[0]
+    for label, fact in (facts | {"model": f"{last.model}, {last.dtype}"}).items():
+        if fact:
+            legend.add_row(label, Text(fact), style="dim")
+    console.print(Text.assemble("What moves each token of ", (visible(rows.text), "bold"), "?"))
+    console.print(Padding(listed, (0, 0, 1, 2), expand=False))
+    console.print(legend)
 
 
 def _last_read(answer: "Attribution") -> str:

@@ -1,0 +1,78 @@
+"""The command `tl-scopes serve`: the explorer in a browser, for prompts that are typed in."""
+
+import sys
+from contextlib import redirect_stdout
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from tl_scopes.cli import QUESTIONS, Dtype, Scope, _exits
+
+# torch and TransformerLens take seconds to import, so functions import what needs them, and --help does not wait.
+
+HELP = """Open a page on this computer in which prompts are typed in and explored.
+
+Without --model it asks the small model that comes with the package. Ctrl+C ends it.
+
+Examples:
+  tl-scopes serve
+  tl-scopes serve --model Qwen/Qwen3-0.6B --chat --scope semantic --scope relevance --rules linear"""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+_Question = partial(typer.Option, rich_help_panel="Question")
+_Model = partial(typer.Option, rich_help_panel="Model")
+_Server = partial(typer.Option, rich_help_panel="Server")
+
+_SCOPES = "A question that the page can switch to, as in tl-scopes --help. Repeat it for several."
+_HOST = "Another address to listen at. Whoever can reach it can use the model, and what is typed is not encrypted."
+
+
+@app.command(help=HELP, context_settings={"help_option_names": ["-h", "--help"]})
+def serve(
+    scope: Annotated[
+        list[Scope] | None, _Question(metavar="NAME", show_default="semantic, temperature, fisher", help=_SCOPES)
+    ] = None,
+    chat: Annotated[bool, _Question("--chat", help="A prompt is what a user says to a chat model.")] = False,
+    rules: Annotated[str | None, _Question(metavar="NAMES", help="Differentiate by rules: linear, lookup ...")] = None,
+    model: Annotated[str | None, _Model(metavar="NAME", show_default="the bundled one", help="A name or path.")] = None,
+    device: Annotated[str | None, _Model(metavar="NAME", show_default="a GPU if there is one", help="cpu ...")] = None,
+    dtype: Annotated[Dtype, _Model(metavar="NAME", help="float32, float64, bfloat16 or float16.")] = Dtype.FLOAT32,
+    bos: Annotated[
+        bool | None, _Model("--bos/--no-bos", show_default="as the model has it", help="Put BOS first.")
+    ] = None,
+    checkpoint: Annotated[bool, _Model("--checkpoint", help="For long prompts: keep less in memory.")] = False,
+    port: Annotated[int, _Server(metavar="N", help="The port; 0 is any that is free.")] = 8000,
+    host: Annotated[str, _Server(metavar="ADDRESS", help=_HOST)] = "127.0.0.1",
+) -> None:
+    """Serve the explorer until Ctrl+C."""
+    asked = list(dict.fromkeys(scope or [Scope.SEMANTIC, Scope.TEMPERATURE, Scope.FISHER]))
+    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
+        import torch
+
+        import tl_scopes as tls
+        from tl_scopes import models
+        from tl_scopes.serve import PromptServer
+
+        options: dict[str, Any] = {"prepend_bos": bos, "checkpoint": checkpoint}
+        options["rules"] = rules.split(",") if rules and "," in rules else rules
+
+        def explore(prompt: str) -> tls.Explorer:
+            said: Any = [{"role": "user", "content": prompt}] if chat else prompt
+            return tls.explore(loaded, said, scopes, **options)
+
+        with _exits(2, ValueError):  # before the model is loaded, which takes a while
+            scopes = [getattr(tls, QUESTIONS[name].scope)(**QUESTIONS[name].options) for name in asked]
+            server = PromptServer(explore, host, port)
+        with server:
+            with _exits(1, Exception):
+                load = tls.load_tiny if model is None else partial(models.load, model)
+                loaded = load(device=device, dtype=getattr(torch, dtype))
+                models.check_model(loaded)
+            server.title = f"tl_scopes: {models.model_name(loaded)}"
+            typer.echo(f"{server.title} at {server.url} (Ctrl+C ends it)", err=True)
+            try:
+                server.serve_forever()
+            except KeyboardInterrupt:
+                typer.echo("", err=True)

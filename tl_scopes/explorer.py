@@ -1,0 +1,159 @@
+"""A prompt to explore: maps of several scopes in one page that answers to the mouse and the keys."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tl_scopes import models
+from tl_scopes.api import attribution_map
+from tl_scopes.circuits.paths import Paths
+from tl_scopes.models import Model, Prompt, Rules
+from tl_scopes.results.attribution_map import AttributionMap
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.views import explorer as view
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explorer:
+    """Maps of one prompt, as a page to explore: see `explore`, which makes it. It never changes.
+
+    In a notebook it shows itself in a frame, which a saved notebook keeps.
+
+    Attributes:
+        maps: one map for each scope, all of the same tokens.
+        carried: what `carried_by(lin, scope, by="position")` returned, for the slider of layers; None is no slider.
+        bos: whether the first token is a BOS token, which the page can set aside.
+    """
+
+    maps: tuple[AttributionMap, ...]
+    carried: Paths | None = None
+    bos: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.maps:
+            raise ValueError("an explorer needs at least one map, got none: give at least one scope.")
+        tokens = self._tokens
+        for one in self.maps:
+            last = one.answers[-1]
+            if last.tokens.tolist() != tokens:
+                raise ValueError(
+                    f"the maps are about different tokens, {len(tokens)} of {self.maps[0].answers[-1].scope} and "
+                    f"{len(last.tokens)} of {last.scope}: make them from one prompt."
+                )
+            if any(list(answer.positions) != list(range(answer.position + 1)) for answer in one):
+                raise ValueError(
+                    f"the map of {last.scope} lacks tokens that were set aside or put together: give the whole map, of "
+                    "which the page sets tokens aside by itself."
+                )
+        if self.carried is not None:
+            if self.carried.by != "position":
+                raise ValueError(
+                    f"carried is by {self.carried.by!r}, and the slider of layers needs positions: give "
+                    'carried_by(lin, scope, by="position").'
+                )
+            if self.carried.tokens.tolist() != tokens[: self.carried.position + 1]:
+                raise ValueError(
+                    f"carried is about {len(self.carried.tokens)} tokens with which the prompt of {len(tokens)} does "
+                    "not begin: linearise the same prompt."
+                )
+        cells = sum(len(answer.scores) for one in self.maps for answer in one)
+        _require_small(
+            cells + (0 if self.carried is None else self.carried.values.numel()), len(tokens), len(self.maps)
+        )
+
+    @property
+    def _tokens(self) -> list[int]:
+        return self.maps[0].answers[-1].tokens.tolist()
+
+    @property
+    def str_tokens(self) -> tuple[str, ...]:
+        """The text of each token."""
+        return self.maps[0].str_tokens
+
+    def __repr__(self) -> str:
+        scopes = ", ".join(one.answers[-1].scope for one in self.maps)
+        layers = "" if self.carried is None else f", {len(self.carried.layers)} layers"
+        return f"Explorer({scopes}: {len(self.str_tokens)} tokens{layers}, {self.maps[0].answers[-1].model})"
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """One page that holds all it needs: it asks no network. `path` is where to write it.
+
+        Where no script runs, it shows the static heat map of the first scope.
+        """
+        html = view.page(self)
+        if path is not None:
+            Path(path).write_text(html, encoding="utf-8")
+        return html
+
+    def _repr_html_(self) -> str:
+        return view.fragment(self)
+
+
+def explore(
+    model: Model,
+    prompt: Prompt,
+    scopes: Scope | Sequence[Scope],
+    *,
+    carried: Paths | None = None,
+    target: Literal["likeliest", "next"] = "likeliest",
+    wrt: str = models.EMBEDDING,
+    of: str = models.READOUT,
+    prepend_bos: bool | None = None,
+    checkpoint: bool = False,
+    rules: Rules = None,
+) -> Explorer:
+    """A page to explore a prompt: hover a token to see what moved the prediction after it, with Shift what it moves.
+
+    A click pins a token, the arrow keys go from token to token and from scope to scope. The BOS token and what a chat's
+    template wrote can be set aside; a link restores what is seen.
+
+    Args:
+        model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
+        prompt: as in `linearize`; also a chat.
+        scopes: the questions, between which the page switches; one or several.
+        carried: what `carried_by(lin, scope, by="position")` returned for this prompt: then a slider shows at which
+            positions the influence of a token stands before each layer.
+        target, wrt, of, prepend_bos, checkpoint, rules: as in `attribution_map`.
+
+    Cost: for each scope that of `attribution_map`, with one forward pass. The page takes 8 bytes for each score.
+
+    Raises: as `attribution_map` does. ValueError for no scopes; before anything is computed, for more scores than a
+        page holds; for a `carried` of another prompt or not by position.
+
+    Example:
+        >>> page = tls.explore(model, "The keys to the old cabinet near the door", [tls.SemanticScope()])
+        >>> page
+        Explorer(SemanticScope(): 10 tokens, tiny)
+        >>> page.to_html().startswith("<!doctype html>")
+        True
+    """
+    asked = [scopes] if isinstance(scopes, Scope) else list(scopes)
+    for scope in asked:
+        require_scope(scope)
+    if carried is not None and not isinstance(carried, Paths):
+        raise TypeError(
+            f'carried takes what carried_by(lin, scope, by="position") returns, got a {type(carried).__name__}.'
+        )
+    models.check_model(model)
+    tokens = models.tokenize(model, prompt, prepend_bos)
+    _require_small(len(asked) * len(tokens) * (len(tokens) + 1) // 2, len(tokens), len(asked))
+    options: dict[str, Any] = {"target": target, "wrt": wrt, "of": of, "prepend_bos": prepend_bos}
+    options |= {"checkpoint": checkpoint, "rules": rules}
+    maps = tuple(attribution_map(model, prompt, scope, **options) for scope in asked)
+    return Explorer(maps, carried, models.starts_with_bos(model, tokens))
+
+
+def _require_small(cells: int, tokens: int, scopes: int) -> None:
+    """Refuse a page that a browser would open slowly.
+
+    Raises:
+        ValueError: with the size and what makes it smaller.
+    """
+    if cells > view.LARGEST:
+        fewer = f"fewer scopes than {scopes}, or " if scopes > 1 else ""
+        raise ValueError(
+            f"the page would hold {cells:,} scores of {tokens} tokens, some {8 * cells / 1e6:.0f} MB, and a browser "
+            f"opens {view.LARGEST:,} well: ask {fewer}a shorter prompt, or call attribution_map, whose picture has any "
+            "size."
+        )

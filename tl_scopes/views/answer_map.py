@@ -1,0 +1,54 @@
+"""Pictures of an `AnswerMap` and of what `AnswerMap.traced` found: a heat map of answer by prompt, and a card."""
+
+from typing import TYPE_CHECKING
+
+from tl_scopes.views import attribution, attribution_map, markup
+from tl_scopes.views.figure import embedded, shortened
+from tl_scopes.views.markup import Html, table
+from tl_scopes.views.palette import color
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from tl_scopes.answers import AnswerMap, Traced
+
+
+def plot(rows: "AnswerMap") -> "Figure":
+    """A heat map of the shares: the answer from top to bottom; prompt and earlier answer from left to right, with a
+    line between them.
+    """
+    labels = [shortened(text) for text in rows.answer_texts]
+    figure = attribution_map.figure(rows.map, rows=labels, names=("answer", "prompt | answer", "share of the scores"))
+    if rows.prompt_length < len(rows.str_tokens):
+        figure.axes[0].axvline(rows.prompt_length - 0.5, color=markup.INK, linewidth=1)
+    return figure
+
+
+def page(rows: "AnswerMap") -> Html:
+    """The static card as a complete page, without script or network."""
+    return markup.page(rows.answers[-1].scope, fragment(rows))
+
+
+def fragment(rows: "AnswerMap") -> Html:
+    """The static card, to be put into another page."""
+    strongest = rows.top(1)
+    told = ""
+    if strongest:
+        (one,) = strongest
+        told = f" The largest share, {one.share:.0%}, is that of {one.token!r} in {one.answer_token!r}."
+    alt = f"Heat map of {len(rows)} parts of an answer by {len(rows.str_tokens)} of prompt and answer.{told}"
+    return attribution_map.card(rows.map, embedded(plot(rows), alt))
+
+
+def traced_page(traced: "Traced") -> Html:
+    """The static card of a trace as a complete page, without script or network."""
+    return markup.page(traced.answer.scope, traced_fragment(traced))
+
+
+def traced_fragment(traced: "Traced") -> Html:
+    """The prompt coloured by what arrives at each token, and how much arrives at each hop."""
+    lines = [([str(hop + 1)], weight) for hop, weight in enumerate(traced.hops.sum(1).tolist())]
+    lines += [(["left in the answer"], traced.left)] if traced.left else []
+    return attribution.fragment(
+        traced.answer, table("What arrives at the prompt", ("hop", "weight"), lines, color(1.0))
+    )
