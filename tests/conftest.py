@@ -14,6 +14,7 @@ import torch
 
 import tl_scopes as tls
 from tests import zoo
+from tests.browser import Browser
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -43,6 +44,16 @@ def no_type_checks() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Chromium, for the tests of one file."""
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    try:
+        yield browser
+    finally:
+        browser.close()
 
 
 _LONG = ("test_training", "test_demos_run", "test_series_beat", "test_held_out", "honest")

@@ -101,8 +101,14 @@ def test_positions_of_every_form(model: Any) -> None:
         ({"of": "blocks.0.attn.hook_result"}, "'blocks.0.attn.hook_result' never fired"),
         ({"wrt": "blocks.0.attn.hook_result"}, "'blocks.0.attn.hook_result' did not fire before 'ln_final'"),
         ({"wrt": "blocks.1.hook_resid_pre", "of": "blocks.0.hook_resid_pre"}, "did not fire before 'blocks.0.hook_re"),
-        ({"of": "blocks.0.attn.hook_pattern"}, r"at the hook 'blocks.0.attn.hook_pattern' is not \[batch pos d"),
-        ({"wrt": "blocks.0.attn.hook_pattern"}, r"is not \[batch pos d\] but \(1, 4, 8, 8\)"),
+        (
+            {"of": "blocks.0.attn.hook_pattern"},
+            r"at the hook 'blocks.0.attn.hook_pattern' is neither \[batch pos d\] nor",
+        ),
+        (
+            {"wrt": "blocks.0.attn.hook_pattern"},
+            r"neither \[batch pos d\] nor \[batch pos head d_head\] but \(1, 4, 8, 8\)",
+        ),
     ],
 )
 def test_hooks(model: Any, ends: dict[str, str], message: str) -> None:
@@ -445,7 +451,7 @@ def test_answers(answer: tls.Attribution) -> None:
         ("[]", "is not an Attribution"),
         ('{"format": "other"}', "is not an Attribution"),
         ('{"format": "tl_scopes.Attribution", "version": 3}', "written by a later version"),
-        ('{"format": "tl_scopes.Attribution", "version": 2, "colour": 3}', "scores: Field required"),
+        ('{"format": "tl_scopes.Attribution", "version": 2, "colour": 3}', "tokens: Field required"),
         (
             '{"format": "tl_scopes.Attribution", "version": true}',
             "has the version True, and versions are numbers from 1 on",

@@ -40,7 +40,8 @@ def test_a_chat_is_written_by_its_template(chatty: Any) -> None:
     for part, token in zip(answer.parts, answer.str_tokens, strict=True):
         of_parts[part] = of_parts.get(part, "") + token
     assert of_parts["system"] == "Be brief."
-    assert of_parts["user"].replace("?", "? ").split() == "Where are the keys? Which door?".split()
+    assert of_parts["user 1"].strip() == "Where are the keys?"
+    assert of_parts["user 2"].strip() == "Which door?"
     assert of_parts["reasoning"] == "<think>He asks for keys.</think>"
     assert of_parts["assistant"] == "Near the door."
     assert "im_start" in of_parts["template"]
@@ -56,10 +57,11 @@ def test_template_tokens_stand_outside_of_shares(chatty: Any) -> None:
     assert whole.share[aside].any()
     assert float(whole.share.sum()) == pytest.approx(1, rel=1e-6)
     users = answer.part("user")
-    assert set(users.parts) == {"user"}
+    assert set(users.parts) == {"user 1", "user 2"}
     assert float(users.share.sum()) == pytest.approx(1, rel=1e-6)
+    assert "".join(answer.part("user 2").str_tokens).strip() == "Which door?"
     assert answer.part("template").share.any()
-    with pytest.raises(ValueError, match="the answer has no part 'tool': it has 'template', 'system', 'user'"):
+    with pytest.raises(ValueError, match="the answer has no part 'tool': it has 'template', 'system', 'user 1'"):
         answer.part("tool")
     with pytest.raises(ValueError, match="it has no parts, since its prompt was not a chat"):
         tls.attribute(chatty, "The keys", tls.SemanticScope()).part("user")
@@ -83,6 +85,43 @@ def test_chats_everywhere(chatty: Any) -> None:
     rows = tls.answer_map(chatty, CHAT, tls.generate(chatty, CHAT, 3), tls.SemanticScope())
     assert rows[-1].parts[-2:] == ("answer", "answer")
     assert rows.traced().parts == alone.parts
+    cells = rows.plot().axes[0].images[0].get_array()
+    assert [bool(cell) for cell in cells.mask[-1]] == [part == "template" for part in rows[-1].parts]
+    assert "grey: template, not counted" in rows.to_html()
+
+
+def test_turns_are_told_apart(chatty: Any) -> None:
+    """A role that has the word once is called by its name, others by number; reasoning has that of its answer."""
+    thought = {"role": "assistant", "content": "<think>Hm.</think>Yes."}
+    for chat, expected in (
+        (CHAT[1:2], {"user", "template"}),
+        (CHAT[1:], {"user 1", "user 2", "assistant", "reasoning", "template"}),
+        ([*CHAT[1:], thought, CHAT[1]], {"user 3", "assistant 2", "reasoning 2", "reasoning 1", "user 1", "user 2"}),
+    ):
+        assert set(tls.linearize(chatty, chat).parts) >= expected
+    answer = tls.attribute(chatty, [*CHAT[1:], thought, CHAT[1]], tls.SemanticScope())
+    assert "".join(answer.part("reasoning 2").str_tokens) == "<think>Hm.</think>"
+    assert set(answer.part("assistant").parts) == {"assistant 1", "assistant 2"}
+    with pytest.raises(ValueError, match="the answer has no part 'user 4': it has"):
+        answer.part("user 4")
+
+
+def test_what_the_template_says_by_itself(chatty: Any) -> None:
+    """A system prompt that the template puts in is template; as a message it is the system's."""
+    default = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+    chatty.tokenizer.chat_template = default + TEMPLATE
+    injected, written = (tls.linearize(chatty, chat) for chat in (CHAT[1:2], CHAT[:2]))
+    assert injected.tokens.tolist() == written.tokens.tolist()
+    assert "system" not in injected.parts
+    assert "".join(t for t, p in zip(written.str_tokens, written.parts, strict=True) if p == "system") == "Be brief."
+
+
+def test_where_a_chat_and_its_answer_meet(chatty: Any) -> None:
+    chatty.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}The ke"
+    answer = tls.attribute(chatty, CHAT[1:2], tls.SemanticScope(), answer="ys are")
+    assert any("prompt and answer are tokenised apart" in note for note in answer.notes)
+    fine = tls.attribute(chatty, CHAT[1:2], tls.SemanticScope(), answer=" are")
+    assert not any("apart" in note for note in fine.notes)
 
 
 def test_bad_chats(chatty: Any) -> None:

@@ -107,12 +107,18 @@ def ask(run: Callable[..., Any]) -> Callable[..., tls.Attribution]:
         (["--scope", "heta", "--target", " the"], tls.HetaScope(" the")),
         (["--target", " the old"], tls.SemanticScope(" the old")),
         (["--target", " the", "--versus", " the old"], tls.SemanticScope(" the", " the old")),
+        (["--rules", "linear", "--scope", "relevance", "--versus", " the"], tls.RelevanceScope(versus=" the")),
+        (["--rules", "norms,patterns"], tls.SemanticScope()),
     ],
 )
 def test_the_answer_is_the_librarys(
     ask: Callable[..., tls.Attribution], folder: Path, args: list[str], scope: tls.Scope
 ) -> None:
-    expected = tls.attribute(models.load(folder), PROMPT, scope, 3 if "--position" in args else -1)
+    rules = args[args.index("--rules") + 1].split(",") if "--rules" in args else None
+    position = 3 if "--position" in args else -1
+    expected = tls.attribute(
+        models.load(folder), PROMPT, scope, position, rules=rules and (rules if rules[1:] else rules[0])
+    )
     assert ask(PROMPT, *args).to_json() == expected.to_json()
 
 
@@ -285,12 +291,12 @@ def test_what_libraries_print_stays_out_of_stdout(
         (
             [PROMPT, "--scope", "fisher", "--target", " the"],
             2,
-            "goes with --scope semantic, path-integrated, heta, not",
+            "goes with --scope semantic, path-integrated, heta, relevance, not",
         ),
         (
             [PROMPT, "--scope", "heta", "--versus", ""],
             2,
-            "--versus goes with --scope semantic, path-integrated, not with",
+            "--versus goes with --scope semantic, path-integrated, relevance, not with",
         ),
         ([PROMPT, "--check", "--json", "-"], 2, "--check prints below the report"),
         ([PROMPT, "--device", "toaster"], 1, "toaster"),
@@ -448,3 +454,37 @@ def test_an_answer_is_explained_as_a_whole(ask: Callable[..., tls.Attribution], 
     assert ask(PROMPT, "--answer", " the old", "--scope", "fisher").to_json() == given.to_json()
     said = tls.generate(model, PROMPT, 3)
     assert ask(PROMPT, "--generate", "3").target.ids == list(said.ids)
+
+
+def test_rows_of_an_answer(run: Callable[..., Any], folder: Path, tmp_path: Path) -> None:
+    """`--rows` is `answer_map`: printed, as a page, and as JSON."""
+    model = models.load(folder)
+    expected = tls.answer_map(model, PROMPT, " the old", tls.SemanticScope())
+    printed = run(PROMPT, "--answer", " the old", "--rows", "--top", "2")
+    assert printed.exit_code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", printed.stdout)
+    lines = [line for line in text.splitlines() if re.match(r"  ·\w+ ", line)]
+    assert len(lines) == len(expected)
+    for line, row in zip(lines, expected, strict=True):
+        assert f"{row.value:.2f}" in line
+        assert all(f"{one.share:.0%}" in line for one in row.top(2))
+    page = tmp_path / "rows.html"
+    written = run(PROMPT, "--answer", " the old", "--rows", "--json", "-", "--html", str(page))
+    assert written.stdout.strip() == expected.to_json()
+    assert page.read_text().startswith("<!doctype html>")
+    assert run(PROMPT, "--generate", "2", "--rows", "--scope", "fisher").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows"], "--rows has a row for each token of an answer: give --answer or --generate as well"),
+        (["--rows", "--answer", " a", "--check"], "--rows explains each token of an answer, and --check is about one"),
+        (["--rows", "--answer", " a", "--position", "1"], "and --position is about one: leave one out"),
+        (["--rows", "--answer", " a", "--versus", " b"], "and --versus is about one: leave one out"),
+    ],
+)
+def test_rows_that_cannot_be(run: Callable[..., Any], options: list[str], message: str) -> None:
+    result = run(PROMPT, *options)
+    assert result.exit_code == 2
+    assert message in flat(result.stderr)

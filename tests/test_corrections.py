@@ -165,9 +165,11 @@ def test_nothing_frozen(holdable: Specimen) -> None:
 def test_aimed(toy: tls.Linearization) -> None:
     """A scope around one without a target of its own is aimed, and says so."""
     around = tls.PositionCorrectedScope(tls.FrozenAttentionScope(tls.SemanticScope()))
-    assert around.aimed(toy, 3) == tls.PositionCorrectedScope(tls.FrozenAttentionScope(tls.SemanticScope(3)))
-    assert tls.PositionCorrectedScope(tls.SemanticScope(4)).aimed(toy, 3).explained(toy)[0] == Target((toy.token(4),))
-    assert tls.PositionCorrectedScope(tls.TemperatureScope()).aimed(toy, 3).explained(toy) == (None, None)
+    assert around.with_target(toy, 3) == tls.PositionCorrectedScope(tls.FrozenAttentionScope(tls.SemanticScope(3)))
+    assert tls.PositionCorrectedScope(tls.SemanticScope(4)).with_target(toy, 3).explained(toy)[0] == Target(
+        (toy.token(4),)
+    )
+    assert tls.PositionCorrectedScope(tls.TemperatureScope()).with_target(toy, 3).explained(toy) == (None, None)
 
 
 def test_errors_of_an_estimate_add_up(tiny: Any) -> None:

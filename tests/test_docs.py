@@ -21,6 +21,7 @@ from tl_scopes.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 MODULES = [info.name for info in pkgutil.walk_packages(tls.__path__, "tl_scopes.")]
 
@@ -39,21 +40,50 @@ def test_docstring_examples_exist() -> None:
     assert count >= 10
 
 
+def examples_of(page: str, text: str, names: dict[str, Any]) -> doctest.DocTest:
+    """Every Python block of a page, from top to bottom, in one namespace."""
+    blocks = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    return doctest.DocTestParser().get_doctest(blocks, names, page, page, 0)
+
+
 def test_readme_python() -> None:
-    """Every Python block, from top to bottom, in one namespace of its own."""
-    blocks = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-    test = doctest.DocTestParser().get_doctest(blocks, {}, "README.md", "README.md", 0)
+    """In a namespace of its own, which has nothing."""
+    test = examples_of("README.md", README, {})
     assert len(test.examples) >= 6
     assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
 
 
+@pytest.mark.parametrize("page", [page for page in DOCS if "```python" in DOCS[page]])
+def test_docs_python(page: str, tiny: Any) -> None:
+    """Pages know `tls` and `model`, the bundled one."""
+    test = examples_of(page, DOCS[page], {"tls": tls, "model": tiny})
+    assert test.examples
+    assert doctest.DocTestRunner(optionflags=FLAGS).run(test).failed == 0
+
+
+def test_docs_that_run() -> None:
+    """Lest the test above pass because it finds nothing."""
+    assert sum("```python" in text for text in DOCS.values()) >= 8
+
+
+def test_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 180
+    assert len(README.split()) <= 1500
+
+
+def test_links_lead_somewhere() -> None:
+    for name, text in {"README.md": README, **{f"docs/{name}": text for name, text in DOCS.items()}}.items():
+        targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+        assert [one for one in targets if not ((ROOT / name).parent / one).exists()] == []
+
+
 def console_blocks() -> list[tuple[str, str]]:
     """Commands `$ tl-scopes ...` and the output shown under them."""
-    blocks = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    blocks = re.findall(r"```console\n(.*?)```", "\n".join([README, *DOCS.values()]), re.DOTALL)
     return [re.match(r"\$ (tl-scopes [^\n]*)\n(.*)", b, re.DOTALL).groups() for b in blocks if "$ tl-scopes" in b]  # type: ignore[union-attr,misc]
 
 
-def test_readme_commands() -> None:
+def test_commands_shown() -> None:
     """The output shown is the output."""
     assert console_blocks()
     for command, shown in console_blocks():
@@ -109,6 +139,7 @@ def test_there_are_demos() -> None:
 # -- what is named exists ---------------------------------------------------------------------------------------------
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")}
+PAGES |= {f"docs/{name}": text for name, text in DOCS.items()}
 PAGES |= {path.name: "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells) for path in DEMOS}
 MIGRATION = re.findall(r"^\| (.*?) \| (.*?) \|$", PAGES["CHANGELOG.md"], re.MULTILINE)
 """What 0.1 called it, and what it is called now."""
@@ -161,7 +192,7 @@ def test_names_are_looked_for() -> None:
         ("tl_scopes.views.card", False),
         ("tls.check", True),
     ]
-    assert len(named(README)) >= 15
+    assert sum(len(named(text)) for text in DOCS.values()) >= 40
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -195,12 +226,12 @@ def test_what_migrates_is_gone() -> None:
     assert [name for name in old if exists(name)] == []
 
 
-def test_readme_lists_the_floors() -> None:
+def test_the_floors_are_listed() -> None:
     """The folders and files of the package, from the top floor down, as import-linter's contract has them."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     [layers] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
     floors = [re.findall(r"\w+", layer) for layer in layers]
-    table = README.partition("| folder or file | what it holds |")[2].partition("\n\n")[0]
+    table = DOCS["how_it_works.md"].partition("| folder or file | what it holds |")[2].partition("\n\n")[0]
     listed = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert listed == [name for floor in floors for name in sorted(floor, key=listed.index)]
 

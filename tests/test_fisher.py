@@ -77,6 +77,21 @@ def test_repeated_directions_cost_nothing() -> None:
     assert answer.backward_passes == 4
 
 
+def test_leading_directions_without_all_of_them(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the readout has many dimensions, the leading ones are found without the others, to the same scores."""
+    prompts = ["The keys to the old cabinet near the door", "German: Der Hund schläft. English:"]
+    lins = [tls.linearize(tiny, prompt) for prompt in prompts]
+    assert all(fisher_information_module.leading_root(lin, 3) is not None for lin in lins)
+    found = [tls.FisherScope(rank=3)(lin) for lin in lins]
+    monkeypatch.setattr(fisher_information_module, "leading_root", lambda lin, count: None)
+    for answer, lin in zip(found, lins, strict=True):
+        whole = tls.FisherScope(rank=3)(lin)
+        assert_close(answer.scores, whole.scores, rtol=1e-4, atol=1e-6 * float(whole.scores.max()))
+        assert answer.trace_share == pytest.approx(whole.trace_share, rel=1e-5)
+        assert answer.score_share == pytest.approx(whole.score_share, rel=0.25)
+        assert answer.backward_passes == whole.backward_passes == 7
+
+
 def test_rank(lin: tls.Linearization) -> None:
     """Truncation grows with the rank, holds the shares it says, and is exact at full rank."""
     exact = tls.FisherScope(exact=True)(lin)

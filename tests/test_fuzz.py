@@ -186,6 +186,9 @@ def test_parts_of_an_answer(where: Any) -> None:
     asked(lambda: ROWS.span(where))
     asked(lambda: ROWS[where])
     asked(lambda: ROWS.traced(where))
+    asked(lambda: ROWS.by(where))
+    asked(lambda: ROWS.top(where))
+    asked(lambda: tls.AnswerMap.from_json(where))
 
 
 OPTIONS: dict[Callable[..., Any], tuple[str, ...]] = {

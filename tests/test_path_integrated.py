@@ -336,7 +336,7 @@ def test_too_few_steps_are_told_once_per_call(tiny: Any) -> None:
             warnings.simplefilter("always")
             ask()
         (told,) = [str(w.message) for w in caught if "is too few" in str(w.message) or "the rtol" in str(w.message)]
-        assert re.search(r"This is the worst of [1-8] such predictions, of [258] in all\.$", told)
+        assert re.search(r"This is the worst of [1-8] such predictions, of [578] in all\.$", told)
 
 
 def test_too_few_steps(one: tls.Linearization) -> None:

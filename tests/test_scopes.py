@@ -31,7 +31,10 @@ SCOPES: dict[str, tls.Scope] = {
     "heta": tls.HetaScope(TARGET, probes=2),
     "position corrected": tls.PositionCorrectedScope(tls.SemanticScope(TARGET), shuffles=2),
     "frozen attention": tls.FrozenAttentionScope(tls.SemanticScope(TARGET)),
+    "under rules": tls.UnderRulesScope(tls.SemanticScope(TARGET), rules="lookup"),
+    "relevance": tls.RelevanceScope(TARGET, versus=3),
 }
+SIGNED = {"relevance"}
 NEEDS_LOGITS = set(SCOPES) - {"spectral", "direction"}
 
 
@@ -66,12 +69,12 @@ def answer(name: str, scope: tls.Scope, specimen: Specimen) -> tls.Attribution:
 class TestEveryScope:
     """One law, one test."""
 
-    def test_one_finite_score_per_token(self, answer: tls.Attribution) -> None:
+    def test_one_finite_score_per_token(self, name: str, answer: tls.Attribution) -> None:
         assert answer.scores.shape == (POSITION + 1,)
         assert answer.scores.isfinite().all()
-        assert (answer.scores >= 0).all()
+        assert (answer.scores >= 0).all() or name in SIGNED
         assert answer.scores.dtype == torch.float64
-        assert answer.share.sum() == pytest.approx(1)
+        assert answer.share.abs().sum() == pytest.approx(1)
         assert answer.unit
 
     def test_nothing_after_the_position_matters(

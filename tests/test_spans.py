@@ -1,5 +1,6 @@
 """Answers of several tokens: what must hold of a span on every kind of model, and what people ask with it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def span(specimen: Specimen) -> tls.Span:
 @pytest.fixture
 def both(specimen: Specimen) -> tls.Span:
     """An answer compared with another one, of another length."""
-    lin = tls.SemanticScope(ANSWER, versus=OTHER).placed(tls.linearize(specimen.model, PROMPT))
+    lin = tls.SemanticScope(ANSWER, versus=OTHER).with_answer(tls.linearize(specimen.model, PROMPT))
     assert isinstance(lin, tls.Span)
     return lin
 
@@ -294,8 +295,8 @@ def test_answer_map_in_words(tiny: Any, no_type_checks: None) -> None:
     assert_close(rows[" new."].scores, rows[1:3].scores, rtol=0, atol=0)
     assert_close(rows.span((4, 9)).scores, rows[1:3].scores, rtol=0, atol=0)
     assert rows[-1] is rows.answers[3]
-    assert list(rows.to_dataframe().said.unique()) == [0, 1, 2, 3]
-    assert "4 tokens said, 10 tokens of the prompt" in repr(rows)
+    assert list(rows.to_dataframe().row.unique()) == [0, 1, 2, 3]
+    assert "4 tokens of the answer, 10 of the prompt" in repr(rows)
     for where, message in (("keys", "does not hold 'keys'"), ("e", "holds 'e' at the characters"), ("", "not hold ''")):
         with pytest.raises(ValueError, match=message):
             rows[where]
@@ -320,7 +321,7 @@ def test_traced_by_hand(tiny: Any, no_type_checks: None) -> None:
     assert_close(found.total.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
     assert_close(found.hops[0], R.mean(0))
     last = rows.traced(2, span=slice(2, 3))
-    with pytest.raises(TypeError, match="the span of a trace is a slice of the tokens said, .* got ' new'"):
+    with pytest.raises(TypeError, match="the span of a trace is a slice of the rows, .* got ' new'"):
         rows.traced(span=" new")  # type: ignore[arg-type]
     assert_close(last.hops[1], b * R[0] + c * R[1])
     assert last.left == pytest.approx(float(c * a))
@@ -333,6 +334,141 @@ def test_traced_by_hand(tiny: Any, no_type_checks: None) -> None:
         rows.traced(0)
     with pytest.raises(ValueError, match="holds no token of the answer, which has 3"):
         rows.traced(span=slice(3, 3))
+
+
+def flashtrace(rows: torch.Tensor, prompt_length: int, sink: int, hops: int) -> list[torch.Tensor]:
+    """FlashTrace's recursion (Pan et al. 2026, arXiv:2602.01914), for a token of the answer and given rows.
+
+    What importance falls on the prompt is observed, and what falls on the tokens generated before, normalised, are the
+    weights in which their rows are added up for the next hop. A hop counts by the ratio of what was passed on to what
+    there was, times those of the hops before it.
+    """
+    importance, ratio, observed = rows[sink], 1.0, []
+    for _ in range(hops + 1):
+        observed.append(ratio * importance[:prompt_length])
+        thinking = importance[prompt_length : prompt_length + sink]
+        if not thinking.any():
+            break
+        ratio *= float(thinking.sum() / importance.sum())
+        importance = thinking / thinking.sum() @ rows[:sink]
+    return observed
+
+
+def test_traced_is_the_recursion(specimen: Specimen) -> None:
+    """`traced` is FlashTrace's recursion on the same rows, per hop, and w (I − Q)⁻¹ R for several tokens together."""
+    rows = tls.answer_map(specimen.model, PROMPT, [*ANSWER, 30, 2], tls.SemanticScope())
+    n = len(PROMPT)
+    for sink in (2, 4):
+        for hops in (0, 1, 5):
+            expected = torch.stack(flashtrace(rows.share, n, sink, hops))
+            found = rows.traced(hops + 1, span=slice(sink, sink + 1))
+            assert_close(found.hops, expected[: len(found.hops)], **EXACT)
+            assert not expected[len(found.hops) :].any()
+    R, Q = rows.share[:, :n], torch.nn.functional.pad(rows.share[:, n:], (0, 1))
+    for span, weight in ((slice(3, 5), [0, 0, 0, 0.5, 0.5]), (None, [0.2] * 5)):
+        found = rows.traced(span=span)
+        w = torch.tensor(weight, dtype=torch.float64)
+        assert_close(found.total, w @ torch.linalg.inv(torch.eye(5, dtype=torch.float64) - Q) @ R, **EXACT)
+        assert found.left == pytest.approx(0, abs=1e-12)
+        if rows.share.any():
+            assert_close(found.total.sum(), torch.tensor(1.0, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
+def test_words_of_an_answer(tiny: Any, no_type_checks: None) -> None:
+    """A row for each word: its tokens' span, with columns put together, never across the end of the prompt."""
+    prompt, answer = "The unheard", " keys and the unheard maison"
+    rows = tls.answer_map(tiny, prompt, answer, tls.SemanticScope())
+    words = rows.by("word")
+    assert len(words) < len(rows)
+    assert [text.strip() for text in words.answer_texts] == answer.split()
+    assert words.text == rows.text
+    assert words.answers[-1].str_tokens[words.prompt_length :] == words.answer_texts[:-1]
+    n = rows.prompt_length
+    for row, group in zip(words, words.groups[words.prompt_length :], strict=True):
+        whole = rows[group.start - n : group.stop - n]
+        assert row.value == pytest.approx(whole.value, rel=1e-6)
+        assert_close(row.scores.norm(), whole.scores.norm())  # √Σ score² of all columns together
+        assert_close(row.share.sum(), torch.tensor(1.0))
+    assert_close(words[-2:].scores, words[" unheard maison"].scores)
+    assert words[-2:].str_tokens == words.answers[-2].str_tokens
+    assert words.traced().total.sum() == pytest.approx(1)
+    spans = rows.by([(1, n), (n, n + 2)])
+    assert spans.answer_texts[0] == "".join(rows.answer_texts[:2])
+    assert "groups of tokens of the answer" in repr(spans)
+    assert spans.map[-1].positions == tuple(range(len(spans.str_tokens)))
+    with pytest.raises(ValueError, match=rf"the span \({n - 1}, {n + 1}\) goes from the prompt over into the answer"):
+        rows.by([(n - 1, n + 1)])
+    with pytest.raises(ValueError, match='grouped by "word", "sentence", "number", or a list of spans, got \'line\''):
+        rows.by("line")  # type: ignore[arg-type]
+    out = tls.answer_map(tiny, prompt, " keys", LeaveOneOut())
+    with pytest.raises(ValueError, match="do not tell what several tokens have together"):
+        out.by("word")
+
+
+def test_the_strongest_cells(tiny: Any, no_type_checks: None) -> None:
+    rows = tls.answer_map(tiny, KEYS, " are new.", tls.SemanticScope())
+    cells = rows.top(4)
+    assert [cell.share for cell in cells] == rows.share.flatten().sort(descending=True).values[:4].tolist()
+    for cell in cells:
+        assert rows.share[cell.row, cell.position] == cell.share
+        assert (cell.answer_token, cell.token) == (rows.answer_texts[cell.row], rows.str_tokens[cell.position])
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        rows.top(0)
+    traced = rows.traced()
+    assert [row.score for row in traced.top(3)] == traced.total.sort(descending=True).values[:3].tolist()
+    assert_close(traced.answer.by("word").scores.sum(), traced.total.sum())
+    assert traced.answer.target.text == " are new."
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        traced.top(0)
+
+
+def test_rows_as_json(tiny: Any, no_type_checks: None) -> None:
+    tokens = tls.answer_map(tiny, KEYS, " are new.", tls.SemanticScope())
+    for rows in (tokens.by("word"), tokens):
+        again = tls.AnswerMap.from_json(rows.to_json())
+        assert_close(again.scores, rows.scores, rtol=0, atol=0)
+        assert (again.groups, again.prompt_length, again.answer_texts) == (
+            rows.groups,
+            rows.prompt_length,
+            rows.answer_texts,
+        )
+        assert again.to_json() == rows.to_json()
+        assert_close(again.traced().total, rows.traced().total, rtol=0, atol=0)
+        assert again[0].to_json() == rows[0].to_json()
+        for ask in (lambda again=again: again[0:2], lambda again=again: again.by("word")):
+            with pytest.raises(ValueError, match="this map was read from JSON, which has no model to ask again"):
+                ask()
+    text = rows.to_json()
+    for wrong, message in (
+        ("{", "not an AnswerMap but broken JSON"),
+        ("{}", 'not an AnswerMap: its "format" is not "tl_scopes.AnswerMap"'),
+        (text.replace('"version": 1', '"version": 9', 1), "this AnswerMap has the version 9, and 1 is read here"),
+        (text.replace('"groups"', '"group"'), "this AnswerMap does not hold what it should: KeyError"),
+        (text.replace('"prompt_length": 10', '"prompt_length": 9'), "has 3 rows, 3 texts and 4 groups of the answer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tls.AnswerMap.from_json(wrong)
+    with pytest.raises(TypeError, match="an AnswerMap is read from the text that to_json wrote, got bytes"):
+        tls.AnswerMap.from_json(b"{}")  # type: ignore[arg-type]
+
+
+def test_pictures_of_an_answer(tiny: Any, tmp_path: Path) -> None:
+    """The answer's tokens are the rows; what arrives at the prompt has a card, also in a file; neither has a script."""
+    rows = tls.answer_map(tiny, KEYS, " are new.", tls.SemanticScope())
+    axes = rows.plot().axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["·are", "·new", "."]
+    assert [line.get_xdata()[0] for line in axes.lines] == [9.5]
+    for one, told in ((rows, "Heat map of 3 parts of an answer by 12"), (rows.traced(), "What arrives at the prompt")):
+        path = tmp_path / "page.html"
+        html = one.to_html(path)
+        assert path.read_text(encoding="utf-8") == html
+        assert told in html
+        assert one._repr_html_() in html
+        assert "<script" not in html
+    partly = rows.traced(1)
+    assert "left in the answer" in partly.to_html()
+    assert f"{partly.left:.1%} of the weight is still in the answer" in partly.answer.notes[-1]
+    assert str(rows.show())
 
 
 @pytest.mark.parametrize("kind", ["bridge", *(["hooked"] if zoo.HookedTransformer else [])])
@@ -350,6 +486,12 @@ def test_generation_is_the_likeliest_text(tiny: Any, kind: str) -> None:
         tls.generate(model, KEYS, 0)
     with pytest.raises(ValueError, match="and 99999 are to follow, the model's context is"):
         tls.generate(model, KEYS, 99_999)
+    with pytest.raises(ValueError, match=r"temperature=0.7 would change nothing, .* add do_sample=True, or leave it"):
+        tls.generate(model, KEYS, 3, temperature=0.7)
+    with pytest.raises(ValueError, match=r"top_k=5, top_p=0.9 would change nothing, .* or leave them out"):
+        tls.generate(model, KEYS, 3, do_sample=False, top_p=0.9, top_k=5)
+    torch.manual_seed(0)
+    assert len({tls.generate(model, KEYS, 6, do_sample=True, temperature=5.0).text for _ in range(3)}) > 1
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -379,7 +521,9 @@ def test_bad_answers(tiny: Any, no_type_checks: None) -> None:
     for one, other in (({" are", " were"}, " is old"), (" is old", {" are", " were"})):
         with pytest.raises(ValueError, match="cannot be compared: one is a set of which any token is meant"):
             tls.attribute(tiny, KEYS, tls.SemanticScope(one, versus=other))
-    with pytest.raises(ValueError, match="the answer is ' are', and SemanticScope.* asks about ' is': leave one out"):
+    with pytest.raises(
+        ValueError, match=r"SemanticScope\(.* asks about ' is', and what is given .* is ' are': leave one"
+    ):
         tls.attribute(tiny, KEYS, tls.SemanticScope(" is"), answer=" are")
     with pytest.raises(ValueError, match="target and versus are the same tokens, ' are old'"):
         tls.attribute(tiny, KEYS, tls.SemanticScope(versus=" are old"), answer=" are old")
@@ -393,7 +537,7 @@ def test_bad_answers(tiny: Any, no_type_checks: None) -> None:
         tls.SemanticScope(" are old", quantity="logit")(lin)
     with pytest.raises(TypeError, match=r"a target is a text, an id, a list of ids, or a set"):
         tls.SemanticScope([" are", " old"])(lin)
-    with pytest.raises(ValueError, match="the linearisation is of the answer ' are old', and .* asks about ' is'"):
+    with pytest.raises(ValueError, match=r"asks about ' is', and what is given .* is ' are old': leave one of them"):
         tls.SemanticScope(" is")(tls.linearize(tiny, KEYS, answer=" are old"))
     with pytest.raises(ValueError, match=r"target ' are old' is 2 tokens, which are predicted at several positions"):
         tls.attribution_map(tiny, KEYS, tls.SemanticScope(" are old"))
@@ -413,6 +557,20 @@ def test_where_prompt_and_answer_meet(tiny: Any) -> None:
     assert any("prompt and answer are tokenised apart" in note for note in apart.notes)
     fine = tls.attribute(tiny, KEYS, tls.SemanticScope(), answer=" are")
     assert not any("apart" in note for note in fine.notes)
+    # The same for targets, whichever way they come to stand behind the prompt; once, and not for ids.
+    scope, ids = tls.SemanticScope("ys are"), tiny.to_tokens("The ke")[0]
+    (many,) = tls.attribute_many(tiny, ["The ke"], tls.SemanticScope(), targets=["ys are"])
+    for found in (
+        tls.attribute(tiny, "The ke", scope),
+        tls.attribute(tiny, ids, scope),
+        scope(tls.linearize(tiny, "The ke")),
+        many,
+    ):
+        assert sum("prompt and target are tokenised apart" in note for note in found.notes) == 1
+    foil = tls.attribute(tiny, "The ke", tls.SemanticScope(" are old", versus="ys are"))
+    assert sum("prompt and versus are tokenised apart" in note for note in foil.notes) == 1
+    given = tls.attribute(tiny, "The ke", tls.SemanticScope(), answer=tls.generate(tiny, "The ke", 2))
+    assert not any("apart" in note for note in given.notes)
 
 
 # -- many prompts -----------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""The answer map: which token moves which token of what was said, and spans of it; and through earlier tokens."""
+"""The answer map: which token moves which token of an answer, and spans of it; and through earlier tokens."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -12,36 +13,68 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.span import Span
+from tl_scopes.models import Target, readable
 from tl_scopes.models.arguments import as_int
-from tl_scopes.results.attribution import Attribution
+from tl_scopes.results import units
+from tl_scopes.results.attribution import Attribution, Influence
 from tl_scopes.results.attribution_map import AttributionMap
-from tl_scopes.results.units import offsets
+from tl_scopes.results.units import Unit
 from tl_scopes.scopes.scope import Scope, warn
+from tl_scopes.views import answer_map as card
 from tl_scopes.views.live import LiveView
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+FORMAT, VERSION = "tl_scopes.AnswerMap", 1
+
+
+class AnswerInfluence(NamedTuple):
+    """One row of `AnswerMap.top`.
+
+    Attributes:
+        row: which token of the answer is moved, counted from 0.
+        answer_token: its text.
+        position: where the token that moves it stands, counted from the start of the prompt.
+        token: its text.
+        score: its score, in the scope's unit.
+        share: the score over the sum of the sizes of all scores of the row.
+    """
+
+    row: int
+    answer_token: str
+    position: int
+    token: str
+    score: float
+    share: float
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AnswerMap:
     """How much each token of a prompt, and each earlier token of the answer, moves each token of the answer.
 
-    Made by `tl_scopes.answer_map`. `rows[3]` is the `Attribution` of one token said; `rows[" Paris"]`, `rows[2:5]` and
+    Made by `tl_scopes.answer_map`. `rows[3]` is the `Attribution` of one token; `rows[" Paris"]`, `rows[2:5]` and
     `rows.span(...)` are that of several together, for which one more backward pass goes through the graph that the map
-    keeps.
+    keeps. `rows.by("word")` has a row and a column for each word.
 
     Attributes:
-        answers: one Attribution for each token of the answer, in their order: the scores of the prompt's tokens and of
-            the answer's tokens before it.
-        scope: the question.
-        lin: the linearised answer.
+        answers: one Attribution for each row, in their order: the scores of the prompt's tokens and of the answer's
+            tokens before it.
+        groups: which tokens each unit consists of, counted from the start of the prompt: those of the prompt, and those
+            of the answer, which are the rows. A unit is a token, but for what `by` returns.
+        prompt_length: how many of the units, and so of the columns, are of the prompt.
+        answer_texts: the text of each row.
+        scope: the question; None in a map that was read from JSON.
+        lin: the linearised answer; None in a map that was read from JSON.
     """
 
     answers: tuple[Attribution, ...]
-    scope: Scope
-    lin: Span
+    groups: tuple[range, ...]
+    prompt_length: int
+    answer_texts: tuple[str, ...]
+    scope: Scope | None = None
+    lin: Span | None = None
 
     @classmethod
     def of(cls, scope: Scope, lin: Span) -> "AnswerMap":
@@ -50,15 +83,24 @@ class AnswerMap:
         Raises: as the scope does.
         """
         lin.require_finite()
-        parts = [lin.part(k, k + 1) for k in range(lin.answer.steps)]
-        answers = scope.ask(parts)
+        groups = tuple(range(i, i + 1) for i in range(lin.prompt_length + lin.answer.steps))
+        return cls._asked(scope, lin, groups)
+
+    @classmethod
+    def _asked(cls, scope: Scope, lin: Span, groups: tuple[range, ...]) -> "AnswerMap":
+        n = lin.prompt_length
+        rows = [group for group in groups if group.start >= n]
+        answers = scope.ask([lin.part(row.start - n, row.stop - n) for row in rows])
         warn(scope, answers)
-        return cls(tuple(answers), scope, lin)
+        tokens = lin.answer.tokens
+        texts = tuple(readable("".join(token.text for token in tokens[r.start - n : r.stop - n])) for r in rows)
+        return cls(tuple(answers), groups, len(groups) - len(rows), texts, scope, lin)
 
     def __repr__(self) -> str:
+        tokens = "tokens" if all(len(group) == 1 for group in self.groups) else "groups of tokens"
         return (
-            f"AnswerMap({self.text!r} from {self.answers[0].scope}: {len(self)} tokens said, "
-            f"{self.prompt_length} tokens of the prompt)"
+            f"AnswerMap({self.text!r} from {self.answers[0].scope}: {len(self)} {tokens} of the answer, "
+            f"{self.prompt_length} of the prompt)"
         )
 
     def __len__(self) -> int:
@@ -70,44 +112,119 @@ class AnswerMap:
     @property
     def text(self) -> str:
         """The answer."""
-        return self.lin.answer.text
-
-    @property
-    def prompt_length(self) -> int:
-        """How many of the columns are tokens of the prompt; the others are the answer's, but for its last."""
-        return self.lin.prompt_length
+        return readable("".join(self.answer_texts))
 
     @property
     def str_tokens(self) -> tuple[str, ...]:
         """The text of each column: the prompt's tokens, and the answer's but for the last."""
         return self.answers[-1].str_tokens
 
-    @property
-    def spoken(self) -> tuple[str, ...]:
-        """The text of each row: the answer's tokens."""
-        return tuple(token.text for token in self.lin.answer.tokens)
-
     @cached_property
     def map(self) -> AttributionMap:
-        """The rows as a map of predictions, by the position after which each is read."""
-        return AttributionMap(self.answers)
+        """The rows as a map of predictions, by the position after which each is read; columns that `by` has put
+        together count as one position.
+        """
+        if all(len(group) == 1 for group in self.groups):
+            return AttributionMap(self.answers)
+        return AttributionMap(
+            tuple(
+                replace(answer, positions=tuple(range(len(answer.scores))), position=len(answer.scores) - 1)
+                for answer in self.answers
+            )
+        )
 
     @property
     def scores(self) -> Float[Tensor, "answer token"]:
-        """One row for each token said, in the scope's unit; zero for what comes after it."""
+        """One row for each token of the answer, in the scope's unit; zero for what comes after it."""
         return self.map.scores
 
     @property
     def share(self) -> Float[Tensor, "answer token"]:
-        """One row for each token said: shares, whose sizes sum to 1; zero for what comes after it."""
+        """One row for each token of the answer: shares, whose sizes sum to 1; zero for what comes after it."""
         return self.map.share
 
+    def top(self, count: int | SupportsIndex = 5) -> tuple[AnswerInfluence, ...]:
+        """The cells of the map with the largest shares, over all rows.
+
+        The first rows have fewer columns, among which the shares are larger: to compare within a row, ask
+        `rows[3].top()`; for the answer as a whole, `rows[:].top()`.
+
+        Raises:
+            ValueError: for a count below 1.
+        """
+        count = models.as_count(count, "count must be at least 1")
+        cells = [
+            AnswerInfluence(row, text, *one)
+            for row, (answer, text) in enumerate(zip(self.answers, self.answer_texts, strict=True))
+            for one in answer.top(count)
+        ]
+        return tuple(sorted(cells, key=lambda cell: -abs(cell.share))[:count])
+
+    def by(self, unit: Unit | Iterable[tuple[int, int] | range]) -> "AnswerMap":
+        """The map with tokens put together to words, sentences, numbers or spans of your own, in rows and columns.
+
+        The score of a column is what the tokens have together, as in `Attribution.by`. A row is the span of its tokens,
+        the gradient of the sum of their log-probabilities, which their scores one by one do not tell: each is asked
+        again. A unit never goes from the prompt over into the answer.
+
+        Args:
+            unit: "word", "sentence", "number", or spans of tokens, counted from the start of the prompt.
+
+        Cost: one backward pass for each row, for a SemanticScope.
+
+        Raises: as `Attribution.by` does. ValueError for a span that goes from the prompt over into the answer, and for
+            a map that was read from JSON, which has no model to ask.
+
+        Example:
+            >>> rows = tls.answer_map(model, "The unheard keys", " near the cabinet", tls.SemanticScope())
+            >>> rows.by("word").answer_texts, rows.by("word").top(1)[0].token
+            ((' near', ' the', ' cabinet'), ' unheard')
+        """
+        scope, lin = self._source
+        self.answers[0].require_grouping()
+        n, last = lin.prompt_length, lin.answer.tokens[-1].text
+        if isinstance(unit, str):
+            parts = (*(lin.parts or ("",) * n), *["answer"] * lin.answer.steps)
+            apart = [(part, i >= n) for i, part in enumerate(parts)]
+            groups, how = units.grouped((*lin.str_tokens, last), unit, apart), str(unit)
+        else:
+            groups, how = units.spanned(range(n + lin.answer.steps), unit), "span"
+        over = [group for group in groups if group.start < n < group.stop]
+        if over:
+            raise ValueError(
+                f"the span ({over[0].start}, {over[0].stop}) goes from the prompt over into the answer, which begins "
+                f"at {n}: give a span on either side."
+            )
+        found = AnswerMap._asked(scope, lin, tuple(groups))
+        return replace(found, answers=tuple(found._columns(answer, how) for answer in found.answers))
+
+    def _columns(self, answer: Attribution, how: str = "unit") -> Attribution:
+        """An answer with its tokens put together as the columns are."""
+        if all(len(group) == 1 for group in self.groups):
+            return answer
+        return answer.grouped([group for group in self.groups if group.stop <= len(answer.scores)], how)
+
+    @property
+    def _source(self) -> tuple[Scope, Span]:
+        """The question and the linearised answer.
+
+        Raises:
+            ValueError: for a map that was read from JSON.
+        """
+        if self.scope is None or self.lin is None:
+            raise ValueError(
+                "this map was read from JSON, which has no model to ask again: its rows are there, and for spans and "
+                "words call answer_map."
+            )
+        return self.scope, self.lin
+
     def __getitem__(self, which: int | SupportsIndex | slice | str) -> Attribution:
-        """The Attribution of one token said, by its number; or of several, by a slice of numbers or by their text.
+        """The Attribution of one row, by its number; or of several together, by a slice of numbers or by their text.
 
         Raises:
             IndexError: for a number that is not there, and a slice without tokens.
-            ValueError: for a text that the answer does not hold, or holds more than once.
+            ValueError: for a text that the answer does not hold, or holds more than once; for several rows of a map
+                that was read from JSON.
             TypeError: for anything else.
         """
         if isinstance(which, str):
@@ -119,12 +236,14 @@ class AnswerMap:
             return self._of(start, stop)
         index = as_int(which, "a token of the answer is named by its number, or by text")
         if not -len(self) <= index < len(self):
-            raise IndexError(f"there is no token {index} in the answer: it has {len(self)}, {list(self.spoken)[:20]}.")
+            raise IndexError(
+                f"there is no token {index} in the answer: it has {len(self)}, {list(self.answer_texts)[:20]}."
+            )
         return self.answers[index]
 
     def span(self, where: str | tuple[int, int]) -> Attribution:
         """The Attribution of a part of the answer: the gradient of the sum of its tokens' log-probabilities, or
-        whatever the scope sums over an answer. What was said before the part counts as the prompt.
+        whatever the scope sums over an answer. What stands before the part counts as the prompt.
 
         Args:
             where: a text in the answer, or a pair of characters (start, stop). Tokens that it touches belong to it.
@@ -135,7 +254,7 @@ class AnswerMap:
             ValueError: for a text that the answer does not hold, or holds more than once; for characters out of range.
             TypeError: for anything else.
         """
-        text, places = offsets(self.spoken)
+        text, places = units.offsets(self.answer_texts)
         if isinstance(where, str):
             if not where or where not in text:
                 raise ValueError(f"the answer does not hold {where!r}: it is {text!r}.")
@@ -157,34 +276,41 @@ class AnswerMap:
         return self._of(touched[0], touched[-1] + 1)
 
     def _of(self, start: int, stop: int) -> Attribution:
-        return self.answers[start] if stop - start == 1 else self.scope(self.lin.part(start, stop))
+        if stop - start == 1:
+            return self.answers[start]
+        scope, lin = self._source
+        first, last = self.groups[self.prompt_length + start], self.groups[self.prompt_length + stop - 1]
+        return self._columns(scope(lin.part(first.start - lin.prompt_length, last.stop - lin.prompt_length)))
 
     def traced(self, hops: int | SupportsIndex | None = None, *, span: slice | None = None) -> "Traced":
-        """How much of the answer goes back to each token of the prompt, also through what was said in between.
+        """How much of the answer goes back to each token of the prompt, also through what stands between.
 
         Each row's shares are split into those of the prompt R [answer, token] and those of earlier tokens of the answer
-        Q [answer, answer], which is strictly lower triangular. The weight of a token said passes to what moved it, and
-        from earlier tokens on to what moved these:
+        Q [answer, answer], which is strictly lower triangular. The weight of a token of the answer passes to what moved
+        it, and from earlier tokens on to what moved these:
 
             total = w + w Q + w Q² + … times R = w (I − Q)⁻¹ R
 
-        The sum is finite, since nothing moves what was said before it, so that after as many hops as the answer has
+        The sum is finite, since nothing moves what stands before it, so that after as many hops as the answer has
         tokens all weight has come to the prompt. What is multiplied here are shares, not derivatives: a statement about
         how much each step is moved by what, and not the derivative of anything.
 
         Args:
             hops: how many steps weight takes: 1 is straight to the prompt, 2 also through one token of the answer, and
                 so on; None is until nothing is left.
-            span: which tokens said are explained, `slice(5, 8)` say, each with the same weight; None is all.
+            span: which rows are explained, `slice(5, 8)` say, each with the same weight; None is all.
 
         Raises:
             TypeError: for a span that is not a slice.
             ValueError: for hops below 1, and an empty span.
 
-        Source: the recursion of FlashTrace (see the documentation), with the shares of any scope.
+        Source: the recursive hops of FlashTrace, Pan et al. 2026 (arXiv:2602.01914), for the shares of any scope.
+        Departure: theirs go through the reasoning before a span and leave out what one token of the span owes to
+            another; here weight passes through every earlier token of the answer. For one token they are the same. A
+            hop of theirs is one more than the first here, which goes straight to the prompt.
         """
         if span is not None and not isinstance(span, slice):
-            raise TypeError(f"the span of a trace is a slice of the tokens said, slice(5, 8) say, got {span!r}.")
+            raise TypeError(f"the span of a trace is a slice of the rows, slice(5, 8) say, got {span!r}.")
         if hops is not None:
             hops = models.as_count(hops, "hops must be at least 1")
         chosen = range(len(self))[span or slice(None)]
@@ -202,40 +328,89 @@ class AnswerMap:
             weight = weight @ Q
         while len(arrived) > 1 and not arrived[-1].any():
             arrived.pop()
-        last = self.answers[-1]
-        return Traced(
-            torch.stack(arrived), float(weight.sum()), last.str_tokens[:n], last.parts[:n], last.scope, last.model
+        last, total, left = self.answers[-1], torch.stack(arrived).sum(0), float(weight.sum())
+        note = "shares passed on through earlier tokens of the answer are multiplied: they are not derivatives"
+        unexplained = f"; {left:.1%} of the weight is still in the answer" if left else ""
+        answer = replace(
+            last.without(last.positions[n:]),
+            scores=total,
+            position=self.answers[0].position,
+            target=_joined([self.answers[row] for row in chosen]),
+            versus=None,
+            scope=f"{last.scope}, traced",
+            unit="share of the answer",
+            predictions=self.answers[0].predictions,
+            details={},
+            value=None,
+            quantity=None,
+            grouping="sum",
+            notes=(*last.notes, note + unexplained),
         )
+        return Traced(torch.stack(arrived), left, answer)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """One row for each token said and token: the number and text of what was said, and the columns of
+        """One row for each cell: the number and text of the answer's token, and the columns of
         `Attribution.to_dataframe`.
         """
         import pandas as pd
 
         frames = [
-            answer.to_dataframe().assign(said=k, said_token=text)
-            for k, (answer, text) in enumerate(zip(self.answers, self.spoken, strict=True))
+            answer.to_dataframe().assign(row=k, answer_token=text)
+            for k, (answer, text) in enumerate(zip(self.answers, self.answer_texts, strict=True))
         ]
         whole = pd.concat(frames, ignore_index=True)
-        return whole[["said", "said_token", *[name for name in whole if name not in ("said", "said_token")]]]
+        return whole[["row", "answer_token", *[name for name in whole if name not in ("row", "answer_token")]]]
+
+    def to_json(self) -> str:
+        """The rows as text that `from_json` reads back without loss; not the model, so that spans end with it."""
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "groups": [[group.start, group.stop] for group in self.groups],
+            "prompt_length": self.prompt_length,
+            "answer_texts": self.answer_texts,
+            "answers": [json.loads(answer.to_json()) for answer in self.answers],
+        }
+        return json.dumps(record, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "AnswerMap":
+        """Read what `to_json` wrote.
+
+        Raises:
+            TypeError: for something that is not text.
+            ValueError: for text that is not an AnswerMap, or that a later version has written.
+        """
+        record = _read(text)
+        try:
+            answers = tuple(Attribution.from_json(json.dumps(one)) for one in record["answers"])
+            groups = tuple(range(start, stop) for start, stop in record["groups"])
+            found = cls(answers, groups, int(record["prompt_length"]), tuple(map(str, record["answer_texts"])))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this AnswerMap does not hold what it should: {error!r}.") from error
+        if not answers or not len(answers) == len(found.answer_texts) == len(groups) - found.prompt_length:
+            raise ValueError(
+                f"this AnswerMap has {len(answers)} rows, {len(found.answer_texts)} texts and "
+                f"{len(groups) - found.prompt_length} groups of the answer: every row needs one text and one group."
+            )
+        return found
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
     def plot(self) -> "Figure":
-        """A heat map: what was said from top to bottom, tokens from left to right."""
-        return self.map.plot()
+        """A heat map: the answer from top to bottom, prompt and earlier answer from left to right."""
+        return card.plot(self)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """A static page of the heat map. It has no script and needs no network; `path` is where to write it."""
-        return self.map.to_html(path)
+        return _written(card.page(self), path)
 
     def show(self) -> LiveView:
         """circuitsvis' attention view, for a live notebook; its script comes from the installed package."""
         return self.map.show()
 
     def _repr_html_(self) -> str:
-        return self.map._repr_html_()
+        return card.fragment(self)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -248,33 +423,88 @@ class Traced:
         hops: [hop, token], what arrives at each token of the prompt directly, after passing through one token of the
             answer, through two, and so on.
         left: the weight that is still at tokens of the answer; 0 where all hops were taken.
-        str_tokens: the text of each token of the prompt.
-        parts: of a chat, whose each token is.
-        scope: the question.
-        model: the name of the model.
+        answer: the total as an Attribution, whose scores are what arrives at each token of the prompt in all. Words of
+            it are sums: `traced.answer.by("word")`.
     """
 
     hops: Float[Tensor, "hop token"]
     left: float
-    str_tokens: tuple[str, ...]
-    parts: tuple[str, ...] = field(default=())
-    scope: str = ""
-    model: str = ""
+    answer: Attribution
 
     @property
     def total(self) -> Float[Tensor, "token"]:
         """What arrives at each token of the prompt in all; with `left` it sums to 1."""
         return self.hops.sum(0)
 
+    @property
+    def str_tokens(self) -> tuple[str, ...]:
+        """The text of each token of the prompt."""
+        return self.answer.str_tokens
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of a chat: for each token of the prompt whose it is."""
+        return self.answer.parts
+
+    def top(self, count: int | SupportsIndex = 5) -> tuple[Influence, ...]:
+        """The tokens of the prompt at which most arrives: `score` is what arrives, `share` its part of all that does.
+
+        Raises:
+            ValueError: for a count below 1.
+        """
+        return self.answer.top(count)
+
     def __repr__(self) -> str:
-        order = self.total.argsort(descending=True)[:3].tolist()
-        shown = ", ".join(f"{self.str_tokens[i]!r} {self.total[i]:.0%}" for i in order)
-        return f"Traced({self.scope}: {shown}; {len(self.hops)} hops, {self.left:.0%} left; shares, not derivatives)"
+        shown = ", ".join(f"{row.token!r} {row.score:.0%}" for row in self.top(3))
+        scope = self.answer.scope.removesuffix(", traced")
+        hops = f"{len(self.hops)} hop{'s' * (len(self.hops) > 1)}"
+        return f"Traced({scope}: {shown}; {hops}, {self.left:.0%} left; shares, not derivatives)"
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for each token of the prompt: position, token, total, and a column for each hop."""
         import pandas as pd
 
-        columns = {f"hop_{i}": of_hop.tolist() for i, of_hop in enumerate(self.hops)}
-        named = {"position": range(len(self.str_tokens)), "token": self.str_tokens, "total": self.total.tolist()}
+        columns = {f"hop_{i}": of_hop.tolist() for i, of_hop in enumerate(self.hops, start=1)}
+        named = {"position": self.answer.positions, "token": self.str_tokens, "total": self.total.tolist()}
         return pd.DataFrame(named | columns)
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A static page of the coloured prompt, and what arrives at each hop; `path` is where to write it."""
+        return _written(card.traced_page(self), path)
+
+    def _repr_html_(self) -> str:
+        return card.traced_fragment(self)
+
+
+def _joined(answers: list[Attribution]) -> Target | None:
+    """What several rows explain, one token after another; None where one of them has no target."""
+    targets = [answer.target for answer in answers if answer.target is not None]
+    if len(targets) < len(answers):
+        return None
+    return Target(tuple(token for target in targets for token in target.tokens))
+
+
+def _written(html: str, path: str | Path | None) -> str:
+    if path is not None:
+        Path(path).write_text(html, encoding="utf-8")
+    return html
+
+
+def _read(text: str) -> dict[str, Any]:
+    """The record that a text holds.
+
+    Raises:
+        TypeError: for something that is not text.
+        ValueError: for text that is not an AnswerMap, or that a later version has written.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"an AnswerMap is read from the text that to_json wrote, got {type(text).__name__}.")
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"this text is not an AnswerMap but broken JSON: {error}.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f'this JSON is not an AnswerMap: its "format" is not "{FORMAT}".')
+    if record.get("version") != VERSION:
+        raise ValueError(f"this AnswerMap has the version {record.get('version')!r}, and {VERSION} is read here.")
+    return record

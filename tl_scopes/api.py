@@ -8,7 +8,7 @@ from tl_scopes import models
 from tl_scopes.answers import AnswerMap
 from tl_scopes.jacobian.linearization import Linearization, linearize_places, linearize_tokens
 from tl_scopes.jacobian.span import Exchange, Span, linearize_answers
-from tl_scopes.models import Answer, Generated, Model, Prompt, ReadPrompt, Target
+from tl_scopes.models import Answer, Generated, LinearRules, Model, Prompt, ReadPrompt, Rules, Target
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
@@ -26,6 +26,7 @@ def linearize(
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
     checkpoint: bool = False,
+    rules: Rules = None,
 ) -> Linearization:
     """Linearise a model at a prompt: y(x + δ) ≈ y + Σ_t J_t δ_t.
 
@@ -33,7 +34,8 @@ def linearize(
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. It is left as found; hooks that you
             have set act, so that inside `model.hooks(...)` the patched model is explained.
         prompt: text; token ids in a list or a tensor; what a tokenizer returned for one text; or a chat, a list of
-            messages such as {"role": "user", "content": "Hello!"}, which the tokenizer's template writes.
+            messages such as {"role": "user", "content": "Hello!"}, which the tokenizer's template writes. What the
+            template says by itself, a default system prompt too, counts as template and not as "system".
         position: where the prediction is read; tokens after it are not run, since they cannot matter.
         answer: text or token ids that follow the prompt: then this is the `Span` of all predictions of the answer's
             tokens, each given the ones before it, and scopes ask about all of them together. It is tokenised apart from
@@ -44,12 +46,22 @@ def linearize(
             the embedding module gives out: already normalised where a norm belongs to it (Bloom, the decoder of
             ModernBERT), positions and norm included for BERT, and on TransformerLens 4, not on 3.9, already scaled by
             the embedding multiplier of Granite, so that Granite's scores on 3.9 are larger by that factor, and Fisher's
-            by its square.
+            by its square. At a hook that is divided into heads, [batch pos head d_head] ("blocks.3.attn.hook_z", and
+            hook_q, hook_k, hook_v), a token's vector is that of all heads, one after another: its score is the norm
+            over them, `lin.vjp(...).unflatten(-1, (heads, -1))` has them apart, and so has `tls.head_map`.
         of: the hook where the value is read. The paper's is the final norm, "ln_final": whatever the unembedding reads,
-            also in models without a final norm.
+            also in models without a final norm. At a hook that is divided into heads y is theirs, one after another, so
+            that a direction of one head is zero for the others.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         checkpoint: for long prompts, keep only the residual stream between blocks, and run each block again in every
             backward pass: the same numbers from far less memory.
+        rules: what differentiates the model in place of some of its own derivatives; the values stay, bit for bit.
+            "linear" makes constant what only rescales or routes, so that the network is linear at this prompt and
+            inputs times derivatives add up to the logit (`RelevanceScope`): the denominators of norms, the secants
+            act(x)/x of activations, attention patterns, and each factor of a gated product in turn, half and half.
+            "lookup" keeps what moves attention, with both products of attention shared out in halves instead: it finds
+            what is found by looking it up, and nothing adds up. Single rules may be chosen too: ("norms", "patterns").
+            None, the default, is the Jacobian itself, as in the paper.
 
     Cost: one forward pass; the unembedding runs at one position, or where the answer's tokens are predicted.
 
@@ -58,11 +70,14 @@ def linearize(
             is not a prompt; for a position that is not an integer; for an option that is not a bool.
         ValueError: for a model in training mode; an empty or too long prompt or answer, ids or a position out of range;
             a chat without a template, or with an unknown role; a hook that does not exist, never fires, or does not
-            influence `of`; NaN or infinite activations.
+            influence `of`; NaN or infinite activations; unknown rules, and a model in which they do not know an
+            operation, with the module that runs it.
         MemoryError: when the graph will not fit, with an estimate and the remedies.
         RuntimeError: under `torch.inference_mode`.
 
-    Source: Liu et al. 2026 (arXiv:2601.16407), section 2.
+    Source: Liu et al. 2026 (arXiv:2601.16407), section 2. Rules: Achtibat et al. 2024 (arXiv:2402.05602), AttnLRP;
+        Rezaei Jafari et al. 2025 (arXiv:2508.21258), RelP. The authors of LXT, the code of AttnLRP, say that layer-wise
+        relevance propagation is patented, and free for personal and scientific purposes only.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -72,10 +87,13 @@ def linearize(
         Span(' are old' after position 9; ln_final wrt hook_embed, 2 tokens after 10, tiny)
     """
     models.check_model(model)
-    prepend_bos, checkpoint = _flags(prepend_bos, checkpoint)
+    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
     read = _read(model, prompt, position, prepend_bos)
-    said = None if answer is None else models.read_answer(model, answer, _whole(prompt, read), read.tokens)
-    return _linearized(model, read, said, None, wrt, of, as_flag(score_answer, "score_answer"), checkpoint)
+    exchange = None
+    if answer is not None:
+        said, notes = models.read_answer(model, answer, read.tokens)
+        exchange = Exchange.of(model, read._replace(notes=read.notes + notes), said)
+    return _linearized(model, read, exchange, wrt, of, as_flag(score_answer, "score_answer"), checkpoint, ruled)
 
 
 def attribute(
@@ -90,6 +108,7 @@ def attribute(
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
     checkpoint: bool = False,
+    rules: Rules = None,
 ) -> Attribution:
     """`scope(linearize(model, prompt, position))`, in one line.
 
@@ -101,7 +120,7 @@ def attribute(
         answer, score_answer: what is said after the prompt, as in `linearize`: it is explained as a whole.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
-        checkpoint: as in `linearize`.
+        checkpoint, rules: as in `linearize`.
 
     Cost: one forward pass, over prompt and answer where there is one, and what the scope says. The answer to a target
         of several tokens costs no second pass here.
@@ -119,10 +138,10 @@ def attribute(
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint = _flags(prepend_bos, checkpoint)
+    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
     read = _read(model, prompt, position, prepend_bos)
-    said, against = _explained(model, scope, read, prompt, answer)
-    return scope(_linearized(model, read, said, against, wrt, of, as_flag(score_answer, "score_answer"), checkpoint))
+    exchange = _exchange(model, scope, read, answer)
+    return scope(_linearized(model, read, exchange, wrt, of, as_flag(score_answer, "score_answer"), checkpoint, ruled))
 
 
 def attribution_map(
@@ -135,6 +154,7 @@ def attribution_map(
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
     checkpoint: bool = False,
+    rules: Rules = None,
 ) -> AttributionMap:
     """Which token moves which prediction of the prompt: `attribute` at every position, from one forward pass.
 
@@ -147,7 +167,7 @@ def attribution_map(
             position, behind which nothing stands.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
-        checkpoint: as in `linearize`.
+        checkpoint, rules: as in `linearize`.
 
     Cost: one forward pass, and per position what the scope says; several positions go back together. Memory for
         four copies of token x vocab logits while it is computed.
@@ -157,7 +177,7 @@ def attribution_map(
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint = _flags(prepend_bos, checkpoint)
+    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
     if target not in ("likeliest", "next"):
         raise ValueError(f'target is "likeliest" or "next", got {target!r}: a token is named in the scope.')
     _require_one_token(model, scope)
@@ -166,14 +186,23 @@ def attribution_map(
         if len(read.tokens) < 2:
             raise ValueError('the text is one token, behind which nothing stands: target="next" needs two at least.')
         said = Target(tuple(models.token(model, id) for id in read.tokens[1:].tolist()))
-        whole = _linearized(model, read._replace(tokens=read.tokens[:1]), (said, ()), None, wrt, of, False, checkpoint)
+        first = read._replace(tokens=read.tokens[:1], parts=read.parts[:1])
+        whole = _linearized(model, first, Exchange.of(model, first, said), wrt, of, False, checkpoint, ruled)
         assert isinstance(whole, Span)
         rows = [replace(whole.part(k, k + 1), parts=read.parts[: k + 1], of_answer=False) for k in range(len(said))]
         return AttributionMap(_asked(scope, rows))
     texts = tuple(models.token_text(model, id) for id in read.tokens.tolist())
     places = [(0, position) for position in range(len(read.tokens))]
     lins = linearize_places(
-        model, read.tokens[None], [texts], wrt, of, places=places, checkpoint=checkpoint, notes=[read.notes]
+        model,
+        read.tokens[None],
+        [texts],
+        wrt,
+        of,
+        places=places,
+        checkpoint=checkpoint,
+        rules=ruled,
+        notes=[read.notes],
     )
     return AttributionMap(_asked(scope, [replace(lin, parts=read.parts[: lin.position + 1]) for lin in lins]))
 
@@ -188,8 +217,9 @@ def answer_map(
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
     checkpoint: bool = False,
+    rules: Rules = None,
 ) -> AnswerMap:
-    """Which token moves which token of an answer: one row for each token said, from one forward pass.
+    """Which token moves which token of an answer: one row for each of its tokens, from one forward pass.
 
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
@@ -199,25 +229,26 @@ def answer_map(
             span is the sum of those of its rows.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
-        checkpoint: as in `linearize`.
+        checkpoint, rules: as in `linearize`.
 
     Cost: one forward pass over prompt and answer, and per token of the answer what the scope says; several go back
-        together. The map keeps the graph of the pass, from which `rows[" Paris"]` asks for a span.
+        together, and through the unembedding all. The map keeps the graph of the pass, from which `rows[" Paris"]` asks
+        for a span.
 
     Raises: as `attribute` does. ValueError for a scope that names a target or a `versus` of its own.
 
     Example:
         >>> rows = tls.answer_map(model, "The keys to the old cabinet near the door", " are old.", tls.SemanticScope())
         >>> rows
-        AnswerMap(' are old.' from SemanticScope(): 3 tokens said, 10 tokens of the prompt)
+        AnswerMap(' are old.' from SemanticScope(): 3 tokens of the answer, 10 of the prompt)
         >>> rows[" are"].top(1)[0].token, rows.scores.shape
         (' keys', torch.Size([3, 12]))
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint = _flags(prepend_bos, checkpoint)
+    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
     read = _read(model, prompt, -1, prepend_bos)
-    if scope.said(model, models.output_size(model))[1] is not None:
+    if scope.named_targets(model, models.output_size(model))[1] is not None:
         raise ValueError(
             f"{as_written(scope)} compares, and a map has a row for each token of one answer: leave `versus` out, or "
             "compare two answers by attribute."
@@ -226,8 +257,7 @@ def answer_map(
         raise TypeError(
             "answer_map takes the answer whose tokens are the rows, got None: what tls.generate returns, say."
         )
-    said, _ = _explained(model, scope, read, prompt, answer)
-    whole = _linearized(model, read, said, None, wrt, of, False, checkpoint)
+    whole = _linearized(model, read, _exchange(model, scope, read, answer), wrt, of, False, checkpoint, ruled)
     assert isinstance(whole, Span)
     return AnswerMap.of(scope, whole)
 
@@ -248,12 +278,13 @@ def generate(
         max_new_tokens: how many tokens at most. It ends earlier where the model says its end of sequence.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         options: for the model's own method: of a bridge those of Hugging Face's `generate`, of a HookedTransformer
-            those of its `generate`. Without any the likeliest token is taken each time.
+            those of its `generate`. The likeliest token is taken each time, unless `do_sample=True` is given.
 
     Cost: a forward pass per token, with a key-value cache where the model has one.
 
     Raises: as `linearize` does for prompts. ValueError for max_new_tokens below 1, a prompt that leaves no room in the
-        context, and where the model says nothing but its end of sequence.
+        context, where the model says nothing but its end of sequence, and for `temperature` and other options of
+        sampling without `do_sample=True`.
 
     Example:
         >>> said = tls.generate(model, "The keys to the old cabinet near the door", 3)
@@ -261,7 +292,7 @@ def generate(
         ' are new.'
     """
     models.check_model(model)
-    read = _read(model, prompt, -1, _flags(prepend_bos, False)[0])
+    read = _read(model, prompt, -1, _options(prepend_bos, False, None)[0])
     count = models.as_count(max_new_tokens, "max_new_tokens must be at least 1")
     return Generated.of(model, models.generate(model, read.tokens, count, **options))
 
@@ -273,61 +304,42 @@ def _read(model: Model, prompt: Prompt, position: int | SupportsIndex, prepend_b
     """The prompt, up to the position."""
     read = models.read_prompt(model, prompt, prepend_bos)
     length = models.as_position(position, len(read.tokens)) + 1
-    is_cut = length < len(read.tokens)
-    return read._replace(tokens=read.tokens[:length], parts=read.parts[:length], is_cut=is_cut)
-
-
-def _whole(prompt: Prompt, read: ReadPrompt) -> Prompt:
-    """The prompt, or where it was cut at a position the token ids that are left."""
-    return read.tokens if read.is_cut else prompt
+    return read._replace(tokens=read.tokens[:length], parts=read.parts[:length])
 
 
 def _linearized(
     model: Model,
     read: ReadPrompt,
-    said: tuple[Target, tuple[str, ...]] | None,
-    against: Target | None,
+    exchange: Exchange | None,
     wrt: str,
     of: str,
     score_answer: bool,
     checkpoint: bool,
+    rules: LinearRules | None,
 ) -> Linearization:
     """The prompt linearised at its last position, or at the tokens of what is said after it.
 
     Raises:
         ValueError: for `score_answer` without an answer.
     """
-    if said is None:
+    if exchange is None:
         if score_answer:
             raise ValueError("score_answer=True scores the tokens of an answer, and none is given: give answer=.")
-        lin = linearize_tokens(model, read.tokens, wrt, of, checkpoint=checkpoint, notes=read.notes)
+        lin = linearize_tokens(model, read.tokens, wrt, of, checkpoint=checkpoint, rules=rules, notes=read.notes)
     else:
-        target, notes = said
-        exchange = Exchange(read.tokens, target, against, read.parts, (*read.notes, *notes))
-        exchange.require_answerable(model)
-        options = {"score_answer": score_answer, "checkpoint": checkpoint}
+        options: dict[str, Any] = {"score_answer": score_answer, "checkpoint": checkpoint, "rules": rules}
         (lin,) = linearize_answers(model, [exchange], wrt, of, **options)
         lin.require_finite()
     return replace(lin, parts=read.parts) if read.parts else lin
 
 
-def _explained(
-    model: Model, scope: Scope, read: ReadPrompt, prompt: Prompt, answer: Answer | None
-) -> tuple[tuple[Target, tuple[str, ...]] | None, Target | None]:
-    """What is said after the prompt, and what that is compared with, where either is several tokens."""
-    target, versus = scope.said(model, models.output_size(model))
+def _exchange(model: Model, scope: Scope, read: ReadPrompt, answer: Answer | None) -> Exchange | None:
+    """The prompt and what is said after it, an answer given or one that the scope names, where there is one."""
+    said = None
     if answer is not None:
-        said = models.read_answer(model, answer, _whole(prompt, read), read.tokens)
-        if target is not None and target != said[0]:
-            raise ValueError(
-                f"the answer is {said[0].text!r}, and {as_written(scope)} asks about {target.text!r}: leave one out."
-            )
-    elif target is not None and (target.is_span or (versus is not None and versus.is_span)):
-        said = target, ()
-    else:
-        return None, None
-    several = versus is not None and (versus.is_span or said[0].is_span)
-    return said, versus if several else None
+        said, notes = models.read_answer(model, answer, read.tokens)
+        read = read._replace(notes=read.notes + notes)
+    return scope.exchange(model, read, said, vocab=models.output_size(model))
 
 
 def _require_one_token(model: Model, scope: Scope) -> None:
@@ -336,7 +348,7 @@ def _require_one_token(model: Model, scope: Scope) -> None:
     Raises:
         ValueError: with what to do instead.
     """
-    for target in scope.said(model, models.output_size(model)):
+    for target in scope.named_targets(model, models.output_size(model)):
         if target is not None and target.is_span:
             raise ValueError(
                 f"the target {target.text!r} is {len(target)} tokens, which are predicted at several positions, and a "
@@ -352,6 +364,6 @@ def _asked(scope: Scope, lins: Sequence[Linearization]) -> tuple[Attribution, ..
     return tuple(answers)
 
 
-def _flags(prepend_bos: object, checkpoint: object) -> tuple[bool | None, bool]:
+def _options(prepend_bos: object, checkpoint: object, rules: Rules) -> tuple[bool | None, bool, LinearRules | None]:
     bos = None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos")
-    return bos, as_flag(checkpoint, "checkpoint")
+    return bos, as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from functools import partial
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from tl_scopes.views.terminal import report
+from tl_scopes.views.terminal import report, report_rows
 
 # torch and TransformerLens take seconds to import, so functions import what needs them, and --help does not wait.
 
@@ -28,8 +28,11 @@ Examples:
   tl-scopes "The keys to the old cabinet" --target " are" --versus " is"
   tl-scopes "The keys to the old cabinet" --scope fisher --html answer.html
   tl-scopes "The capital of France is" --model Qwen/Qwen3-0.6B --answer " Paris, of course"
+  tl-scopes "The keys to the old cabinet" --answer " are old." --rows
   tl-scopes --chat "What is the capital of France?" --model Qwen/Qwen3-0.6B --generate 20
-  tl-scopes - --json - < prompt.txt | jq .scores"""
+  tl-scopes - --json - < prompt.txt | jq .scores
+  tl-scopes corpus prompts.jsonl --out scores/   (a file of prompts: tl-scopes corpus --help)
+  tl-scopes serve --model Qwen/Qwen3-0.6B   (a page to type prompts in: tl-scopes serve --help)"""
 
 EPILOG = """[bold]Exit codes[/bold]: [bold]0[/bold] success; [bold]1[/bold] the model could not be loaded or run, \
 or a file could not be written; [bold]2[/bold] the command line is wrong, or the question has no answer (an empty \
@@ -51,6 +54,7 @@ class Scope(StrEnum):
     PATH_INTEGRATED = "path-integrated"
     SPECTRAL = "spectral"
     HETA = "heta"
+    RELEVANCE = "relevance"
 
 
 class Question(NamedTuple):
@@ -99,6 +103,11 @@ QUESTIONS = {
         ("target",),
         "the log-probability of",
     ),
+    Scope.RELEVANCE: Question(
+        "RelevanceScope",
+        "how much of {what} the token's embedding brings: for it above zero, against it below",
+        ("target", "versus"),
+    ),
 }
 
 
@@ -114,14 +123,18 @@ class Dtype(StrEnum):
 _PROMPT = "The text, or - to read it from stdin (less one final line break)."
 _SCOPE = """semantic: what moves the logit of one token? temperature: what moves the model's confidence?
 fisher: what moves the whole prediction? path-integrated: what built the logit up, from nothing to the prompt?
-spectral: how far can each token move the prediction at most? heta: attention, curvature and information lost; slow."""
+spectral: how far can each token move the prediction at most? heta: attention, curvature and information lost; slow.
+relevance: what speaks for one token, and what against? With --rules linear the parts add up."""
 _TARGET = 'What to explain, as text (" are", mind the space; it may be several tokens) or as id (id:42).'
 _ANSWER = "What is said after the prompt: it is explained as a whole, with any scope but spectral and heta."
 _GENERATE = "Let the model say so many tokens at most, and explain them as with --answer."
+_ROWS = "Explain each token of the answer by itself, from the prompt and the answer before it."
 _CHAT = "The prompt is what a user says to a chat model, whose template is put around it."
 _POSITION = "The token after which the prediction is read: 0 is the first, -1 the last."
 _NAME = "A model on the Hugging Face Hub, a folder in its layout, or a GGUF file; any that TransformerLens can load."
 _CHECKPOINT = "For long prompts: keep less in memory, and run each block again on the way back."
+_RULES = """Differentiate by rules that make the network linear: linear, lookup, or single rules after commas. With
+--scope relevance a logit is split exactly into what speaks for it and what against."""
 _CHECK = "Add what a careful reviewer would ask: sinks, linearity, saturation, weights, leaving tokens out."
 _JSON = "Write the whole answer, for Attribution.from_json; to - for stdout, in place of the report."
 _HTML = "Write the answer as a web page; to - for stdout, in place of the report."
@@ -154,6 +167,7 @@ def main(
     versus: Annotated[str | None, _Question(metavar="TOKEN", help="Why the target rather than this?")] = None,
     answer: Annotated[str | None, _Question(metavar="TEXT", help=_ANSWER)] = None,
     generate: Annotated[int | None, _Question(metavar="N", min=1, help=_GENERATE)] = None,
+    rows: Annotated[bool, _Question("--rows", help=_ROWS)] = False,
     chat: Annotated[bool, _Question("--chat", help=_CHAT)] = False,
     position: Annotated[int, _Question(metavar="N", help=_POSITION)] = -1,
     model: Annotated[str | None, _Model(metavar="NAME", show_default="the bundled model", help=_NAME)] = None,
@@ -166,6 +180,7 @@ def main(
         _Model("--bos/--no-bos", show_default="as the model expects", help="Put a beginning-of-sequence token first."),
     ] = None,
     checkpoint: Annotated[bool, _Model("--checkpoint", help=_CHECKPOINT)] = False,
+    rules: Annotated[str | None, _Question(metavar="NAMES", help=_RULES)] = None,
     check: Annotated[bool, _Output("--check", help=_CHECK)] = False,
     top: Annotated[int, _Output(metavar="N", min=1, help="How many of the most influential tokens to list.")] = 8,
     html: Annotated[Path | None, _Output(metavar="FILE", help=_HTML)] = None,
@@ -186,6 +201,11 @@ def main(
             raise ValueError("--generate goes on after the whole prompt, and --position reads within it: give one.")
         if answer is not None and generate is not None:
             raise ValueError("--answer says what is said, and --generate lets the model say it: give one of them.")
+        if rows and answer is None and generate is None:
+            raise ValueError("--rows has a row for each token of an answer: give --answer or --generate as well.")
+        for name, given in (("position", position != -1), ("check", check), ("versus", versus is not None)):
+            if rows and given:
+                raise ValueError(f"--rows explains each token of an answer, and --{name} is about one: leave one out.")
         if check and Path("-") in (html, json):
             raise ValueError(
                 "--check prints below the report, in place of which --json - and --html - write: name a file."
@@ -215,20 +235,31 @@ def main(
             )
             asked_of: Any = [{"role": "user", "content": text}] if chat else text
             said = answer if generate is None else tls.generate(loaded, asked_of, generate, prepend_bos=bos)
-            options: dict[str, Any] = {"answer": said, "prepend_bos": bos, "checkpoint": checkpoint}
-            if check:
+            options: dict[str, Any] = {
+                "answer": said,
+                "prepend_bos": bos,
+                "checkpoint": checkpoint,
+                "rules": rules.split(",") if rules and "," in rules else rules,
+            }
+            if rows:
+                del options["answer"]
+                mapped = tls.answer_map(loaded, asked_of, said, asked, **options)  # type: ignore[arg-type]
+            elif check:
                 checks = tls.check(tls.linearize(loaded, asked_of, position, **options), asked)
                 found = checks.answer
             else:
                 checks, found = None, tls.attribute(loaded, asked_of, asked, position, **options)
 
     with _quiet_pipe(), _exits(1, OSError):
+        if rows:
+            if Path("-") not in (html, json):
+                report_rows(mapped, question.score, top)
+            _write_all((html, mapped.to_html), (json, mapped.to_json))
+            return
         if Path("-") not in (html, json):
             report(found, question.subject, question.score, top, checks)
         page = partial(card.page, found, *([checks._repr_html_()] if checks else []))
-        for path, render in ((html, page), (json, found.to_json)):
-            if path is not None:
-                _write(path, render())
+        _write_all((html, page), (json, found.to_json))
 
 
 def _require_writable(name: str, path: Path | None) -> None:
@@ -279,6 +310,12 @@ def _read(prompt: str, *tokens: str | None) -> str:
     except UnicodeError as error:
         raise ValueError(f"the prompt and the tokens must be UTF-8: {error}.") from error
     return re.sub(r"\r?\n\Z", "", text) if prompt == "-" else text
+
+
+def _write_all(*written: tuple[Path | None, Callable[[], str]]) -> None:
+    for path, render in written:
+        if path is not None:
+            _write(path, render())
 
 
 def _write(path: Path, text: str) -> None:

@@ -38,7 +38,7 @@ class Failures:
         if self._strict:
             raise error
         traceback.clear_frames(error.__traceback__)  # they would keep the graph of the failed forward pass
-        self._waiting.append(f"prompt {number} has no answer: {_text(error)}")
+        self._waiting.append(f"prompt {number} has no answer: {reason(error)}")
         if self._answered or self._first is None:
             self._warn()
         self._first = error if self._first is None else self._first
@@ -63,7 +63,7 @@ class Failures:
         self._waiting.clear()
 
 
-def _text(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The message alone where it is a sentence of ours, which also says what to do; else with the kind of the error."""
     ours = isinstance(error, ValueError | TypeError | MemoryError) and str(error)
     return str(error) if ours else f"{type(error).__name__}: {error}"

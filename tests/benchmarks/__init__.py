@@ -4,9 +4,10 @@ The benchmarks are run on demand, never by a plain `pytest`:
 
     pip install -e ".[benchmark]" && pip install --no-deps inseq treescope
     OMP_NUM_THREADS=1 pytest -o addopts= tests/benchmarks/bench_*.py --benchmark-json=costs.json
-    python -m tests.benchmarks.report costs.json  # the README's table, and demos/cost.png
+    python -m tests.benchmarks.report costs.json  # the table of docs/costs.md, and demos/cost.png
 
-    python -m tests.benchmarks.known_causes_table --into README.md  # takes some twenty minutes
+    python -m tests.benchmarks.known_causes_table --into docs/evidence.md  # takes some twenty minutes
+    python -m tests.benchmarks.answers FOLDER --into docs/answers.md  # 1, 8 and 32 tokens; some fifteen minutes
     python -m tests.benchmarks.corrections  # which corrections for sinks help; with --sink 0.15 under one made by hand
 
 `bench_cost.py` alone gives the table of costs, `bench_growth.py` the picture; `-k "Semantic or captum"` picks rows.

@@ -1,13 +1,16 @@
 """What it costs to explain an answer of 1, 8 and 32 tokens, beside captum and inseq, on one model in one run.
 
-    python -m tests.benchmarks.answers [FOLDER]
+    python -m tests.benchmarks.answers [FOLDER] [--into docs/answers.md]
 
-All of them give the gradient of each answer token's log-probability, or of their sum, with respect to the prompt. Times
-are medians, in forward passes of the Hugging Face model over prompt and answer without a graph; the order of the rows
-is shuffled in every round, so that a slow moment of the machine hits all of them. FOLDER is a model in Hugging Face's
-layout; without it the bundled one is taken.
+All of them give the gradient of each answer token's log-probability, or of their sum, with respect to the prompt. The
+unit is a bare forward pass: the Hugging Face model called with `use_cache=False` under `torch.no_grad` on the prompt
+and the answer but for its last token, which is what all of the others run too, with the logits of every position. Times
+are medians of CPU time of the process, on one thread; the order of the rows is shuffled in every round, so that a slow
+moment of the machine hits all of them. FOLDER is a model in Hugging Face's layout; without it the bundled one is taken.
+`--into` writes the table to where the file has the last one, behind the line that names this command.
 """
 
+import argparse
 import random
 import statistics
 import sys
@@ -15,6 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,29 +26,47 @@ import torch
 import tl_scopes as tls
 from tl_scopes import models
 
-ROUNDS = 7
+ROUNDS, COUNTS = 5, (1, 8, 32)
+MAP = "a row for each token: `answer_map`"
 PROMPT = "The capital of France is a city on a river, and many people who have been there say that it is beautiful. "
 
 
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    model: Any = models.load(sys.argv[1]) if len(sys.argv) > 1 else tls.load_tiny()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", metavar="FOLDER")
+    parser.add_argument("--into", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    model: Any = models.load(given.folder) if given.folder else tls.load_tiny()
     model.requires_grad_(False)
     inner = model.original_model
     ids = model.to_tokens(PROMPT * 4)[0][:96]
     print(f"{models.model_name(model)}, prompt of {len(ids)} tokens, {ROUNDS} rounds, medians in forward passes")
     rows: dict[str, list[str]] = {}
-    for count in (1, 8, 32):
+    for count in COUNTS:
         said = [int(id) for id in ids[10 : 10 + count]]
         found = measured(ways(model, inner, ids, said))
-        base = found.pop("forward pass")
+        base, linearised = found.pop("forward pass"), found.pop("linearize")
         for name, seconds in found.items():
             rows.setdefault(name, []).append(f"{seconds / base:.2f}")
-        rows.setdefault("one forward pass, in ms", []).append(f"{1000 * base:.0f}")
-    print("| | 1 token | 8 tokens | 32 tokens |\n|---|---:|---:|---:|")
-    for name, cells in rows.items():
-        print(f"| {name} | {' | '.join(cells)} |")
+            if name == MAP:
+                rows.setdefault("of which each row", []).append(f"{(seconds - linearised) / base / count:.2f}")
+        rows.setdefault("*a bare forward pass, in ms*", []).append(f"{1000 * base:.0f}")
+        print(f"{count}: done", file=sys.stderr)
+    lines = ["| | 1 token | 8 tokens | 32 tokens |", "|---|--:|--:|--:|"]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    print(*lines, sep="\n")
+    if given.into:
+        text = given.into.read_text(encoding="utf-8")
+        start, stop = place(text)
+        given.into.write_text(text[:start] + "\n".join(lines) + text[stop:], encoding="utf-8")
+
+
+def place(text: str) -> tuple[int, int]:
+    """Where in a file the table stands: the first one behind the name of this command."""
+    start = text.index("\n|", text.index("python -m tests.benchmarks.answers")) + 1
+    return start, text.index("\n\n", start)
 
 
 def ways(model: Any, inner: Any, ids: torch.Tensor, said: list[int]) -> dict[str, Callable[[], object]]:
@@ -66,12 +88,13 @@ def ways(model: Any, inner: Any, ids: torch.Tensor, said: list[int]) -> dict[str
         "forward pass": bare,
         "a gradient written by hand": plain,
         "the whole answer: `attribute(..., answer=)`": lambda: tls.attribute(model, ids, scope, answer=said),
-        "a row for each token: `answer_map`": lambda: tls.answer_map(model, ids, said, scope),
+        "linearize": lambda: tls.linearize(model, ids, answer=said),
+        MAP: lambda: tls.answer_map(model, ids, said, scope),
     }
     if find_spec("captum"):
         found["captum `LLMGradientAttribution`, gradient × activation"] = captum_rows(model, inner, ids, said)
     if find_spec("inseq"):
-        found["inseq `saliency` of the log-probability"] = inseq_rows(model, inner, ids, said)
+        found["inseq `saliency`, of each logit"] = inseq_rows(model, inner, ids, said)
     return found
 
 
@@ -86,7 +109,7 @@ def captum_rows(model: Any, inner: Any, ids: torch.Tensor, said: list[int]) -> C
 
 
 def inseq_rows(model: Any, inner: Any, ids: torch.Tensor, said: list[int]) -> Callable[[], object]:
-    """The same by inseq, which takes text."""
+    """The gradient of each logit by inseq, which takes text; its cross entropy fails for answers of one token."""
     import inseq
 
     wrapped = inseq.load_model(inner, "saliency", tokenizer=model.tokenizer)
@@ -101,9 +124,9 @@ def measured(work: dict[str, Callable[[], object]]) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(ROUNDS + 1):
         for name in random.sample(list(work), len(work)):
-            start = time.perf_counter()
+            start = time.process_time()
             work[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 

@@ -1,4 +1,4 @@
-"""The README's table of costs: 128 tokens, 8 layers, width 512, 32,000 words, float32."""
+"""The table of costs in docs/costs.md: 128 tokens, 8 layers, width 512, 32,000 words, float32."""
 
 from typing import Any
 

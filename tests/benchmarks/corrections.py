@@ -1,4 +1,4 @@
-"""Do corrections for attention sinks help? `python -m tests.benchmarks.corrections` prints the README's numbers.
+"""Do corrections for attention sinks help? `python -m tests.benchmarks.corrections` prints the documentation's numbers.
 
 Corrections of Semantic Scope, shipped or not, are judged by the causes that are known, with the BOS token ranked and
 without, and by deletion and insertion. Differences to the uncorrected scope are paired. The bundled model has no
@@ -36,8 +36,8 @@ class Around(tls.Scope):
     def explained(self, lin: Linearization) -> tuple[models.Token | None, models.Token | None]:
         return self.scope.explained(lin)
 
-    def aimed(self, lin: Linearization, target: int) -> tls.Scope:
-        return type(self)(self.scope.aimed(lin, target))  # type: ignore[arg-type]
+    def with_target(self, lin: Linearization, target: int) -> tls.Scope:
+        return type(self)(self.scope.with_target(lin, target))  # type: ignore[arg-type]
 
 
 class WithoutSinks(Around):
@@ -149,7 +149,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=50, help="examples per task")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the examples: not the one of the README's table")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the examples: not that of the page's table")
     parser.add_argument("--sink", type=float, default=0.0, help="part of all attention to move to the first token")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "resource_tracker")

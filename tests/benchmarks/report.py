@@ -1,4 +1,4 @@
-"""The README's table of costs and demos/cost.png, from the JSON of pytest-benchmark.
+"""The table of costs in docs/costs.md and demos/cost.png, from the JSON of pytest-benchmark.
 
 `python -m tests.benchmarks.report costs.json` prints the one and draws the other.
 """

@@ -104,7 +104,7 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
     thorough = as_flag(thorough, "thorough")
     aside = _several(without)
     lin.require_repeatable()
-    lin = scope.placed(lin)
+    lin = scope.with_answer(lin)
     answer = scope(lin)
     evidence = Evidence(lin, scope, answer.without(aside) if aside else answer, thorough)
     return Checks(tuple(_made(name, ask, evidence) for name, ask in _CHECKS.items()), evidence.answer)
@@ -148,10 +148,10 @@ def _several(positions: object) -> list[SupportsIndex]:
 
 
 def _sinks(one: Evidence) -> Finding:
-    tokens = len(one.lin.text)
+    tokens = len(one.lin.run_tokens)
     if tokens < 2:
         raise NotApplicableError("the prompt has one token, which no later one attends to")
-    mass = attention_mass(one.lin.model, one.lin.text).mean((0, 1)).cpu()
+    mass = attention_mass(one.lin.model, one.lin.run_tokens).mean((0, 1)).cpu()
     rests = (mass > (2 * uniform_mass(tokens)).clamp(min=SINK)) & can_be_sinks(tokens, SINK)
     sinks = sorted({0, *rests.nonzero()[:, 0].tolist()})
     here = [k for k in sinks if k in one.shares]
@@ -240,6 +240,8 @@ def _require_reach(one: Evidence) -> None:
         raise NotApplicableError(_no_metric(one))
     if not one.scope.is_slope:
         raise NotApplicableError("the scores are not slopes of anything at the prompt")
+    if lin.rules is not None:
+        raise NotApplicableError(_not_its_own(one))
     if len(lin.tokens) < 2 and lin.wrt != models.EMBEDDING:
         raise NotApplicableError(f"at {lin.wrt!r} there is no other token to go to")
     if len(one.q.value) > 1 and torch.finfo(lin.readout.dtype).eps > HALF and not one.thorough:
@@ -255,6 +257,8 @@ def _saturation(one: Evidence) -> Finding:
         return Finding(False, f"{best}, which leaves the gradients room", "none")
     if not one.scope.saturates:
         return Finding(False, f"{best}, but the gradients come from along a path", "none")
+    if one.lin.rules is not None:
+        raise NotApplicableError(f"{best}; {_not_its_own(one)}")
     if one.q is None:
         raise NotApplicableError(f"{best}; {_no_metric(one)}")
     effects = one.effects
@@ -367,6 +371,11 @@ def _estimation(one: Evidence) -> Finding:
     if estimate is None:
         raise NotApplicableError("nothing was estimated")
     return Finding(not estimate.relative_error <= ERROR, estimate.finding, "none")
+
+
+def _not_its_own(one: Evidence) -> str:
+    """Why scores under rules say nothing of small moves."""
+    return f"under {one.lin.rules} rules scores are not slopes of the model"
 
 
 def _no_metric(one: Evidence) -> str:

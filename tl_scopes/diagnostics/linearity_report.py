@@ -35,8 +35,9 @@ class LinearityReport:
         error: [kind token size], the relative error of the first-order prediction; NaN where rounding hides it.
         radius: [kind token], the size where the error passes the tolerance, in `unit`; infinite where it passes it at
             none of the sizes.
-        predicted_radius: [kind token], the radius that the curvature at the prompt predicts, in `unit`; NaN where the
-            curvature could not be taken (see `notes`).
+        predicted_radius: [kind token], the radius that the curvature at the prompt predicts, in `unit`, but no more
+            than the smallest of `sizes` where the error passes `tolerance`; NaN where the curvature could not be taken
+            (see `notes`).
         joint_error: [kind size], the error where all tokens are perturbed together, by the norm of the whole
             perturbation.
         joint_radius: [kind], the radius of all tokens together, in `unit`.

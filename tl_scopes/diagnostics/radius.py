@@ -50,6 +50,13 @@ def _radius(sizes: Tensor, errors: Tensor, tolerance: float) -> Tensor:
     return sizes[first - 1] * (sizes[first] / sizes[first - 1]) ** power
 
 
+def first_passed(
+    sizes: Float[Tensor, " size"], errors: Float[Tensor, "*batch size"], tolerance: float
+) -> Float[Tensor, "*batch"]:
+    """The smallest of the sizes at which the error was measured and passes the tolerance; infinite where none does."""
+    return torch.where(errors > tolerance, sizes, torch.inf).min(-1).values
+
+
 def curvature_radius(
     slopes: Float[Tensor, "*batch direction"], curvatures: Float[Tensor, "*batch direction"], tolerance: float
 ) -> Float[Tensor, "*batch"]:

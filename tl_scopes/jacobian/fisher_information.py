@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization, jvps
 from tl_scopes.jacobian.metric import Metric
+from tl_scopes.jacobian.randomness import source
 from tl_scopes.jacobian.softmax import balanced, deviations, left_open
 
 _OVERSAMPLING, _ITERATIONS = 8, 2
@@ -98,6 +99,52 @@ def _root(lin: Linearization) -> Float[Tensor, "direction d_of"]:
     tail = eigenvalues.flip(0).cumsum(0).flip(0)
     kept = tail > rounding * eigenvalues.sum()
     return eigenvalues[kept, None].sqrt() * directions[kept]
+
+
+def leading_root(lin: Linearization, count: int) -> tuple[Float[Tensor, "direction d_of"], float] | None:
+    """The `count` first rows of `fisher_root`, and the trace of F, without forming F: by a block Krylov space.
+
+    The space grows until F u = λ u holds for each of them but for rounding.
+
+    Returns:
+        None where all of F is not much dearer, or where the space would have to grow too far, since directions are
+        almost equally steep.
+
+    Cost: some ten products with the unembedding per direction, and one per dimension of y for the trace.
+
+    Raises:
+        ValueError: when the linearisation does not end at the readout.
+    """
+    d = len(lin.readout)
+    if len(lin.single) > 1 or 16 * (count + 2) > d:
+        return None
+    tolerance = 1e-10 if lin.readout.dtype == torch.float64 else 2e-6
+    block = torch.randn(
+        count + 2, d, generator=source(lin, None, "leading_root"), device=lin.readout.device, dtype=torch.float32
+    )
+    block = models.precise(block)
+    Q = P = block[:0]  # an orthonormal basis of the space, and F Q
+    while len(Q) + len(block) <= d // 2:
+        for _ in range(2):  # rounding leaves some of what was taken away
+            block = torch.linalg.qr((block - (block @ Q.T) @ Q).T).Q.T
+        product = fisher_products(lin, block)
+        Q, P = torch.cat([Q, block]), torch.cat([P, product])
+        inner = (Q @ P.T).cpu()
+        eigenvalues, columns = (part.to(Q).flip(-1) for part in torch.linalg.eigh((inner + inner.T) / 2))
+        eigenvalues, mix = eigenvalues[:count], columns.T[:count]
+        u = mix @ Q
+        error = (mix @ P - eigenvalues[:, None] * u).norm(dim=-1).amax()
+        if error <= tolerance * eigenvalues[0] and eigenvalues[-1] > tolerance * eigenvalues[0]:
+            return eigenvalues[:, None].sqrt() * u, _trace(lin)
+        block = product
+    return None
+
+
+def _trace(lin: Linearization) -> float:
+    """tr F = Σ_i e_iᵀ F e_i, one product with the unembedding per dimension of y."""
+    p = lin.log_probs.exp()
+    basis = torch.eye(len(lin.readout), device=lin.readout.device)
+    return sum(float((p * deviations(p, lin.logits_jvp(some)).square()).sum()) for some in basis.split(128))
 
 
 # -- F as a sum -------------------------------------------------------------------------------------------------------

@@ -83,8 +83,8 @@ def integrate_in_panels(
     """The mean gradient of f from `begin` to the point of the linearisation, with more points where f is rough.
 
     Each panel has 6 points. What its contributions miss of f(end) − f(begin) is its error, known exactly from two
-    forward passes. Panels are halved until the sum of these errors is within a share of the whole change (or of a tenth
-    of what all tokens contribute, if the change is smaller), or there are too many points. In float64.
+    forward passes. The worst panels are halved until the sum of these errors is within a share of the whole change (or
+    of a tenth of what all tokens contribute, if the change is smaller), or there are too many points. In float64.
 
     Args:
         lin: the linearisation at the end of the line.
@@ -113,7 +113,9 @@ def integrate_in_panels(
         gaps = [panel.gap for panel in panels]
         if abs(sum(gaps)) <= allowed and sum(map(abs, gaps)) <= 5 * allowed:
             break
-        many = min((most - len(seen)) // (2 * _POINTS), sum(abs(p.gap) > allowed / (2 * len(panels)) for p in panels))
+        # The worst first: where f jumps, all points are needed there.
+        least = max(allowed / (2 * len(panels)), abs(gaps[-1]) / 4)
+        many = min((most - len(seen)) // (2 * _POINTS), sum(abs(gap) >= least for gap in gaps))
         if many < 1:
             break
         panels, worst = panels[:-many], panels[-many:]

@@ -1,9 +1,9 @@
 """y(x + δ) ≈ y + Σ_t J_t δ_t: the model at one prompt, made linear."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +13,7 @@ from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import Ends
 from tl_scopes.jacobian.tensor_arguments import require_real
-from tl_scopes.models import Model, Token, Trace
+from tl_scopes.models import LinearRules, Model, Rules, Token, Trace
 from tl_scopes.progress import progress_bar
 
 
@@ -66,8 +66,8 @@ class Linearization:
         return (self,)
 
     @property
-    def text(self) -> Int[Tensor, "token"]:
-        """The tokens as they went through the model, one after another."""
+    def run_tokens(self) -> Int[Tensor, "token"]:
+        """The ids that went through the model, one after another."""
         return self.tokens
 
     @property
@@ -123,6 +123,27 @@ class Linearization:
     def unit(self) -> str:
         """The unit of the norm of δ. Scores are so much per this unit."""
         return "unit of embedding norm" if self.wrt == models.EMBEDDING else f"unit of norm at {self.wrt}"
+
+    @property
+    def rules(self) -> LinearRules | None:
+        """The rules that J was taken under; None where it is the model's own derivative."""
+        return self.trace.rules
+
+    def under(self, rules: Rules) -> "Linearization":
+        """The same question under other rules, or None; see `tl_scopes.linearize`.
+
+        Cost: one forward pass, unless these are its rules already.
+
+        Raises:
+            ValueError: for unknown rules, and a model that they do not cover; when the model's hooks or weights have
+                changed since it was linearised.
+            TypeError: for something that is not names of rules.
+        """
+        read = LinearRules.read(rules)
+        if read == self.rules:
+            return self
+        self.require_unchanged()
+        return replace(self, trace=replace(self.trace, rules=read)).at(self.embeddings)
 
     def require_readout(self) -> None:
         """Refuse a question about the prediction when J ends elsewhere.
@@ -280,6 +301,7 @@ class Linearization:
             self.of,
             values=embeddings,
             checkpoint=self.trace.checkpointed,
+            rules=self.trace.rules,
             notes=[self.notes] * len(embeddings),
             parts=[self.parts] * len(embeddings),
         )
@@ -310,7 +332,8 @@ class Linearization:
         return self._at_tokens(models.tokenize(self.model, tokens))
 
     def _at_tokens(self, tokens: Int[Tensor, "token"]) -> "Linearization":
-        return linearize_tokens(self.model, tokens, self.wrt, self.of, checkpoint=self.trace.checkpointed)
+        options: dict[str, Any] = {"checkpoint": self.trace.checkpointed, "rules": self.trace.rules}
+        return linearize_tokens(self.model, tokens, self.wrt, self.of, **options)
 
     # -- the readout --------------------------------------------------------------------------------------------------
 
@@ -332,6 +355,13 @@ class Linearization:
             >>> lin.vjp(confidence[None]).shape
             torch.Size([1, 10, 128])
         """
+        return self.logits_vjp(self._gradient(function)[None])[0]
+
+    def _gradient(self, function: Callable[[Float[Tensor, "*row vocab"]], Tensor]) -> Float[Tensor, "*row vocab"]:
+        """∂f/∂z for a number f that is computed from the logits z. In float64.
+
+        Raises: as `cotangent` does.
+        """
         with torch.enable_grad():
             logits = models.precise(self.logits).requires_grad_()
             value = function(logits.clone())  # a copy, which it may write into
@@ -345,7 +375,7 @@ class Linearization:
                 f"the function of the logits gave {value!r}, which cannot be differentiated with respect to them: "
                 "compute it from the logits that it is given, without detach, argmax or item."
             )
-        return self.logits_vjp(found[None])[0]
+        return found
 
     def logits_vjp(self, cotangents: Float[Tensor, "probe *row vocab"]) -> Float[Tensor, "probe d_of"]:
         """cᵀ ∂z/∂y for every probe c, with the logits z as a function of the readout y. In float64.
@@ -433,6 +463,32 @@ def vjps(
     return pulled
 
 
+def cotangents_of(
+    lins: Sequence[Linearization], functions: Sequence[Callable[[Float[Tensor, "*row vocab"]], Tensor]]
+) -> list[Float[Tensor, " d_of"]]:
+    """`Linearization.cotangent` for a function of each of several linearisations of one forward pass.
+
+    They go back through the unembedding together, which is read once and not once for each of them. Where two of them
+    read the same row, or a hook may mix the rows, they go one by one.
+
+    Raises: as `Linearization.cotangent` does.
+    """
+    one, rows = lins[0], [row for lin in lins for row in lin.ends.rows]
+    if len(lins) == 1 or len(set(rows)) < len(rows) or not models.rows_are_apart(one.model, one.trace):
+        return [lin.cotangent(function) for lin, function in zip(lins, functions, strict=True)]
+    for lin in lins:
+        lin.require_readout()
+    readout, logits = models.readout_graph(one.model, one.trace, rows)
+    gradient, scales = torch.empty_like(logits), []
+    sizes = [len(lin.ends.rows) for lin in lins]
+    for lin, function, written in zip(lins, functions, gradient.split(sizes), strict=True):
+        units, of_one = pullback.near_one(lin._gradient(function)[None])
+        written.copy_(units.reshape(written.shape))
+        scales += of_one
+    (pulled,) = torch.autograd.grad(logits, readout, gradient, retain_graph=True)
+    return [models.precise(of_lin).flatten() * scale for of_lin, scale in zip(pulled.split(sizes), scales, strict=True)]
+
+
 def jvps(
     lins: Sequence[Linearization], tangents: Sequence[Float[Tensor, "_ _ d_model"]]
 ) -> list[Float[Tensor, "_ d_of"]]:
@@ -476,6 +532,7 @@ def linearize_tokens(
     of: str,
     *,
     checkpoint: bool = False,
+    rules: LinearRules | None = None,
     notes: tuple[str, ...] = (),
 ) -> Linearization:
     """Linearise a checked model at the last position of one prompt.
@@ -484,7 +541,7 @@ def linearize_tokens(
         ValueError: for NaN or infinite activations; else as `models.trace` does.
     """
     texts = tuple(models.token_text(model, id) for id in tokens.tolist())
-    (lin,) = linearize_places(model, tokens[None], [texts], wrt, of, checkpoint=checkpoint, notes=[notes])
+    (lin,) = linearize_places(model, tokens[None], [texts], wrt, of, checkpoint=checkpoint, rules=rules, notes=[notes])
     lin.require_finite()
     return lin
 
@@ -499,6 +556,7 @@ def linearize_places(
     places: Sequence[tuple[int, int]] | None = None,
     values: Float[Tensor, "batch token d_model"] | None = None,
     checkpoint: bool = False,
+    rules: LinearRules | None = None,
     notes: Sequence[tuple[str, ...]] | None = None,
     parts: Sequence[tuple[str, ...]] | None = None,
     keep: Sequence[str] = (),
@@ -510,7 +568,15 @@ def linearize_places(
     """
     replacements = None if values is None else {wrt: values.detach()}
     trace = models.trace(
-        model, tokens, wrt=[wrt], of=of, places=places, values=replacements, checkpoint=checkpoint, keep=keep
+        model,
+        tokens,
+        wrt=[wrt],
+        of=of,
+        places=places,
+        values=replacements,
+        checkpoint=checkpoint,
+        keep=keep,
+        rules=rules,
     )
     said, whose = notes or [()] * len(tokens), parts or [()] * len(tokens)
     return tuple(

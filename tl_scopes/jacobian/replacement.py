@@ -110,7 +110,7 @@ def effects(
     found, divergences = [], []
     for log_probs in predictions(lin, instead, kept):
         if isinstance(lin, Span):
-            found.append(lin.log_prob_said(log_probs)[:, None].expand(-1, len(targets)))
+            found.append(lin.answer_log_prob(log_probs)[:, None].expand(-1, len(targets)))
             divergences.append(divergence(lin.log_probs, log_probs).sum(-1))
         else:
             found.append(log_probs[:, targets])

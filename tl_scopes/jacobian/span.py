@@ -11,10 +11,10 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization, linearize_places
 from tl_scopes.jacobian.pullback import Ends
-from tl_scopes.models import Model, Target, Token
+from tl_scopes.models import LinearRules, Model, ReadPrompt, Target
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Span(Linearization):
     """A model linearised at all predictions of an answer to a prompt together: Y = (y_1, …, y_m), one readout for each
     token of the answer, as a function of the embeddings of the prompt and of the answer.
@@ -29,8 +29,8 @@ class Span(Linearization):
     ends with those of the other answer, and its predictions are the last rows.
     """
 
-    spoken: Target | None = None
-    """The answer, a token for each row."""
+    answer: Target
+    """The answer, a token for each of the first rows."""
     against: Target | None = None
     """The other answer, a token for each of the last rows; where both are one token they share a row. It is None where
     nothing is compared."""
@@ -50,17 +50,6 @@ class Span(Linearization):
             f"{self.answer.steps} tokens after {self.prompt_length}, {models.model_name(self.model)})"
         )
 
-    @property
-    def token_said(self) -> Token:
-        """The first token of the answer."""
-        return self.answer.tokens[0]
-
-    @property
-    def answer(self) -> Target:
-        """The answer, a token for each of the first rows."""
-        assert self.spoken is not None
-        return self.spoken
-
     def part(self, start: int, stop: int) -> "Span":
         """The tokens from `start` up to `stop` of the answer; what was said before them counts as the prompt."""
         before = self.prompt_length + start
@@ -70,7 +59,7 @@ class Span(Linearization):
             str_tokens=self.str_tokens[: before + stop - start - 1],
             position=before - 1,
             row=self.rows[start],
-            spoken=Target(self.answer.tokens[start:stop]),
+            answer=Target(self.answer.tokens[start:stop]),
             against=None,
             rows=self.rows[start:stop],
             prompt_length=before,
@@ -80,8 +69,8 @@ class Span(Linearization):
         )
 
     @property
-    def text(self) -> Int[Tensor, "token"]:
-        """The tokens of prompt and answer as they went through the model, up to the last that is read."""
+    def run_tokens(self) -> Int[Tensor, "token"]:
+        """The ids of prompt and answer that went through the model, up to the last after which is read."""
         return self.tokens[self.ends.tokens[0]]
 
     @property
@@ -144,7 +133,7 @@ class Span(Linearization):
         signs[self.answer.steps :] = -1
         return signs
 
-    def log_prob_said(self, log_probs: Float[Tensor, "*some row vocab"]) -> Float[Tensor, "*some"]:
+    def answer_log_prob(self, log_probs: Float[Tensor, "*some row vocab"]) -> Float[Tensor, "*some"]:
         """S = Σ_k log p(y_k | …), less that of the other answer where two are compared."""
         ids = [*self.answer.ids, *(self.against.ids if self.against else ())][: len(self.rows)]
         return log_probs[..., range(len(self.rows)), ids] @ self.signs.to(log_probs)
@@ -205,6 +194,7 @@ def _linearized(
         places=places,
         values=laid,
         checkpoint=span.trace.checkpointed,
+        rules=span.trace.rules,
     )
     trace, rows = lins[0].trace, len(span.rows)
     return tuple(
@@ -219,7 +209,7 @@ def _linearized(
             row=point * rows,
             notes=span.notes,
             parts=span.parts,
-            spoken=span.spoken,
+            answer=span.answer,
             against=span.against,
             rows=tuple(range(point * rows, (point + 1) * rows)),
             prompt_length=span.prompt_length,
@@ -239,7 +229,25 @@ class Exchange:
     against: Target | None = None
     """Another answer to compare with."""
     parts: tuple[str, ...] = ()
+    """Of a chat: for each token of the prompt whose it is."""
     notes: tuple[str, ...] = ()
+    """Sentences about prompt and answer that a reader of the scores should know."""
+
+    @classmethod
+    def of(cls, model: Model, read: ReadPrompt, answer: Target, against: Target | None = None) -> "Exchange":
+        """A prompt that was read, and what is said after it.
+
+        Raises:
+            ValueError: for an answer for which the context has no room; for a set that is compared with several tokens.
+        """
+        found = cls(read.tokens, answer, against, read.parts, tuple(dict.fromkeys(read.notes)))
+        found._require_answerable(model)
+        return found
+
+    @property
+    def is_span(self) -> bool:
+        """Whether either of the answers is several tokens, so that predictions at several positions are read."""
+        return self.answer.is_span or (self.against is not None and self.against.is_span)
 
     @property
     def texts(self) -> list[tuple[Target, Int[Tensor, "token"]]]:
@@ -247,8 +255,7 @@ class Exchange:
 
         Two single tokens share a prediction.
         """
-        apart = self.against is not None and (self.answer.is_span or self.against.is_span)
-        said = [self.answer, self.against] if apart else [self.answer]
+        said = [self.answer, self.against] if self.is_span else [self.answer]
         return [(one, torch.cat([self.prompt, self._before_last(one)])) for one in said if one is not None]
 
     @property
@@ -271,7 +278,7 @@ class Exchange:
                 "would meet where they count positions from the end: linearise each answer, or take the hooks off."
             )
 
-    def require_answerable(self, model: Model) -> None:
+    def _require_answerable(self, model: Model) -> None:
         """Refuse an answer for which the context has no room.
 
         Raises:
@@ -300,6 +307,7 @@ def linearize_answers(
     *,
     score_answer: bool = False,
     checkpoint: bool = False,
+    rules: LinearRules | None = None,
 ) -> tuple[Span, ...]:
     """Linearise a checked model at the answers to several prompts, in one forward pass.
 
@@ -321,7 +329,14 @@ def linearize_answers(
     filling = int(texts[0][0])  # it matters to nothing, but must be a token that the model knows
     padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=filling)
     lins = linearize_places(
-        model, padded, [("",) * padded.shape[1]] * len(padded), wrt, of, places=places, checkpoint=checkpoint
+        model,
+        padded,
+        [("",) * padded.shape[1]] * len(padded),
+        wrt,
+        of,
+        places=places,
+        checkpoint=checkpoint,
+        rules=rules,
     )
     spans, row = [], 0
     for one in exchanges:
@@ -340,7 +355,7 @@ def linearize_answers(
                 row=rows[0],
                 notes=one.notes,
                 parts=one.parts,
-                spoken=one.answer,
+                answer=one.answer,
                 against=one.against,
                 rows=rows,
                 prompt_length=len(one.prompt),

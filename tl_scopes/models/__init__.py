@@ -21,12 +21,23 @@ from tl_scopes.models.interventions import (
     push,
     zeroed_values,
 )
+from tl_scopes.models.linear_rules import LinearRules, Rules
 from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.patching import PatchingSite, activation_patching
 from tl_scopes.models.precision import precise, precise_dtype, sum_dtype
-from tl_scopes.models.prompts import Answer, Prompt, ReadPrompt, each_prompt, read_answer, read_prompt, tokenize
-from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph
+from tl_scopes.models.prompts import (
+    Answer,
+    Prompt,
+    ReadPrompt,
+    each_prompt,
+    read_answer,
+    read_prompt,
+    tokenize,
+    where_they_meet,
+)
+from tl_scopes.models.provenance import Provenance
+from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph, rows_are_apart
 from tl_scopes.models.state import ModelState
 from tl_scopes.models.supported import Model, architecture, autocast_of, model_name
 from tl_scopes.models.tokens import (
@@ -44,7 +55,7 @@ from tl_scopes.models.tokens import (
     tokenizer_of,
     vocabulary_size,
 )
-from tl_scopes.models.weights import exchanged_weights, fingerprint, shuffled_weights
+from tl_scopes.models.weights import exchanged_weights, fingerprint, in_last_blocks, learned, shuffled_weights
 
 __all__ = [
     "EMBEDDING",
@@ -54,12 +65,15 @@ __all__ = [
     "AttentionOutOfReachError",
     "Component",
     "Generated",
+    "LinearRules",
     "Model",
     "ModelState",
     "Part",
     "PatchingSite",
     "Prompt",
+    "Provenance",
     "ReadPrompt",
+    "Rules",
     "Target",
     "Token",
     "Trace",
@@ -90,9 +104,11 @@ __all__ = [
     "has_constant_readout_norm",
     "held_attention",
     "hooked_from_llama",
+    "in_last_blocks",
     "independence",
     "is_centered",
     "is_readout",
+    "learned",
     "load",
     "load_hooked_llama",
     "masked_attention",
@@ -109,6 +125,7 @@ __all__ = [
     "read_target",
     "readable",
     "readout_graph",
+    "rows_are_apart",
     "shuffled_weights",
     "spacing_hint",
     "starts_with_bos",
@@ -121,5 +138,6 @@ __all__ = [
     "undisturbed",
     "user_hooks",
     "vocabulary_size",
+    "where_they_meet",
     "zeroed_values",
 ]

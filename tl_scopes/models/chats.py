@@ -1,4 +1,9 @@
-"""A chat as the model's template writes it: its token ids, and for each token whose it is."""
+"""A chat as the model's template writes it: its token ids, and for each token whose it is.
+
+A template may say more than the messages: some put a system prompt in front where the chat has none ("You are a helpful
+assistant."). Nobody in the chat said it, so that it counts as template and has no share, as all that the template
+writes. Whoever wants to know what it does writes it into the chat, as a message of the role "system".
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +31,9 @@ def is_chat(prompt: object) -> bool:
 def read_chat(model: Model, messages: Any) -> tuple[list[int], tuple[str, ...]]:
     """The token ids of a chat, up to where the assistant answers, and for each the part that it belongs to.
 
-    The parts are the roles, "template" for what the template puts around the messages, and "reasoning" for what stands
-    between <think> and </think> in what the assistant said.
+    The parts are the roles, "template" for all that the template writes of its own (a system prompt too, where the chat
+    has none), and "reasoning" for what stands between <think> and </think> in what the assistant said. Where a role has
+    the word several times its turns are numbered, "user 1" and "user 2"; reasoning has the number of its answer.
 
     Raises:
         ValueError: for a model without a tokenizer or a tokenizer without a template; a message without role or
@@ -57,7 +63,7 @@ def read_chat(model: Model, messages: Any) -> tuple[list[int], tuple[str, ...]]:
 
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(tokenizer.is_fast))
     ids: list[int] = list(encoded["input_ids"])
-    ranges = _ranges(text, messages, written)
+    ranges = _ranges(text, messages, written, _turns(roles))
     if not tokenizer.is_fast:  # it does not say where its tokens stand
         return ids, ()
     return ids, tuple(_part(ranges, start, end) for start, end in encoded["offset_mapping"])
@@ -74,8 +80,16 @@ def _message(message: Mapping[str, Any], number: int) -> str:
     return str(role)
 
 
+def _turns(roles: Sequence[str]) -> list[str]:
+    """For each message the number of its turn, with a space in front; nothing where its role has the word once."""
+    return [f" {roles[: i + 1].count(role)}" if roles.count(role) > 1 else "" for i, role in enumerate(roles)]
+
+
 def _ranges(
-    text: str, messages: Sequence[Mapping[str, Any]], written: Callable[[Sequence[Mapping[str, Any]]], str]
+    text: str,
+    messages: Sequence[Mapping[str, Any]],
+    written: Callable[[Sequence[Mapping[str, Any]]], str],
+    turns: Sequence[str],
 ) -> list[tuple[int, int, str]]:
     """Where in the text of a chat its messages stand, each found by writing the chat with a mark in its place.
 
@@ -93,10 +107,10 @@ def _ranges(
         thought = re.match(r"<think>.*?</think>\s*", content, re.DOTALL) if message["role"] == "assistant" else None
         said = content[thought.end() :] if thought else content
         if thought and text.startswith(content, start):
-            found.append((start, start + thought.end(), REASONING))
+            found.append((start, start + thought.end(), REASONING + turns[i]))
             start += thought.end()
         if text.startswith(said, start):
-            found.append((start, start + len(said), str(message["role"])))
+            found.append((start, start + len(said), str(message["role"]) + turns[i]))
     return found
 
 

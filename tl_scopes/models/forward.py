@@ -11,18 +11,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes.models.checkpointing import checkpointed
-from tl_scopes.models.gradient_check import gradients_pass
+from tl_scopes.models.coverage import not_covered, uncovered
+from tl_scopes.models.gradient_check import gradients_pass, named_graph
 from tl_scopes.models.hooks import (
     EMBEDDING,
     StopForward,
+    as_stream,
     attached,
+    check_divided,
     check_perturbed,
-    check_value,
     has_backward_hooks,
     hook_point,
     hook_points,
     is_readout,
 )
+from tl_scopes.models.linear_rules import LinearRules, within
 from tl_scopes.models.memory import require_memory, told
 from tl_scopes.models.state import ModelState
 from tl_scopes.models.substitution import frozen
@@ -61,10 +64,17 @@ class Trace:
     """Whether backward hooks of the user's are in the graph."""
     checkpointed: bool = False
     """Whether its blocks are run again in the backward pass."""
+    rules: LinearRules | None = None
+    """The rules that differentiate it, in place of some of the model's own derivatives."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """The values of further hooks between both ends, in the graph."""
     graphs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """The `readout_graph` that was asked for last. Those of all rows would take as much memory again as `logits`."""
+
+    @property
+    def root(self) -> Tensor:
+        """The end of the graph: the logits, or where it ends before them, `output`."""
+        return self.output if self.logits is None else self.logits
 
     @cached_property
     def slope(self) -> Float[Tensor, "row vocab"]:
@@ -101,6 +111,7 @@ def trace(
     values: Mapping[str, Float[Tensor, "batch token d_model"]] | None = None,
     checkpoint: bool = False,
     keep: Sequence[str] = (),
+    rules: LinearRules | None = None,
 ) -> Trace:
     """Run the model once, keeping the graph from the `wrt` hooks to the `of` hook.
 
@@ -109,18 +120,20 @@ def trace(
     Args:
         model: a checked model.
         tokens: prompts; shorter ones are filled up on the right, where nothing matters to a causal model.
-        wrt: hooks where the perturbations enter.
-        of: hook where the value is read.
+        wrt: hooks where the perturbations enter. A value [batch pos head d_head] counts as [batch pos d], the heads
+            one after another.
+        of: hook where the value is read, likewise.
         places: where it is read: entry of the batch, position. None is the last position of each entry.
         values: what to put in place of the activation at some of the `wrt` hooks.
         checkpoint: keep only the residual stream between blocks, and run each block again in the backward pass.
         keep: further hooks whose values are wanted. Those that fire after `wrt` and before `of` become `Trace.kept`.
+        rules: what differentiates the model in place of some of its own derivatives.
 
     Cost: one forward pass. At the readout only the places go on to the unembedding; elsewhere the pass stops.
 
     Raises:
         ValueError: for a hook that does not exist, never fires, whose value is not [batch pos d], or that comes too
-            late; for a module that no gradient passes.
+            late; for a module that no gradient passes, and one whose operations the rules do not know.
         MemoryError: when the graph will not fit.
     """
     places = as_places(tokens, places)
@@ -129,7 +142,7 @@ def trace(
         """A pass over the first tokens of the first prompts, with the same share of its places, and back again."""
         share = some.shape[1] / tokens.shape[1]
         chosen = {(entry, int(position * share)) for entry in range(len(some)) for at, position in places if at == 0}
-        found = _trace(model, some, wrt, of, sorted(chosen), checkpoint, keep=keep)
+        found = _trace(model, some, wrt, of, sorted(chosen), checkpoint, keep=keep, rules=rules)
         leaves = tuple(found.perturbations.values())
         with undisturbed(found):
             torch.autograd.grad(found.output, leaves, torch.ones_like(found.output), allow_unused=True)
@@ -137,7 +150,7 @@ def trace(
     with one_at_a_time:
         require_memory(model, tokens, checkpoint, run)
         with told(device_of(model), next(model.parameters()).dtype, tuple(tokens.shape), checkpoint):
-            return _trace(model, tokens, wrt, of, places, checkpoint, values, keep)
+            return _trace(model, tokens, wrt, of, places, checkpoint, values, keep, rules)
 
 
 def _trace(
@@ -149,8 +162,10 @@ def _trace(
     checkpoint: bool,
     values: Mapping[str, Float[Tensor, "batch token d_model"]] | None = None,
     keep: Sequence[str] = (),
+    rules: LinearRules | None = None,
+    check_rules: bool = True,
 ) -> Trace:
-    """`trace`, however much memory that takes."""
+    """`trace`, however much memory that takes; without a check it does not matter what the rules do not know."""
     inputs: dict[str, Tensor] = {}
     perturbations: dict[str, Tensor] = {}
     outputs: list[Tensor] = []
@@ -164,17 +179,17 @@ def _trace(
 
     def perturb(name: str) -> Callable[..., Tensor]:
         def hook_function(value: Tensor, hook: Any) -> Tensor:
-            check_value(name, value, tokens)
+            stream = as_stream(name, value, tokens)
             if name in replacements:
-                instead = replacements[name].to(value)
+                instead = replacements[name].to(value).reshape(value.shape)
                 moved.append(not torch.equal(instead, value))
                 value = instead
             if name not in perturbations:  # a block that is run again for its backward pass has them already
                 # A zero leaf, rather than requires_grad on the value, works whether parameters are frozen or not, and
                 # where the hook hands out a view.
-                perturbations[name] = torch.zeros_like(value, requires_grad=True)
-                inputs[name] = value.detach()
-            return value + perturbations[name]
+                perturbations[name] = torch.zeros_like(stream, requires_grad=True)
+                inputs[name] = value.detach().reshape(stream.shape)
+            return value + perturbations[name].reshape(value.shape)
 
         return hook_function
 
@@ -187,8 +202,7 @@ def _trace(
         return hook_function
 
     def read(value: Tensor, hook: Any) -> Tensor:
-        check_value(of, value, tokens)
-        chosen = value[entries, positions]
+        chosen = as_stream(of, value, tokens)[entries, positions]
         if not read_once:  # a block that is run again has been read already
             outputs.append(chosen)
         read_once.append(True)
@@ -205,9 +219,12 @@ def _trace(
     points = {name: hook_point(known, name) for name in (*wrt, of, *keep)}
     for name in wrt:
         check_perturbed(points[name], name)
+    for name in (*wrt, of):
+        check_divided(known, name)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
-        state, weights = ModelState.of(model, parameters, known), frozen(parameters)
+        # Frozen weights are innermost, so that rules meet them as constants.
+        state, weights = ModelState.of(model, parameters, known), within(rules, frozen(parameters))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(weights)
         stack.callback(_let_go, model)
@@ -238,9 +255,26 @@ def _trace(
     for seen in (outputs, readout, unembedded, kept):
         seen.clear()
     hooked = any(point.bwd_hooks for point in known.values())
-    return Trace(
-        tuple(places), inputs, perturbations, output, leaf, logits, last, state, any(moved), hooked, checkpoint, between
+    found = Trace(
+        tuple(places),
+        inputs,
+        perturbations,
+        output,
+        leaf,
+        logits,
+        last,
+        state,
+        moved=any(moved),
+        hooked=hooked,
+        checkpointed=checkpoint,
+        rules=rules,
+        kept=between,
     )
+    if rules is not None and check_rules and uncovered(found.root, rules) is not None:
+        with named_graph(model):
+            named = _trace(model, tokens, wrt, of, places, checkpoint, values, keep, rules, check_rules=False)
+        raise not_covered(rules, uncovered(named.root, rules))
+    return found
 
 
 def goes_back_together(model: Model, trace: Trace) -> bool:

@@ -1,6 +1,7 @@
 """What a model says after a prompt, by its own generation."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,10 @@ class Generated:
 
     @classmethod
     def of(cls, model: Model, ids: list[int]) -> "Generated":
-        """What these ids say.
+        """The text that these ids are.
 
         Raises:
-            ValueError: where they are none.
+            ValueError: where there are no ids.
         """
         if not ids:
             raise ValueError("the model said nothing but its end of sequence: there is no answer to explain.")
@@ -61,8 +62,9 @@ def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: 
     cache than without one, by either method.
 
     Raises:
-        ValueError: for a prompt that leaves no room in the context.
+        ValueError: for a prompt that leaves no room in the context; for options of sampling where nothing is sampled.
     """
+    _require_sampling(options)
     context = context_length(model)
     if context is not None and len(tokens) + count > context:
         raise ValueError(
@@ -92,6 +94,24 @@ def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: 
     ends |= set(configured) if isinstance(configured, list) else {configured}
     stop = next((i for i, id in enumerate(ids) if id in ends), len(ids))
     return ids[:stop]
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Options that change how a token is drawn, and so nothing where the likeliest one is taken."""
+
+
+def _require_sampling(options: Mapping[str, Any]) -> None:
+    """Refuse options of sampling without `do_sample=True`, which the models' own methods pass over in silence.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    given = [f"{name}={options[name]!r}" for name in SAMPLING if options.get(name) is not None]
+    if given and not options.get("do_sample") and "penalty_alpha" not in options:
+        raise ValueError(
+            f"{', '.join(given)} would change nothing, since the likeliest token is taken each time: add "
+            f"do_sample=True, or leave {'it' if len(given) == 1 else 'them'} out."
+        )
 
 
 def _cache_is_right(inner: Any, tokens: Int[Tensor, "token"]) -> bool:

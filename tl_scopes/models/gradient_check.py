@@ -1,6 +1,6 @@
-"""Whether gradients pass every module that computes with weights, which those of quantised activations do not.
+"""Watching plain modules as they run: whether gradients pass each one, which those of quantised activations do not.
 
-This is a file of its own since it looks at plain modules, where everything else here looks at hook points.
+This is a file of its own since everything else here looks at hook points.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_scopes.models.supported import Model
+from tl_scopes.models.threads import here, put_back
 
 _passed: WeakKeyDictionary[nn.Module, tuple[int, ...]] = WeakKeyDictionary()
 """The models that were found to pass gradients, by the identity of their parameters."""
@@ -62,6 +63,42 @@ def gradients_pass(model: Model, parameters: Sequence[nn.Parameter], whole: bool
         )
     if whole:
         _passed[model] = known
+
+
+@contextmanager
+def named_graph(model: Model) -> Iterator[None]:
+    """Inside, this thread's passes write on the nodes of their graph which module made them (`made_by`)."""
+    maker = here.maker
+
+    def name(path: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if here.maker is maker:
+                for value in output if isinstance(output, tuple | list) else (output,):
+                    if isinstance(value, Tensor):
+                        _write(value.grad_fn, f"{path} ({type(module).__name__})")
+
+        return hook
+
+    with put_back() as afterwards:
+        for path, module in model.named_modules():
+            shown = path.replace("._original_component", "").replace("_original_component.", "")
+            afterwards(module.register_forward_hook(name(shown)).remove)
+        yield
+
+
+def made_by(node: Any) -> str | None:
+    """The innermost module that made a node of a graph; None outside of modules, and of `named_graph`."""
+    return node.metadata.get("module")
+
+
+def _write(node: Any, module: str) -> None:
+    """Name the module on a node, and on those behind it that are new."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and "module" not in node.metadata:
+            node.metadata["module"] = module
+            waiting += [earlier for earlier, _ in node.next_functions]
 
 
 def _takes(values: Any) -> bool:

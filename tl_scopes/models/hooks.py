@@ -1,6 +1,7 @@
 """Hook points: how they are named on each kind of model, and how a hook of ours comes and goes."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,9 @@ READOUT = "ln_final"
 # wrong. The input of the unembedding is the same tensor on every kind of model, also on those without a final norm.
 _READOUT_HOOK = "unembed.hook_in"
 _READOUT_NAMES = (READOUT, "ln_final.hook_out", _READOUT_HOOK)
+
+# Attention patterns have four axes too, [batch head query key], so that shapes alone would not tell them from heads.
+_BY_HEAD = re.compile(r"blocks\.\d+\.attn\.(hook_[qkvz]|hook_rot_[qk]|hook_result|[qkv]\.hook_out|o\.hook_in)")
 
 
 class StopForward(BaseException):
@@ -74,17 +78,34 @@ def check_perturbed(point: Any, name: str) -> None:
         )
 
 
-def check_value(name: str, value: Any, tokens: Tensor) -> None:
-    """Refuse a hook whose value does not have the shape of a residual stream.
+def check_divided(points: Mapping[str, Any], name: str) -> None:
+    """Refuse a hook where heads come before positions.
 
     Raises:
-        ValueError: with the shape that it has.
+        ValueError: for the queries, keys and values of latent attention (DeepSeek).
     """
-    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[:2] != tokens.shape:
+    block, _, part = name.partition(".attn.")
+    if part in ("hook_q", "hook_k", "hook_v") and f"{block}.attn.hook_kv_latent" in points:
+        raise ValueError(
+            f"the value at the hook {name!r} is [batch head pos d_head], with heads before positions, as in latent "
+            f"attention: take {block + '.attn.hook_z'!r}, what the heads give out, or {block + '.hook_attn_out'!r}."
+        )
+
+
+def as_stream(name: str, value: Any, tokens: Tensor) -> Tensor:
+    """The value at a hook as [batch pos d]: where it is divided into heads, theirs one after another.
+
+    Raises:
+        ValueError: for a value of another shape, with the shape that it has.
+    """
+    is_by_head = isinstance(value, Tensor) and value.ndim == 4 and _BY_HEAD.fullmatch(name)
+    if not isinstance(value, Tensor) or not (value.ndim == 3 or is_by_head) or value.shape[:2] != tokens.shape:
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
-            f"the value at the hook {name!r} is not [batch pos d] but {shape}: choose a hook of the residual stream."
+            f"the value at the hook {name!r} is neither [batch pos d] nor [batch pos head d_head] but {shape}: choose "
+            "a hook of the residual stream, or of queries, keys, values or outputs of attention heads."
         )
+    return value.flatten(2)
 
 
 @contextmanager

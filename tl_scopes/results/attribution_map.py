@@ -12,6 +12,7 @@ from tl_scopes.models import as_int
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import attribution_map as card
 from tl_scopes.views.live import LiveView
+from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,13 +124,22 @@ class AttributionMap:
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
-    def plot(self) -> "Figure":
-        """A heat map: predictions from top to bottom, tokens from left to right."""
-        return card.plot(self)
+    def plot(self, colors: Colors = "root") -> "Figure":
+        """A heat map: predictions from top to bottom, tokens from left to right.
 
-    def to_html(self, path: str | Path | None = None) -> str:
-        """A static page of the heat map. It has no script and needs no network; `path` is where to write it."""
-        html = card.page(self)
+        Args:
+            colors: how shares become colours, as in `Attribution.to_html`.
+        """
+        return card.plot(self, colors)
+
+    def to_html(self, path: str | Path | None = None, *, colors: Colors = "root") -> str:
+        """A static page of the heat map. It has no script and needs no network.
+
+        Args:
+            path: where to write it.
+            colors: how shares become colours, as in `Attribution.to_html`.
+        """
+        html = card.page(self, colors)
         if path is not None:
             Path(path).write_text(html, encoding="utf-8")
         return html

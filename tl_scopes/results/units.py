@@ -2,10 +2,12 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
-from tl_scopes.models import readable
+from torch import Tensor
+
+from tl_scopes.models import as_int, readable
 
 Unit = Literal["word", "sentence", "number"]
 
@@ -64,6 +66,45 @@ def grouped(texts: Sequence[str], unit: Unit, apart: Sequence[object]) -> list[r
         if not inside and (ended or apart[i] != apart[i - 1]):
             starts.append(i)
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(texts)], strict=True)]
+
+
+def spanned(positions: Sequence[int], spans: Any) -> list[range]:
+    """Which tokens stand together in spans of positions; those in none of them stand by themselves.
+
+    Raises:
+        TypeError: for spans that are neither ranges nor pairs of positions.
+        ValueError: for what is not a list of spans, and for spans that overlap or that hold no token.
+    """
+    if not isinstance(spans, Iterable) or isinstance(spans, Tensor):
+        raise ValueError(f'tokens are grouped by "word", "sentence", "number", or a list of spans, got {spans!r}.')
+    groups: list[range] = []
+    done = 0
+    pairs = [_pair(span) for span in spans]
+    for start, stop in sorted(pairs):
+        begin, end = positions[0], positions[-1] + 1
+        if not begin <= start < stop <= end:
+            raise ValueError(f"the span ({start}, {stop}) is not in the answer, which has positions {begin} to {end}.")
+        inside = [i for i, position in enumerate(positions) if start <= position < stop]
+        if not inside or inside[0] < done:
+            raise ValueError(f"the span ({start}, {stop}) overlaps another one, or holds no token of the answer.")
+        groups += [range(i, i + 1) for i in range(done, inside[0])]
+        groups.append(range(inside[0], inside[-1] + 1))
+        done = inside[-1] + 1
+    return groups + [range(i, i + 1) for i in range(done, len(positions))]
+
+
+def _pair(span: object) -> tuple[int, int]:
+    """Where a span begins, and where it ends.
+
+    Raises:
+        TypeError: for something that is neither a range of positions nor a pair of them.
+    """
+    if isinstance(span, range) and span.step == 1:
+        return span.start, span.stop
+    if not isinstance(span, tuple | list) or len(span) != 2:
+        raise TypeError(f"a span is a range of positions or a pair (start, stop), got {span!r}.")
+    start, stop = (as_int(end, "a span is given by positions") for end in span)
+    return start, stop
 
 
 def _ends(text: str, unit: Unit) -> list[int]:

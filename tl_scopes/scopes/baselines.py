@@ -194,13 +194,13 @@ class LeaveOneOut(Scope):
         scores[: lin.scored] = torch.cat(found)
         return Measurement(scores)
 
-    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+    def named_targets(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
         return None if self.target is None else models.read_target(model, self.target, vocab), None
 
     def explained(self, lin: Linearization) -> tuple[Target | None, Target | None]:
         if self.quantity == "kl":
             return None, None
-        target, _ = self.said(lin.model, lin.vocab)
+        target, _ = self.named_targets(lin.model, lin.vocab)
         target = target or (lin.answer if isinstance(lin, Span) else Target((lin.token(),)))
         if target.any_of:
             raise ValueError(f"LeaveOneOut takes one target, got the set {target.text!r}: ask once for each token.")

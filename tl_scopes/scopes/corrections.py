@@ -1,4 +1,4 @@
-"""Scopes around another scope, which correct it for where a token stands or for what attention does with it."""
+"""Scopes around another scope, which correct it for where a token stands, or take another Jacobian."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -30,8 +30,8 @@ class Around(Scope):
     def explained(self, lin: Linearization) -> tuple[Target | None, Target | None]:
         return self.scope.explained(lin)
 
-    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
-        return self.scope.said(model, vocab)
+    def named_targets(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+        return self.scope.named_targets(model, vocab)
 
     def quantity_explained(self, lin: Linearization) -> str | None:
         return self.scope.quantity_explained(lin)
@@ -47,8 +47,8 @@ class Around(Scope):
     def compares(self) -> bool:
         return self.scope.compares
 
-    def aimed(self, lin: Linearization, target: int) -> Scope:
-        return replace(self, scope=self.scope.aimed(lin, target))
+    def with_target(self, lin: Linearization, target: int) -> Scope:
+        return replace(self, scope=self.scope.with_target(lin, target))
 
     @property
     def saturates(self) -> bool:
@@ -119,7 +119,7 @@ class PositionCorrectedScope(Around):
         first = int(models.starts_with_bos(lin.model, lin.tokens))
         target, _ = targets_of(self.scope, lin)
         # An answer of several tokens stays behind the shuffled prompt, and so the target stays what it is.
-        scope = self.scope if target is None or len(target) > 1 else self.scope.aimed(lin, target.id)
+        scope = self.scope if target is None or len(target) > 1 else self.scope.with_target(lin, target.id)
         generator = source(lin, self.generator, "shuffles")
         own = scope.measure(lin)
         shares = [self._share(own, lin.scored)]
@@ -196,6 +196,55 @@ class FrozenAttentionScope(Around):
     def measure(self, lin: Linearization) -> Measurement:
         with models.held_attention(lin.model, self.keys):
             return self.scope.measure(lin.at(lin.embeddings))
+
+    @property
+    def grouping(self) -> Literal["norm", "sum", "signed"] | None:
+        return self.scope.grouping
+
+    def unit(self, lin: Linearization) -> str:
+        return self.scope.unit(lin)
+
+
+@dataclass(frozen=True)
+class UnderRulesScope(Around):
+    """The scope's question, asked of the network as these rules differentiate it: as under `linearize(..., rules=)`.
+
+    It is for lists of scopes that are compared, `evaluate` or `known_causes`; elsewhere give the rules to `linearize`
+    or `attribute`.
+
+    Args:
+        scope: the scope whose question is asked.
+        rules: "linear", "lookup", or names of single rules, as in `linearize`.
+
+    Unit: that of the scope.
+    Cost: that of the scope, and a forward pass.
+    Raises: TypeError for something that is not a scope, or not names of rules; ValueError for unknown rules, and for a
+        model that they do not cover; else as the scope does.
+    Source: as `linearize` says.
+
+    Example:
+        >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
+        >>> tls.UnderRulesScope(tls.SemanticScope(" are", versus=" is"))(lin).top(1)[0].token
+        ' keys'
+    """
+
+    rules: models.Rules = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read = models.LinearRules.read(self.rules)
+        object.__setattr__(self, "rules", self.rules if read is None or isinstance(self.rules, str) else read.names)
+
+    @property
+    def runs_again(self) -> Literal["point", "prompt"]:
+        return "prompt" if self.scope.runs_again == "prompt" else "point"
+
+    @property
+    def is_slope(self) -> bool:
+        return False  # of the model itself
+
+    def measure(self, lin: Linearization) -> Measurement:
+        return self.scope.measure(lin.under(self.rules))
 
     @property
     def grouping(self) -> Literal["norm", "sum", "signed"] | None:

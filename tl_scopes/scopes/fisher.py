@@ -19,7 +19,7 @@ from tl_scopes.jacobian.pullback import NoSecondDerivativeError
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models.arguments import as_flag, as_number
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Estimate, Measurement, Scope, how_often
+from tl_scopes.scopes.scope import Estimate, Measurement, Scope, as_written, how_often
 
 _PROBES = 32
 _TOGETHER = 16
@@ -61,8 +61,8 @@ class FisherScope(Scope):
 
     Unit: nat per squared unit of embedding norm.
     Cost: about 0.6 of a forward pass per backward pass, of which a double backward pass takes 1.2. Memory for the
-        gradients of 16 draws. `exact` and `rank` need all of F: two products with the unembedding per dimension of the
-        readout.
+        gradients of 16 draws. `exact` needs all of F: two products with the unembedding per dimension of the
+        readout; `rank` one, and where the readout has fewer than 16 dimensions per direction, two.
     Raises: ValueError for a linearisation that does not end at the readout; for numbers out of range; for a generator
         on another device. TypeError for a generator that is not a torch.Generator, and for an `exact` that is not a
         bool.
@@ -108,7 +108,11 @@ class FisherScope(Scope):
         if self.rtol is not None:
             return [self._estimated([lin], self.rtol)[0] for lin in lins]
         found: dict[int, Measurement] = {}
-        roots = [self._root(lin) for lin in lins]
+        leading = [None if self.rank is None else fisher_information.leading_root(lin, self.rank) for lin in lins]
+        few = {i: one for i, one in enumerate(leading) if one is not None}
+        if few:
+            found |= dict(zip(few, self._leading([lins[i] for i in few], [*few.values()]), strict=True))
+        roots = [None if i in found else self._root(lin) for i, lin in enumerate(lins)]
         whole = [i for i, root in enumerate(roots) if root is not None]
         if whole:
             rows = [root for root in roots if root is not None]
@@ -179,6 +183,22 @@ class FisherScope(Scope):
         """Σ_l ‖lᵀ J_t‖² over all of F."""
         known = {"backward_passes": len(norms), "standard_error": norms.new_zeros(norms.shape[1])}
         return Measurement(norms.sum(0), known)
+
+    def _leading(self, lins: Sequence[Linearization], leading: Sequence[tuple[Tensor, float]]) -> list[Measurement]:
+        """`_truncated`, without the other directions: random draws of what the leading ones leave take their place."""
+        found = []
+        norms = squared_norms(lins, [root for root, _ in leading])
+        for lin, (root, trace), of_one in zip(lins, leading, norms, strict=True):
+            eigenvalues = root.square().sum(-1)
+            part = Seen(root / eigenvalues[:, None], root)
+            draws = fisher_information.remainder_probes(lin, _SHARE_PROBES, part, self._random(lin))
+            scores, left = of_one.sum(0), lin.squared_norms(draws / _SHARE_PROBES**0.5).sum()
+            shares = {
+                "score_share": float(scores.sum() / (scores.sum() + left)),
+                "trace_share": float(eigenvalues.sum()) / trace,
+            }
+            found.append(Measurement(scores, {"backward_passes": len(root) + _SHARE_PROBES} | shares))
+        return found
 
     def _truncated(
         self, lin: Linearization, root: Float[Tensor, "direction d_of"], norms: Float[Tensor, "kept token"]
@@ -260,11 +280,25 @@ class FisherScope(Scope):
         spent = [passes + len(part.L) for passes, part in zip(spent, further, strict=True)]
         return [one.and_also(other) for one, other in zip(parts, further, strict=True)], scores, spent
 
-    def sketched(self, lin: Linearization) -> tuple[Float[Tensor, "direction d_of"], Float[Tensor, "draw d_of"]]:
-        """The cotangents of an estimate: score_t = Σ_l ‖lᵀ J_t‖² + mean_v ‖vᵀ J_t‖², with the numbers of `measure`.
+    def all_cotangents(self, lin: Linearization) -> tuple[Float[Tensor, "direction d_of"], Float[Tensor, "draw d_of"]]:
+        """The cotangents that the scores are made of: score_t = Σ_l ‖lᵀ J_t‖² + mean_v ‖vᵀ J_t‖².
+
+        They are directions l and draws v, with the numbers of `measure`; there are no draws where the directions are
+        all of F, or its leading ones.
 
         Cost: that of the directions.
+
+        Raises:
+            TypeError: with `rtol`, since how many draws there are is then known in the end only.
+            ValueError: as for the scores.
         """
+        if self.rtol is not None:
+            raise TypeError(f"{as_written(self)} chooses its probes as it goes: give their number, FisherScope(32).")
+        self._check(lin)
+        none = lin.log_probs.new_zeros(0, len(lin.readout))
+        root = self._root(lin)
+        if root is not None:
+            return (root if self.rank is None else root[: self.rank]), none
         generator = self._random(lin)
         (part,), _, (spent,) = self._sketch([lin], [generator])
         left, draws = self._passes(lin) - spent, []
@@ -272,7 +306,6 @@ class FisherScope(Scope):
             n = min(left, _TOGETHER)
             draws.append(fisher_information.remainder_probes(lin, n, part, generator))
             left -= n
-        none = lin.log_probs.new_zeros(0, len(lin.readout))
         return none if part is None else part.L, torch.cat([none, *draws])
 
     def _random(self, lin: Linearization) -> torch.Generator:

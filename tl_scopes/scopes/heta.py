@@ -118,7 +118,7 @@ class HetaScope(Scope):
     def measure(self, lin: Linearization) -> Measurement:
         return self.measure_many([lin])[0]
 
-    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+    def named_targets(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
         return None if self.target is None else Target((models.token(model, self.target, vocab),)), None
 
     def explained(self, lin: Linearization) -> tuple[Target, None]:
@@ -175,6 +175,11 @@ class HetaScope(Scope):
 
     def _check(self, lin: Linearization) -> None:
         lin.require_readout()
+        if lin.rules is not None:
+            raise ValueError(
+                f"HetaScope is about curvature, and under {lin.rules} rules what curves the network is constant: ask "
+                "it of lin.under(None)."
+            )
         _first_layer(lin.wrt)
         if self.gamma and self.mask not in ("zero", "mean"):
             _mask_token(lin, self.mask)

@@ -73,7 +73,7 @@ class Scope(ABC):
         """The target, and what it is compared with; None where the question has none."""
         return None, None
 
-    def aimed(self, lin: Linearization, target: int) -> "Scope":
+    def with_target(self, lin: Linearization, target: int) -> "Scope":
         """The same question about this target, where it has one that was left to the prediction."""
         if isinstance(lin, Span):
             return self  # what is said is what is explained
@@ -81,7 +81,7 @@ class Scope(ABC):
             return replace(self, target=target)
         return self
 
-    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+    def named_targets(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
         """The target and what it is compared with, as far as the scope itself names them.
 
         Args:
@@ -212,14 +212,14 @@ class Scope(ABC):
         if not self.takes_spans and all(isinstance(lin, Span) and len(lin.rows) == 1 for lin in lins):
             # A prediction of an answer is a prediction, of which it is known what is to be explained.
             for lin in lins:
-                self.placed(lin)  # says so where the question names another target
-            asked = [(self.aimed(lin.single[0], lin.token_said.id), lin.single[0]) for lin in lins]  # type: ignore[attr-defined]
+                self.with_answer(lin)  # says so where the question names another target
+            asked = [(self.with_target(lin.single[0], lin.answer.tokens[0].id), lin.single[0]) for lin in lins]  # type: ignore[attr-defined]
             return [answer for scope, lin in asked for answer in scope.ask([lin])]
         # The targets come first, so that an unknown one is refused before the work.
-        placed = [self.placed(lin) for lin in lins]
-        if any(one is not lin for one, lin in zip(placed, lins, strict=True)) and len(lins) > 1:
+        answered = [self.with_answer(lin) for lin in lins]
+        if any(one is not lin for one, lin in zip(answered, lins, strict=True)) and len(lins) > 1:
             return [answer for lin in lins for answer in self.ask([lin])]  # they no longer share a forward pass
-        lins = placed
+        lins = answered
         explained = [targets_of(self, lin) for lin in lins]
         for lin in lins:
             self._require_model(lin)
@@ -227,7 +227,47 @@ class Scope(ABC):
         found = self.measure_many(lins)
         return [self._answer(lin, *tokens, one) for lin, tokens, one in zip(lins, explained, found, strict=True)]
 
-    def placed(self, lin: Linearization) -> Linearization:
+    def exchange(
+        self,
+        model: models.Model,
+        read: models.ReadPrompt,
+        answer: Target | None = None,
+        against: Target | None = None,
+        vocab: int | None = None,
+    ) -> Exchange | None:
+        """The prompt and what is said after it that the question is about: an answer that is given, or the target that
+        the scope names, where that or what it is compared with is several tokens. It is None where the question is
+        about the next prediction.
+
+        Args:
+            model: a checked model.
+            read: the prompt.
+            answer, against: what is said after it, and what that is compared with; None where neither is given.
+            vocab: how many logits the model has; None is as many as it has token ids.
+
+        Raises:
+            ValueError: where the scope names another target, or another one to compare with, than is given; and as
+                `Exchange.of` does.
+        """
+        own = self.named_targets(model, vocab)
+        for named, given in zip(own, (answer, against), strict=True):
+            if named is not None and given is not None and named != given:
+                raise ValueError(
+                    f"{as_written(self)} asks about {named.text!r}, and what is given to be explained after the "
+                    f"prompt is {given.text!r}: leave one of them out."
+                )
+        notes = tuple(
+            note
+            for name, named, given in zip(("target", "versus"), own, (answer, against), strict=True)
+            if named is not None and named.is_span and given is None
+            for note in models.where_they_meet(model, read.tokens, named, name)
+        )
+        named, versus = answer or own[0], against or own[1]
+        if named is None or not (answer is not None or named.is_span or (versus is not None and versus.is_span)):
+            return None
+        return Exchange.of(model, read._replace(notes=read.notes + notes), named, versus)
+
+    def with_answer(self, lin: Linearization) -> Linearization:
         """The linearisation that the question is about, where it names an answer of several tokens that has to be put
         behind the prompt first, which takes a forward pass; else the one given.
 
@@ -235,27 +275,20 @@ class Scope(ABC):
             ValueError: when the model's hooks or weights have changed since it was linearised; when the linearisation
                 is of another answer than the one that the question names.
         """
-        target, versus = self.said(lin.model, lin.vocab)
-        spoken = lin.answer if isinstance(lin, Span) else None
-        if spoken is not None and target is not None and target != spoken:
-            raise ValueError(
-                f"the linearisation is of the answer {spoken.text!r}, and {as_written(self)} asks about "
-                f"{target.text!r}: leave the target out, or linearise without an answer."
-            )
-        against = lin.against if isinstance(lin, Span) else None
-        target, versus = target or spoken, versus or against
-        several = any(one is not None and one.is_span for one in (target, versus))
-        if not several or (spoken is not None and versus == against):
+        said, against, length, score_answer = None, None, len(lin.tokens), False
+        if isinstance(lin, Span):
+            said, against, length, score_answer = lin.answer, lin.against, lin.prompt_length, lin.score_answer
+        target, versus = self.named_targets(lin.model, lin.vocab)
+        if said is None and target is None and versus is not None and versus.is_span:
+            said = Target((lin.token(),))
+        read = models.ReadPrompt(lin.tokens[:length], lin.notes, lin.parts)
+        exchange = self.exchange(lin.model, read, said, against, lin.vocab)
+        if exchange is None or not exchange.is_span or (isinstance(lin, Span) and exchange.against == against):
             return lin
         lin.require_repeatable()
         lin.require_readout()
-        prompt, score_answer = lin.tokens, False
-        if isinstance(lin, Span):
-            prompt, score_answer = lin.tokens[: lin.prompt_length], lin.score_answer
-        exchange = Exchange(prompt, target or Target((lin.token(),)), versus, lin.parts, lin.notes)
-        exchange.require_answerable(lin.model)
-        options = {"score_answer": score_answer, "checkpoint": lin.trace.checkpointed}
-        (span,) = linearize_answers(lin.model, [exchange], lin.wrt, lin.of, **options)
+        options: dict[str, Any] = {"checkpoint": lin.trace.checkpointed, "rules": lin.rules}
+        (span,) = linearize_answers(lin.model, [exchange], lin.wrt, lin.of, score_answer=score_answer, **options)
         span.require_finite()
         return span
 
@@ -306,6 +339,8 @@ class Scope(ABC):
             details={name: _kept(value, dtype) for name, value in details.items()},
             value=self.value(lin),
             quantity=self.quantity_explained(lin),
+            rules=None if lin.rules is None else str(lin.rules),
+            provenance=models.Provenance.of(lin.model, lin.trace.state.weights),
         )
 
     def _require_model(self, lin: Linearization) -> None:
@@ -382,7 +417,7 @@ class JacobianScope(Scope):
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
         if type(self).measure is not JacobianScope.measure:  # a scope of the user's with an equation of its own
             return [self.measure(lin) for lin in lins]
-        cotangents = [self._checked_cotangents(lin) for lin in lins]
+        cotangents = self._cotangents_of(lins)
         norms = squared_norms(lins, cotangents)
         return [self.combine(lin, of_one) for lin, of_one in zip(lins, norms, strict=True)]
 
@@ -394,6 +429,10 @@ class JacobianScope(Scope):
     def grouping(self) -> Literal["norm", "sum", "signed"] | None:
         own = type(self).combine is not JacobianScope.combine or type(self).measure is not JacobianScope.measure
         return None if own else "norm"
+
+    def _cotangents_of(self, lins: Sequence[Linearization]) -> list[Tensor]:
+        """The cotangents of several linearisations of one forward pass, which a scope may find together."""
+        return [self._checked_cotangents(lin) for lin in lins]
 
     _knows_spans = False
     """Whether `cotangents` takes a Span itself; else it is asked about each prediction of it."""
@@ -424,6 +463,15 @@ class JacobianScope(Scope):
                 "predictions belong together is not known: ask it of each, [scope(one) for one in lin.single]."
             )
         return torch.cat(each, dim=1)
+
+    def joint_cotangents(self, lin: Linearization) -> Float[Tensor, "probe d_of"]:
+        """`cotangents`, checked, and for a span of several predictions those of all of them together.
+
+        Raises:
+            ValueError: for cotangents of another shape; for a span where there are several for one prediction.
+            TypeError: for something that is not a tensor.
+        """
+        return self._checked_cotangents(lin)
 
 
 @dataclass(frozen=True, eq=False)
@@ -457,7 +505,7 @@ class TargetScope(Scope):
         if self.quantity not in (None, "logit", "log_prob"):
             raise ValueError(f'quantity is "logit" or "log_prob", got {self.quantity!r}.')
 
-    def said(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
+    def named_targets(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
         return tuple(
             None if given is None else models.read_target(model, given, vocab, name)
             for name, given in (("target", self.target), ("versus", self.versus))
@@ -470,7 +518,7 @@ class TargetScope(Scope):
             ValueError: for an unknown token, and for `versus` equal to the target or, of two sets, sharing a token.
         """
         lin.require_readout()
-        target, versus = self.said(lin.model, lin.vocab)
+        target, versus = self.named_targets(lin.model, lin.vocab)
         if isinstance(lin, Span):
             target, versus = target or lin.answer, versus or lin.against
         else:

@@ -1,11 +1,12 @@
 """Semantic Scope: what moves this token's logit?"""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization, cotangents_of
 from tl_scopes.scopes.scope import JacobianScope, TargetScope
 
 
@@ -51,6 +52,11 @@ class SemanticScope(TargetScope, JacobianScope):
 
     def cotangents(self, lin: Linearization) -> Float[Tensor, "1 d_of"]:
         return lin.cotangent(self.function(lin))[None]
+
+    def _cotangents_of(self, lins: Sequence[Linearization]) -> list[Tensor]:
+        if len(lins) == 1 or type(self).cotangents is not SemanticScope.cotangents:
+            return super()._cotangents_of(lins)
+        return [cotangent[None] for cotangent in cotangents_of(lins, [self.function(lin) for lin in lins])]
 
     def unit(self, lin: Linearization) -> str:
         return f"{self.quantity_unit(lin)} per {lin.unit}"

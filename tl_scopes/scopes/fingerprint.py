@@ -1,0 +1,314 @@
+"""What tells one scope from another: its name, its class and the contents of its options, the same in every process."""
+
+import copyreg
+import inspect
+import json
+import random
+import re
+import sys
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tl_scopes import models
+from tl_scopes.models import Model
+from tl_scopes.scopes.scope import Scope, as_written
+from tl_scopes.scopes.scope import names as names_as_written
+
+Contents: TypeAlias = list[Any] | str
+"""Nested lists of texts and numbers, which JSON keeps as they are."""
+
+Part: TypeAlias = tuple[str, Any]
+"""A part of an object: where it stands in it, `.alpha` say, and the part."""
+
+_PLAIN = (bool, int, float, complex, str, bytes)
+_GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_INSTALLED = tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def names(scopes: Iterable[Scope] | Mapping[str, Scope]) -> dict[str, Scope]:
+    """Scopes by name: the names that were given, or the scopes as they are written, without addresses in memory.
+
+    Raises:
+        ValueError: when there are no scopes, or two of the same name.
+        TypeError: for something that is not a scope.
+    """
+    found = names_as_written(scopes)
+    if isinstance(scopes, Mapping):
+        return found
+    stable = {without_addresses(name): scope for name, scope in found.items()}
+    if len(stable) < len(found):
+        raise ValueError(f"there are {len(found)} scopes and {len(stable)} names: name them, in a dict.")
+    return stable
+
+
+def settings_of(model: Model, scopes: Mapping[str, Scope], remedy: str) -> dict[str, Any]:
+    """What results in a file depend on, beside the prompts, as numbers and texts: the model, its weights, the scopes.
+
+    Args:
+        model: a checked model.
+        scopes: the scopes by name.
+        remedy: what to do where the model has hooks.
+
+    Cost: a pass over the weights, on the CPU.
+
+    Raises:
+        ValueError: for a model with hooks of the user's.
+        TypeError: for a scope with an option whose contents cannot be read.
+    """
+    if models.user_hooks(model) or models.has_backward_hooks(model):
+        raise ValueError(
+            "the model has hooks of yours, and in a file results under hooks cannot be told from those without: "
+            f"{remedy}."
+        )
+    return {
+        "tl_scopes": version("tl-scopes"),
+        "model": models.model_name(model),
+        "weights": models.fingerprint(model),
+        "dtype": str(models.autocast_of(model) or next(model.parameters()).dtype).removeprefix("torch."),
+        "scopes": {name: identity(scope, name) for name, scope in scopes.items()},
+    }
+
+
+def without_addresses(text: str) -> str:
+    """A text without addresses in memory, which differ between processes: `<function f>` for `<function f at 0x7f>`."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
+
+
+def identity(scope: Scope, name: str) -> str:
+    """A scope as it is written, with a checksum of its class and of all that its options hold.
+
+    Args:
+        scope: any scope.
+        name: what errors call it.
+
+    Raises:
+        TypeError: for an option whose contents cannot be read.
+    """
+    checksum = zlib.crc32(json.dumps(contents(scope, f"the scope {name!r}")).encode())
+    return f"{without_addresses(as_written(scope))} holding {checksum:08x}"
+
+
+def contents(value: Any, name: str = "the value") -> Contents:
+    """What an object holds: the same for its like, made anew or in another process, and different for all others.
+
+    Tensors and arrays count by their numbers, modules by their parameters and buffers, other objects by what pickle
+    would save of them. A function or a class counts by its name. Outside of installed packages it also counts by its
+    code, with the variables, numbers, texts and functions of its module that it reads: so a scope that was edited is
+    not taken for the one that it was. Generators do not count, since what they will give cannot be told.
+
+    Args:
+        value: any object.
+        name: what errors call it.
+
+    Raises:
+        TypeError: for an object whose contents cannot be read, a lock or an open file say, also within another.
+    """
+    try:
+        return _Reader().read(value, name, ())
+    except RecursionError:
+        raise TypeError(_refusal(value, name, "is nested too deeply")) from None
+
+
+class _Reader:
+    """Reads one object."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, Any] = {}
+        """Classes, functions and modules that were read already, by id: they refer to one another."""
+
+    def read(self, value: Any, name: str, above: tuple[int, ...]) -> Contents:
+        """The contents of an object that is part of others, `above`."""
+        cls = type(value)
+        if value is None or cls in _PLAIN:
+            return [cls.__name__, repr(value)]
+        if isinstance(value, _GENERATORS):
+            return "a generator"
+        if isinstance(value, Tensor):
+            return _numbers(value, name)
+        if id(value) in above:
+            return ["above", above.index(id(value))]
+        if id(value) in self.seen:
+            return ["seen", list(self.seen).index(id(value))]
+        if isinstance(value, type | FunctionType) and _is_installed(value):
+            return ["named", _full_name(value)]
+        if isinstance(value, type | FunctionType | nn.Module):
+            self.seen[id(value)] = value
+        above = (*above, id(value))
+
+        def read(*parts: Part) -> list[Contents]:
+            return [[place, self.read(part, f"{name}{place}", above)] for place, part in parts]
+
+        if cls is np.ndarray and not value.dtype.hasobject:
+            return ["array", str(value.dtype), list(value.shape), zlib.crc32(np.ascontiguousarray(value).tobytes())]
+        if cls in (list, tuple):
+            return [cls.__name__, *read(*((f"[{i}]", part) for i, part in enumerate(value)))]
+        if cls in (dict, MappingProxyType):
+            pairs = list(value.items())
+            return ["mapping", *read(*((" (a key)", key) for key, _ in pairs)), *read(*_items(pairs))]
+        if isinstance(value, set | frozenset):
+            return [*read(("", cls)), *sorted(read(*(("", part) for part in value)), key=json.dumps)]
+        if isinstance(value, Enum):
+            return [*read(("", cls)), value.name]
+        if isinstance(value, ModuleType):
+            return ["module", value.__name__]
+        if isinstance(value, CodeType):
+            constants = read(*(("", constant) for constant in value.co_consts))
+            return ["code", value.co_code.hex(), *value.co_names, *value.co_varnames, *constants]
+        if isinstance(value, type):
+            return ["class", _full_name(value), *read(*_parts_of_class(value))]
+        if isinstance(value, FunctionType):
+            return ["function", _full_name(value), *read(*_parts_of_function(value))]
+        if isinstance(value, MethodType | classmethod | staticmethod):
+            return [cls.__name__, *read(("", getattr(value, "__self__", None)), ("", value.__func__))]
+        if isinstance(value, property):
+            return ["property", *read(("", value.fget), ("", value.fset), ("", value.fdel))]
+        if isinstance(value, cached_property):
+            return ["cached_property", *read(("", value.func))]
+        if (isinstance(value, nn.Module) or is_dataclass(value)) and not _says_what_it_saves(cls):
+            return [*read(("", cls)), *read(*_attributes(value))]
+        saved = _saved(value, name)
+        if isinstance(saved, str):
+            return ["global", _full_name(value), saved]
+        make, arguments, state, items, pairs = (*saved, None, None, None)[:5]
+        held = [*_attributes_in(value, state), *(("", part) for part in items or ()), *_items(pairs or ())]
+        return [_full_name(make), *read(*(("", part) for part in arguments)), *read(*held)]
+
+
+def _numbers(tensor: Tensor, name: str) -> Contents:
+    try:
+        plain = tensor.detach().cpu()
+        dense = plain if plain.layout is torch.strided else plain.to_dense()
+        data = dense.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8).numpy()
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # on the meta device, or quantised
+        raise TypeError(_refusal(tensor, name)) from error
+    return ["tensor", str(tensor.dtype), list(tensor.shape), zlib.crc32(data.data)]
+
+
+def _saved(value: Any, name: str) -> Any:
+    """What pickle would save: a name; or a function, its arguments, and then a state, list items and mapping items."""
+    try:
+        reduce = copyreg.dispatch_table.get(type(value))
+        return reduce(value) if reduce else value.__reduce_ex__(4)
+    except Exception as error:
+        raise TypeError(_refusal(value, name)) from error
+
+
+def _refusal(value: Any, name: str, why: str = "cannot be compared with another one") -> str:
+    return (
+        f"{name} is a {type(value).__qualname__}, which {why}, so the results of two scopes could be mixed up in a "
+        "file: put numbers, texts, tensors or a module in its place, or give the class that holds it a __getstate__ "
+        "that returns what its scores depend on; `tls.evaluate` also goes without `path`."
+    )
+
+
+def _says_what_it_saves(cls: type) -> bool:
+    """Whether a class has a `__getstate__` or `__reduce__` of its own, not the one of all dataclasses or modules."""
+    for name in ("__getstate__", "__reduce__", "__reduce_ex__"):
+        found = getattr(cls, name, None)
+        general = found is getattr(nn.Module, name, None) or getattr(found, "__module__", "") == "dataclasses"
+        if isinstance(found, FunctionType) and not general:
+            return True
+    return False
+
+
+def _attributes(value: Any) -> Iterator[Part]:
+    """What a module or a dataclass holds, without what was derived from its options.
+
+    A module's hooks count without the numbers that they have in this process. A dataclass's field is derived where it
+    is neither an argument nor compared.
+    """
+    hidden, slots = set(), {}
+    if is_dataclass(value):
+        hidden = {field.name for field in fields(value) if not (field.init or field.compare)}
+        slots = {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+    held = slots | getattr(value, "__dict__", {})
+    for place, part in _attributes_in(value, {key: part for key, part in held.items() if key not in hidden}):
+        is_hooks = isinstance(value, nn.Module) and "_hooks" in place and isinstance(part, Mapping)
+        yield place, list(part.values()) if is_hooks else part
+
+
+def _attributes_in(value: Any, state: Any) -> Iterator[Part]:
+    """The attributes in the state of an object, without those that a cached_property keeps there."""
+    if type(state) is not dict:
+        yield "", state
+        return
+    for key, part in state.items():
+        if not isinstance(inspect.getattr_static(type(value), str(key), None), cached_property):
+            yield f".{key}", part
+
+
+def _items(pairs: Iterable[tuple[Any, Any]]) -> Iterator[Part]:
+    for key, part in pairs:
+        yield f"[{key!r}]" if type(key) in _PLAIN else " (a value)", part
+
+
+def _full_name(value: Any) -> str:
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
+
+
+def _is_installed(value: type | FunctionType) -> bool:
+    """Whether a class or function is found under its name in Python, this package or another installed one."""
+    module = sys.modules.get(value.__module__)
+    found: Any = module
+    for part in value.__qualname__.split("."):
+        found = getattr(found, part, None)
+    if found is not value:
+        return False
+    file = getattr(module, "__file__", None)
+    if file is None:
+        return value.__module__ in sys.builtin_module_names
+    ours = value.__module__.partition(".")[0] == __name__.partition(".")[0]
+    return ours or any(Path(file).is_relative_to(folder) for folder in _INSTALLED)
+
+
+def _parts_of_class(cls: type) -> Iterator[Part]:
+    """The classes that it is derived from, its methods, and what else it holds."""
+    for base in cls.__bases__:
+        yield f" (the class {base.__qualname__})", base
+    for key, part in sorted(vars(cls).items()):
+        written = isinstance(part, FunctionType | property | classmethod | staticmethod)
+        hidden = key.startswith("__") or key == "_abc_impl" or inspect.ismemberdescriptor(part)
+        if written or not hidden:
+            yield f".{key}", part
+
+
+def _parts_of_function(function: FunctionType) -> Iterator[Part]:
+    """Its code without the docstring, its defaults, the variables around it, and what it reads from its module."""
+    code = function.__code__
+    yield "", code.replace(co_consts=tuple(constant for constant in code.co_consts if constant is not function.__doc__))
+    yield " (a default)", function.__defaults__
+    yield " (a default)", function.__kwdefaults__
+    for key, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        yield f" (the variable {key!r})", _in_cell(cell)
+    for key in _names_read(code):
+        part = function.__globals__.get(key)
+        near = isinstance(part, FunctionType) and part.__module__ == function.__module__
+        if near or isinstance(part, (*_PLAIN, Tensor, np.ndarray)):
+            yield f" (the variable {key!r})", part
+
+
+def _names_read(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_read(constant)
+
+
+def _in_cell(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the variable has no value yet
+        return None
