@@ -10,6 +10,7 @@ from torch import Tensor
 import tl_scopes as tls
 from tests import induction, lookup
 from tl_scopes import series
+from tl_scopes.series.neighbors import _Others
 
 SERIES, LENGTH, DRAWS, LEVEL = 12, 60, 150, 0.05
 BOUND = 15
@@ -59,6 +60,19 @@ def rejections(name: str, given: tuple[str, ...], count: int = DRAWS, on: float 
 def test_honest_level(name: str) -> None:
     """Influence that knows nothing of neighbours is rejected no more often than the level says."""
     assert rejections(name, ("recency", "value")) <= BOUND
+
+
+def test_the_null_holds_the_error_of_the_regressions() -> None:
+    """Each permutation is what comes out where the influence of the series is exchanged and the regressions fitted
+    anew."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(8, 30, 12, generator=generator, dtype=torch.float64)
+    y, h = torch.randn(2, 8, 30, generator=generator, dtype=torch.float64)
+    others = _Others(features)
+    orders = torch.stack([torch.randperm(8, generator=generator) for _ in range(250)])
+    found = others.exchanged(y, h, orders)
+    by_hand = torch.stack([(others.residual(y[order]) * h).sum(1) for order in orders])
+    torch.testing.assert_close(found, by_hand)
 
 
 @pytest.mark.parametrize("name", ["Brownian", "Lorenz"])

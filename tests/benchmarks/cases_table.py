@@ -1,7 +1,7 @@
 """The paper's cases on a real model: `python -m tests.benchmarks.cases_table FOLDER`, about five minutes on one core.
 
-It writes what it finds to `tests/data/cases.json`, which the notebook on the cases shows; without a folder it prints
-what is stored there.
+It writes what it finds to `tests/data/cases.json`, which the notebook on the cases shows, and leaves out what stands
+there already (`--anew` does not); without a folder it prints what is stored there.
 
 Command: python -m tests.real.model && python -m tests.benchmarks.cases_table tests/real/.model
 """
@@ -15,6 +15,7 @@ import torch
 
 import tl_scopes as tls
 from tl_scopes import models
+from tl_scopes.rank_correlation import spearman
 
 FILE = Path(__file__).parent.parent / "data" / "cases.json"
 _STUDENT = "As a college student at Columbia University, I support progressive taxation. My political views are"
@@ -34,6 +35,7 @@ class Case(NamedTuple):
         target: what it should say.
         versus: what it should not say.
         expected: the word that should move it.
+        path: whether the path-integrated scope is asked too, which is dear.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Case(NamedTuple):
     target: str
     versus: str
     expected: str
+    path: bool = False
 
 
 CASES = (
@@ -56,11 +59,15 @@ CASES = (
     Case("translation", f"{_SHOTS}German: Der Mann liest ein Buch im Garten. English: The man reads a book in the",
          " garden", " house", "Garten"),
     Case("translation without examples", "German: Die Katze schläft auf dem Tisch. English: The cat sleeps on the",
-         " table", " chair", "Tisch"),
+         " table", " chair", "Tisch", path=True),
+    Case("agreement", "The keys to the old cabinet", " are", " is", "keys", path=True),
+    Case("agreement", "I think that the girl near the windows", " is", " are", "girl", path=True),
+    Case("agreement", "The books that I gave to my brother", " were", " was", "books"),
+    Case("capital", "The capital of France is", " Paris", " London", "France", path=True),
 )  # fmt: skip
 
 
-def questions(case: Case, path: bool) -> dict[str, tuple[tls.Scope, str | None]]:
+def questions(case: Case) -> dict[str, tuple[tls.Scope, str | None]]:
     """The scopes that are asked, and the rules under which."""
     found: dict[str, tuple[tls.Scope, str | None]] = {
         "Semantic": (tls.SemanticScope(case.target), None),
@@ -69,24 +76,25 @@ def questions(case: Case, path: bool) -> dict[str, tuple[tls.Scope, str | None]]
         "Fisher": (tls.FisherScope(probes=8), None),
         "linear rules, signed": (tls.RelevanceScope(case.target, versus=case.versus), "linear"),
     }
-    if path:
-        found["path-integrated"] = (tls.PathIntegratedScope(case.target, versus=case.versus, steps=40), None)
+    if case.path:
+        found["path-integrated"] = (tls.PathIntegratedScope(case.target, versus=case.versus), None)
     return found
 
 
-def measured(model: Any, case: Case, path: bool) -> dict[str, Any]:
+def measured(model: Any, case: Case) -> dict[str, Any]:
     """What the model says, and what each scope names, word by word."""
     lin = tls.linearize(model, case.prompt)
     said = tls.SemanticScope(case.target)(lin)
     assert said.target is not None
     id = said.target.id
-    record: dict[str, Any] = case._asdict()
+    record: dict[str, Any] = {name: value for name, value in case._asdict().items() if name != "path"}
     record["says"] = [[one.token.text, round(one.probability, 3)] for one in said.predictions[:3]]
     record["probability"] = round(float(lin.log_probs[id].exp()), 4)
     record["rank"] = int((lin.logits > lin.logits[id]).sum()) + 1
-    record["scopes"] = {}
-    for name, (scope, rules) in questions(case, path).items():
+    record["scopes"], scores = {}, {}
+    for name, (scope, rules) in questions(case).items():
         answer = scope(lin.under(rules) if rules else lin).without([0])
+        scores[name] = answer.scores
         words = answer.by("word")
         ranked = sorted(range(len(words.scores)), key=lambda i: -abs(words.scores[i]))
         place = [n for n, i in enumerate(ranked) if words.str_tokens[i].strip() == case.expected]
@@ -97,6 +105,7 @@ def measured(model: Any, case: Case, path: bool) -> dict[str, Any]:
         }
         if name == "path-integrated":
             record["path"] = integrand(answer)
+            record["path_spearman"] = round(spearman(scores[name], scores["versus"]), 2)
     return record
 
 
@@ -112,6 +121,7 @@ def integrand(answer: tls.Attribution) -> list[dict[str, Any]]:
             "size": float(f"{answer.profile[at].sum():.3g}"),
             "top": [[answer.str_tokens[i], round(float(share[i]), 2)] for i in best],
         })  # fmt: skip
+    rows.append({"points": len(alphas)})
     gap, change = float(answer.completeness_gap), float(answer.value - answer.baseline_value)
     return [*rows, {"completeness_gap": round(gap, 3), "change": round(change, 3)}]
 
@@ -129,6 +139,18 @@ def table(records: list[dict[str, Any]]) -> str:
             top = ", ".join(f"{text.strip()!r} {share:+.2f}" for text, share in found["top"][:3])
             cause = f"{record['expected']}: {found['expected']}"
             lines.append(f"| {head if i == 0 else ' | | '} | {name} | {top} | {cause} |")
+    lines += ["", "| path-integrated, target | α | size of the integrand | first tokens | |", "|-|-|-|-|-|"]
+    for record in (one for one in records if "path" in one):
+        *rows, points, end = record["path"]
+        lines += [
+            f"| {record['prompt'][-30:]!r}, {record['target']!r} | {row['alpha']} | {row['size']} | "
+            f"{', '.join(f'{text.strip()!r} {share:.2f}' for text, share in row['top'])} | |"
+            for row in rows
+        ]
+        lines.append(
+            f"| | | | | Spearman with Semantic(versus) {record['path_spearman']:.2f}; {points['points']} points miss "
+            f"the change of {end['change']} by {end['completeness_gap']} |"
+        )
     return "\n".join(lines)
 
 
@@ -136,13 +158,15 @@ def main() -> None:
     """Measure, store, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", help="a model's folder; without it, what is stored is shown")
+    parser.add_argument("--anew", action="store_true", help="also what is stored: for another model")
     options = parser.parse_args()
     if options.model:
         model = models.load(options.model)
-        # The path is dear, and one picture of it is enough to see what it does.
+        stored = [] if options.anew or not FILE.exists() else json.loads(FILE.read_text(encoding="utf-8"))
+        known = {(record["prompt"], record["target"]): record for record in stored}
         records = []
-        for n, case in enumerate(CASES):
-            records.append(measured(model, case, path=n == 8))
+        for case in CASES:
+            records.append(known.get((case.prompt, case.target)) or measured(model, case))
             FILE.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     print(table(json.loads(FILE.read_text(encoding="utf-8"))))
 

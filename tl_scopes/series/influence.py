@@ -35,7 +35,7 @@ class SeriesInfluence:
     def __repr__(self) -> str:
         best = self.scores.abs().argsort(descending=True, stable=True)[:3].tolist()
         told = ", ".join(f"{self.numbers[i]:02d} ({len(self) - i} back) {self.share[i]:.0%}" for i in best)
-        return f"SeriesInfluence({self.answer.scope}: {told}; {len(self)} numbers, {self.answer.unit})"
+        return f"SeriesInfluence({self.answer.question}: {told}; {len(self)} numbers, {self.answer.unit})"
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Given = Literal["recency", "value", "next", "previous"]
-_LEAST, _RIDGE, _KNOTS = 6, 0.1, 6
+LEAST = 6
+"""How many series a test needs at least."""
+_RIDGE, _KNOTS = 0.1, 6
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,8 +84,10 @@ def neighbor_test(
         T_m = Σ_i (a_i − E[a | z_i]) (h_i − E[h | z_i])
 
     whose mean is zero under the null where either regression is right. The null is drawn by laying the residuals of the
-    influence in one series over the neighbours in another, at the same lags. Each series counts once, so that numbers
-    near one another need not be independent. Numbers whose delay vector overlaps the present one are left out.
+    influence in one series over the neighbours in another, at the same lags, and taking what the regression leaves of
+    them anew, so that its own error, of which the series share much, is in the null too. Each series counts once, so
+    that numbers near one another need not be independent. Numbers whose delay vector overlaps the present one are left
+    out.
 
     Args:
         influence: an answer for each series, all of one length; or their scores.
@@ -117,24 +121,37 @@ def neighbor_test(
     permutations = as_count(permutations, "permutations must be at least 1")
     count, length = values.shape
     _require(scores, values, dimension, neighbors)
-    after = torch.arange(dimension, length - dimension)  # the indices i that are ranked
+    after, distance = delays(values, dimension, mirrored)
     lags = length - after
-    delays = values.unfold(1, dimension, 1)  # [series start delay]
-    present = delays[:, -1:].flip(-1) if mirrored else delays[:, -1:]
-    beside = after + 1 if mirrored else after - dimension
-    distance = (delays[:, beside] - present).square().sum(-1).sqrt()
     is_neighbor = distance <= distance.sort(1).values[:, neighbors - 1 : neighbors]
     ranks = _ranks(scores[:, after].abs())
-    features = _features(lags, _controls(values, after, tuple(given), following))
-    rank_left, neighbor_left = (_residual(features, y) for y in (ranks, is_neighbor.double()))
-    # Entry [m, m'] lays the influence in series m over the neighbours in series m'.
-    crossed = rank_left @ neighbor_left.T / len(after)
+    others = _Others(_features(lags, _controls(values, after, tuple(given), following)).expand(count, -1, -1))
+    rank_left, neighbor_left = (others.residual(y) for y in (ranks, is_neighbor.double()))
+    per_series = (rank_left * neighbor_left).mean(1)
     orders = torch.stack([torch.randperm(count, generator=generator) for _ in range(permutations)])
-    null = _studentised(crossed[torch.arange(count), orders])
-    statistic = float(_studentised(crossed.diagonal()))
+    null = _studentised(others.exchanged(rank_left, neighbor_left, orders) / len(after))
+    statistic = float(_studentised(per_series))
     gain = float((rank_left * is_neighbor).sum(1).div(is_neighbor.sum(1)).mean())
     p = (1 + int((null >= statistic).sum())) / (1 + permutations)
-    return NeighborTest(gain, statistic, p, crossed.diagonal(), null, dimension, neighbors, tuple(given))
+    return NeighborTest(gain, statistic, p, per_series, null, dimension, neighbors, tuple(given))
+
+
+def delays(
+    values: Float[Tensor, "series number"], dimension: int, mirrored: bool = False
+) -> tuple[Int[Tensor, " successor"], Float[Tensor, "series successor"]]:
+    """The numbers i that can be successors of neighbours, and for each d_i, how far the state before it (or, mirrored,
+    behind it) is from the present one.
+
+    Args:
+        values: the series.
+        dimension: of the delay embedding.
+        mirrored: run time backwards, as in `neighbor_test`.
+    """
+    after = torch.arange(dimension, values.shape[1] - dimension)
+    states = values.unfold(1, dimension, 1)  # [series start delay]
+    present = states[:, -1:].flip(-1) if mirrored else states[:, -1:]
+    beside = after + 1 if mirrored else after - dimension
+    return after, (states[:, beside] - present).square().sum(-1).sqrt()
 
 
 def _read(influence: Any, series: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -153,9 +170,9 @@ def _read(influence: Any, series: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _require(scores: Tensor, values: Tensor, dimension: int, neighbors: int) -> None:
     count, length = values.shape
-    if count < _LEAST:
+    if count < LEAST:
         raise ValueError(
-            f"the test has series for units and needs at least {_LEAST}, got {count}: a single picture shows nothing."
+            f"the test has series for units and needs at least {LEAST}, got {count}: a single picture shows nothing."
         )
     needed = 2 * dimension + 2 * neighbors
     if length < needed:
@@ -231,15 +248,46 @@ def _hats(x: Float[Tensor, "*shape"], knots: Float[Tensor, " knot"]) -> Float[Te
     return found.scatter_add_(-1, place[..., None], share[..., None])
 
 
-def _residual(
-    features: Float[Tensor, "#series number feature"], y: Float[Tensor, "series number"]
-) -> Float[Tensor, "series number"]:
-    """What a regression over all other series does not explain."""
-    features = features.expand(len(y), -1, -1)
-    grams, moments = features.mT @ features, (features.mT @ y[..., None])
-    eye = torch.eye(features.shape[-1], dtype=y.dtype)
-    weights = torch.linalg.solve(grams.sum(0) - grams + _RIDGE * eye, moments.sum(0) - moments)
-    return y - (features @ weights)[..., 0]
+class _Others:
+    """A linear regression for each series, on features X, that is fitted on all the others.
+
+    Args:
+        features: X [series number feature].
+    """
+
+    def __init__(self, features: Float[Tensor, "series number feature"]) -> None:
+        self.features = features
+        grams = features.mT @ features
+        eye = torch.eye(features.shape[-1], dtype=features.dtype)
+        self.grams = grams.sum(0) - grams + _RIDGE * eye
+
+    def residual(self, y: Float[Tensor, "series number"]) -> Float[Tensor, "series number"]:
+        """y_m − X_m w_m, what the regression on the others leaves, with w_m = (Σ_{l≠m} X_lᵀX_l)⁻¹ Σ_{l≠m} X_lᵀy_l."""
+        moments = self.features.mT @ y[..., None]
+        weights = torch.linalg.solve(self.grams, moments.sum(0) - moments)
+        return y - (self.features @ weights)[..., 0]
+
+    def exchanged(
+        self,
+        y: Float[Tensor, "series number"],
+        h: Float[Tensor, "series number"],
+        orders: Int[Tensor, "permutation series"],
+    ) -> Float[Tensor, "permutation series"]:
+        """Σ_i h_m · residual(y_π)_m for permutations π of the series, with y_π the rows y_π(m).
+
+        The residual is taken anew for each permutation, so that what the fits of the series share, since each is on
+        nearly the same others, is in the null as well. No fit is repeated for it:
+
+            h_m · residual(y_π)_m = h_m · y_π(m) − g_m · Σ_{l≠m} X_lᵀ y_π(l),   g_m = (Σ_{l≠m} X_lᵀX_l)⁻¹ X_mᵀh_m
+        """
+        series = torch.arange(len(y))
+        moments = torch.einsum("mif,li->mlf", self.features, y)  # [m l]: X_mᵀ y_l
+        pulled = torch.linalg.solve(self.grams, self.features.mT @ h[..., None])[..., 0]
+        found = []
+        for some in orders.split(100):
+            moved = moments[series, some]  # [permutation series feature]
+            found.append((h @ y.T)[series, some] - ((moved.sum(1, keepdim=True) - moved) * pulled).sum(-1))
+        return torch.cat(found)
 
 
 def _studentised(values: Float[Tensor, "*draw series"]) -> Float[Tensor, "*draw"]:
