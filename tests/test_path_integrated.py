@@ -3,9 +3,11 @@
 import re
 import warnings
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from captum.attr import IntegratedGradients
@@ -15,6 +17,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, VOCAB, Specimen
+from tl_scopes.jacobian.line_integral import _bend, _Panel, gauss_legendre, integrate_in_panels
 from tl_scopes.scopes import baselines, path_integrated
 
 POSITION, TARGET, VERSUS = 5, 7, 9
@@ -362,6 +365,64 @@ def test_points_go_where_they_are_needed(tiny: Any, monkeypatch: pytest.MonkeyPa
         UserWarning, match=r"6 points are too few\. Take steps, or a start farther from the baseline .* 0\.3"
     ):
         tls.PathIntegratedScope()(lin)
+
+
+def test_a_panel_is_divided_where_f_bends() -> None:
+    """A step of f between two points of a panel gets a part of its own; one at the edge leaves two parts."""
+    inside = gauss_legendre(6)[0]
+    for step, (low, high) in ((0.5, (inside[2], inside[3])), (0.0, (0.0, inside[0])), (0.99, (inside[5], 1.0))):
+        alphas = np.array([0.0, *inside, 1.0])
+        bend = _bend(alphas, (alphas > step) + 2 * alphas, [2.0] * 6)
+        assert bend == (low, high)
+        parts = _Panel(0.0, 1.0, torch.zeros(2, 1, 1), 1.0, bend).parts()
+        assert parts == list(pairwise(sorted({0.0, low, high, 1.0})))
+
+
+def test_a_narrow_step(one: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of f a thousand times narrower than the line is found, from far fewer points than halves would take."""
+    x = one.embeddings
+    begin = 0.2 * x
+    middle = float((one.at(0.37 * x).logits[TARGET] - one.at(0.36 * x).logits[TARGET]).abs())
+    center = float(one.at(0.365 * x).logits[TARGET])
+
+    def f(logits: Tensor) -> Tensor:
+        return torch.tanh((logits[TARGET] - center) / (0.1 * middle)) + logits[VERSUS]
+
+    found = integrate_in_panels(one, f, begin, [0.0, 1.0], 0.02, 300)
+    change = float(f(one.logits) - f(one.at(begin).logits))
+    assert abs(float((found.mean * (x - begin)).sum()) - change) < 0.02 * max(abs(change), 0.1)
+    points = len(found.alphas)
+    halves = lambda panel: [(panel.begin, m := (panel.begin + panel.end) / 2), (m, panel.end)]  # noqa: E731
+    monkeypatch.setattr(_Panel, "parts", halves)
+    assert points < len(integrate_in_panels(one, f, begin, [0.0, 1.0], 0.02, 300).alphas)
+
+
+def test_a_jump_ends_the_division(one: tls.Linearization) -> None:
+    """Where f really jumps no panel is narrow enough: the points end, and the gap stays."""
+    begin = 0.3 * one.embeddings
+    low, high = (float(lin.logits[VERSUS]) for lin in (one.at(begin), one))
+
+    def f(logits: Tensor) -> Tensor:
+        return logits[TARGET] + 5 * (logits[VERSUS] > (low + high) / 2)
+
+    found = integrate_in_panels(one, f, begin, [0.0, 1.0], 0.02, 600)
+    assert len(found.alphas) - 1 <= 600
+    change = float(f(one.logits) - f(one.at(begin).logits))
+    missed = float((found.mean * (one.embeddings - begin)).sum()) - change
+    assert abs(missed) == pytest.approx(5, abs=0.5)
+
+
+def test_what_is_the_same_everywhere_is_named(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The warning says why such a baseline needs more points, and not so of others."""
+    monkeypatch.setattr(path_integrated, "_TOLERABLE", 0.0)
+    lin = tls.linearize(tiny, "The keys near the door")
+    rows = torch.randn(1, lin.embeddings.shape[1]).expand_as(lin.embeddings)
+    for baseline in ("mean", rows, rows[0]):
+        with pytest.warns(UserWarning, match="each of them may begin as an attention sink"):
+            tls.PathIntegratedScope(steps=2, baseline=baseline)(lin)
+    with pytest.warns(UserWarning, match="too few") as told:
+        tls.PathIntegratedScope(steps=2, baseline="zero")(lin)
+    assert "attention sink" not in str(told[0].message)
 
 
 def test_hooks_that_went_away() -> None:

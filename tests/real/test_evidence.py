@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 import tl_scopes as tls
 from tl_scopes import models
@@ -34,6 +35,21 @@ def test_the_default_path_is_complete(real: Any) -> None:
     """Its points go where the logit swings: the contributions sum to the change within 2%, without a warning."""
     answer = tls.attribute(real, "The opposite of hot is", tls.PathIntegratedScope())
     assert abs(answer.completeness_gap) < 0.02 * abs(answer.value - answer.baseline_value)
+
+
+@pytest.mark.filterwarnings("error::UserWarning:tl_scopes")
+def test_a_path_from_the_mean_is_complete(real: Any) -> None:
+    """There every position is a sink, and the logit jumps by 20 where one after another stops being one."""
+    answer = tls.attribute(real, "The capital of France is", tls.PathIntegratedScope(baseline="mean"))
+    assert abs(answer.completeness_gap) < 0.02 * abs(answer.value - answer.baseline_value)
+
+
+def test_every_position_of_the_mean_is_a_sink(real: Any) -> None:
+    """Where all hold the same vector the last one, too, sees copies of itself alone, and has a first token's norm."""
+    lin = tls.linearize(real, "The capital of France is", of="blocks.15.hook_resid_post")
+    mean = models.mean_embedding(real, len(lin.tokens)).to(lin.embeddings).expand_as(lin.embeddings)
+    alike, own = lin.evaluate(torch.stack([mean, lin.embeddings]))[0].norm(dim=-1).tolist()
+    assert alike > 50 * own
 
 
 def test_a_predicted_radius_is_cut_short(real: Any) -> None:

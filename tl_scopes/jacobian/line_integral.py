@@ -20,6 +20,8 @@ OfLogits: TypeAlias = Callable[[Tensor], Tensor]
 
 _POINTS = 6
 """The points of a panel."""
+_NARROWEST = 1e-9
+"""Panels that are narrower than this are not divided: where f jumps no number of points is enough."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +60,9 @@ def integrate(lin: Linearization, f: OfLogits, begin: Float[Tensor, "token d_mod
     weights = torch.as_tensor(weights, dtype=begin.dtype, device=begin.device)
     means = begin.new_zeros(2, *begin.shape)
     profile: list[Tensor] = []
-    for some, gradients in _gradients(lin, f, begin, nodes):
+    done = 0
+    for gradients, _ in _gradients(lin, f, begin, nodes):
+        some = slice(done, done := done + len(gradients))
         means += einsum(weights[:, some], gradients, "rule alpha, alpha token d_model -> rule token d_model")
         profile.append(gradients.norm(dim=-1))
     profile.append(lin.vjp(lin.cotangent(f)[None]).to(begin).norm(dim=-1))
@@ -75,6 +79,12 @@ class _Panel:
     integrals: Float[Tensor, "rule token d_model"]
     gap: float
     """How far off the integral is from what f changes by, which both ends tell."""
+    bend: tuple[float, float]
+    """The two neighbours, among its points and ends, between which f does least what its slopes there say."""
+
+    def parts(self) -> list[tuple[float, float]]:
+        """What it is divided into: what stands between the two points of the bend, and what is left on both sides."""
+        return list(pairwise(sorted({self.begin, *self.bend, self.end})))
 
 
 def integrate_in_panels(
@@ -83,8 +93,12 @@ def integrate_in_panels(
     """The mean gradient of f from `begin` to the point of the linearisation, with more points where f is rough.
 
     Each panel has 6 points. What its contributions miss of f(end) − f(begin) is its error, known exactly from two
-    forward passes. The worst panels are halved until the sum of these errors is within a share of the whole change (or
-    of a tenth of what all tokens contribute, if the change is smaller), or there are too many points. In float64.
+    forward passes. The worst panels are divided in three, the bend of f in the middle (see `_Panel`), until the sum of
+    these errors is within a share of the whole change (or of a tenth of what all tokens contribute, if the change is
+    smaller), or there are too many points. In float64.
+
+    A step of f that is far narrower than a panel lies between two of its points, where the third part closes in on it
+    five times as fast as a half would.
 
     Args:
         lin: the linearisation at the end of the line.
@@ -94,7 +108,7 @@ def integrate_in_panels(
         share: the share of the change that may be missed.
         most: how many points there may be at most.
 
-    Cost: a forward and a backward pass for each point, a forward pass for each end of a panel.
+    Cost: a forward and a backward pass for each point, a forward pass for each of the `ends`.
 
     Raises: as `integrate` does.
     """
@@ -103,7 +117,9 @@ def integrate_in_panels(
     values: dict[float, float] = {}
     panels: list[_Panel] = []
     new = list(pairwise(ends))
+    spent = 0
     while True:
+        spent += _POINTS * len(new)
         panels += _evaluated(lin, f, begin, new, values, seen)
         means = torch.stack([panel.integrals for panel in panels]).sum(0)
         change = values[1.0] - values[0.0]
@@ -115,11 +131,13 @@ def integrate_in_panels(
             break
         # The worst first: where f jumps, all points are needed there.
         least = max(allowed / (2 * len(panels)), abs(gaps[-1]) / 4)
-        many = min((most - len(seen)) // (2 * _POINTS), sum(abs(gap) >= least for gap in gaps))
+        worst = [panel for panel in panels if abs(panel.gap) >= least and panel.end - panel.begin > _NARROWEST]
+        many = min((most - spent) // (3 * _POINTS), len(worst))
         if many < 1:
             break
-        panels, worst = panels[:-many], panels[-many:]
-        new = [half for p in worst for half in pairwise((p.begin, (p.begin + p.end) / 2, p.end))]
+        divided = worst[-many:]
+        panels = [panel for panel in panels if panel not in divided]
+        new = [part for panel in divided for part in panel.parts()]
     last = lin.vjp(lin.cotangent(f)[None]).to(begin).norm(dim=-1)
     alphas = sorted(seen)
     return LineIntegral(means[0], means[1], (*alphas, 1.0), torch.stack([*(seen[alpha] for alpha in alphas), last[0]]))
@@ -140,13 +158,25 @@ def _evaluated(
     for group in _points(lin, begin, np.array(unknown)):
         values |= {alpha: float(f(point.logits.cpu().double())) for alpha, point in group}
     all_nodes = np.concatenate([a + (b - a) * nodes for a, b in new])
-    gradients = torch.cat([of_some for _, of_some in _gradients(lin, f, begin, all_nodes)])
+    gradients, at_nodes = map(torch.cat, zip(*_gradients(lin, f, begin, all_nodes), strict=True))
     seen |= dict(zip(all_nodes.tolist(), gradients.norm(dim=-1), strict=True))
+    values |= dict(zip(all_nodes.tolist(), at_nodes.tolist(), strict=True))
     step, found = lin.embeddings.to(begin) - begin, []
-    for (a, b), of_panel in zip(new, gradients.split(_POINTS), strict=True):
+    for (a, b), inside, of_panel in zip(new, all_nodes.reshape(-1, _POINTS), gradients.split(_POINTS), strict=True):
         integrals = (b - a) * einsum(rules, of_panel, "rule alpha, alpha token d_model -> rule token d_model")
-        found.append(_Panel(a, b, integrals, float((integrals[0] * step).sum()) - (values[b] - values[a])))
+        gap = float((integrals[0] * step).sum()) - (values[b] - values[a])
+        slopes = einsum(of_panel, step, "alpha token d_model, token d_model -> alpha").tolist()
+        alphas = np.array([a, *inside, b])
+        found.append(_Panel(a, b, integrals, gap, _bend(alphas, np.array([values[i] for i in alphas]), slopes)))
     return found
+
+
+def _bend(alphas: Any, values: Any, slopes: list[float]) -> tuple[float, float]:
+    """The neighbours between which f changes least as the mean of its slopes there says; none is known at the ends."""
+    known = np.array([slopes[0], *slopes, slopes[-1]])
+    missed = np.diff(values) - np.diff(alphas) * (known[1:] + known[:-1]) / 2
+    worst = int(np.abs(missed).argmax())
+    return float(alphas[worst]), float(alphas[worst + 1])
 
 
 def _points(lin: Linearization, begin: Tensor, alphas: Any) -> Iterator[list[tuple[float, Linearization]]]:
@@ -161,15 +191,13 @@ def _points(lin: Linearization, begin: Tensor, alphas: Any) -> Iterator[list[tup
 
 def _gradients(
     lin: Linearization, f: OfLogits, begin: Tensor, nodes: Any
-) -> Iterator[tuple[slice, Float[Tensor, "alpha token d_model"]]]:
-    """∂f/∂x at the nodes on the line, in groups that are run together."""
-    done = 0
+) -> Iterator[tuple[Float[Tensor, "alpha token d_model"], Float[Tensor, " alpha"]]]:
+    """∂f/∂x at the nodes on the line, and f, in groups that are run together."""
     with progress_bar(len(nodes), "path") as bar:
         for group in _points(lin, begin, nodes):
             points = [point for _, point in group]
             gradients = vjps(points, [point.cotangent(f)[None] for point in points])
-            yield slice(done, done + len(group)), torch.cat(gradients).to(begin)
-            done += len(group)
+            yield torch.cat(gradients).to(begin), torch.stack([f(point.logits.cpu().double()) for point in points])
             bar.update(len(group))
 
 

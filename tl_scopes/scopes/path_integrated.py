@@ -21,8 +21,12 @@ _TOLERABLE = 0.05
 """With a fixed number of steps, a warning is given where the completeness gap is a larger share of Σ|signed|."""
 _COMPLETE = 0.02
 """The share of the change that may be missed by default."""
-_MOST = 300
+_MOST = 600
 """How many points there are at most by default."""
+_ALIKE = (
+    " This baseline is the same at all positions, so that each of them may begin as an attention sink, as a first "
+    'token does, and f jumps where one after another stops being one: baseline="zero" avoids that.'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +53,7 @@ class PathIntegratedScope(TargetScope):
         versus: what to compare with: f = z_v − z_u.
         quantity: "logit", as in the paper, or "log_prob", as in `SemanticScope`.
         steps: at how many points the integrand is evaluated (Gauss-Legendre). None puts them where the integrand is
-            rough, until the contributions sum to the change within 2%, at 42 points or more and 300 at most. A warning
+            rough, until the contributions sum to the change within 2%, at 42 points or more and 600 at most. A warning
             says when they are too few.
         baseline: x₀: "zero"; "mean", of the embedding matrix; a token at every position, as id or as "token:" and its
             text ("token: the"); or a tensor [token d_model] or [d_model]. On other hooks than "hook_embed": "zero" or a
@@ -58,8 +62,8 @@ class PathIntegratedScope(TargetScope):
 
     Unit: logit (nat for "log_prob"): not a sensitivity but a part of a change, though without sign.
     Cost: a forward and a backward pass per point, and a forward and a backward pass for the ends; by default also a
-        forward pass for every sixth point. Memory for graphs of some 512 MiB, or that of the prompt if it is larger
-        (whole, also where `linearize` had checkpoint=True).
+        forward pass for each end of the seven panels it begins with. Memory for graphs of some 512 MiB, or that of the
+        prompt if it is larger (whole, also where `linearize` had checkpoint=True).
     Raises: ValueError for what `SemanticScope` refuses; for a baseline of another shape, complex, NaN or infinite, for
         one that is an unknown word, or a token that is unknown or several; for steps below 1; for a start that is not a
         number in [0, 1); when the model's hooks or weights have changed since it was linearised. TypeError for a
@@ -69,13 +73,16 @@ class PathIntegratedScope(TargetScope):
     Departure: s = 0.01, as in the paper's code. A network with norms and without biases hardly sees the scale of its
         input, so that α = 0 is singular: on the bundled model f still swings by several logits between α = 1e-6 and
         1e-3, and after 100 steps the integral from 0 misses f(x) − f(0) by 10 to 60%. From 0.01, 48 steps miss its
-        scores by less than 2% (its text tasks). On a real model f also jumps on the way, where attention switches to
-        another token: from the "mean" embedding, whose norm is two thirds of a token's, the logit of " Paris" after
-        "The capital of France is" rises by 20 between α = 0.185 and 0.19 (SmolLM2-135M). The default halves the worst
-        part of the line first. At three prompts of that model it misses the change by 0.03 of −2.49, 0.06 of −5.26 and
-        0.05 of 6.48 after 126 to 198 points; from the "mean" still by −2.4 of 12.5, −1.2 of 1.3 and 0.5 of 15.4 after
-        294 points, and says so in a warning. With 200 equal steps from "zero" the first is missed by 0.40; from
-        start=0.3 the default needs 84 points. The paper's code takes the mean over 100 equidistant points.
+        scores by less than 2% (its text tasks). The paper's code takes the mean over 100 equidistant points.
+        On a real model f also jumps on the way, above all from a baseline that is the same at every position ("mean", a
+        token): each position sees copies of itself alone, as a first token does, and so each is an attention sink. On
+        the way to the prompt one after another stops being one. At "The capital of France is" (SmolLM2-135M) the
+        residual norm at layer 15 is 28,400 at all six positions of the "mean", and at the prompt 25,000 at BOS and
+        below 210 elsewhere; the logit of " Paris" falls by 20 where " of" leaves that state (α = 0.138 to 0.15) and
+        rises by 20 within 0.001 at α = 0.186. The default divides the line where f bends, and
+        misses the change from the "mean" by −0.18 of 12.5 at that prompt, after 360 points, and by −0.17 of 15.4 at
+        "The opposite of hot is", after 396; 294 points in panels that are halved missed −2.4 and 0.5. From "zero" 132
+        to 276 points missed 0.05 at most at four prompts; where they are too few a warning says so.
         For the same reason f may change little from x(0.01) to x: compare `value` with `baseline_value`.
         In a mixture of experts f jumps where another expert is chosen; no gradient knows of it, and the gap stays.
         Unlike `signed`, the score depends on the choice of axes in the embedding space.
@@ -145,11 +152,14 @@ class PathIntegratedScope(TargetScope):
         change = worst.value - worst.baseline_value
         too_few = f"steps={self.steps} is too few" if self.steps else f"{len(worst.alphas) - 1} points are too few"
         more = "Leave steps out, which puts points where they are needed, or take more" if self.steps else "Take steps"
+        begin = self.baseline
+        alike = begin.ndim == 1 or bool((begin == begin[:1]).all()) if isinstance(begin, Tensor) else begin != "zero"
         farther = 0.3 if self.start < 0.3 else round((1 + self.start) / 2, 2)
         return (
             f"the contributions of the tokens sum to {float(worst.signed.sum()):.3g}, not to the change of "
             f"{change:.3g} along the line: {too_few}. {more}, or a start farther from the baseline than {self.start}, "
             f"such as {farther}: near the baseline f swings most, and it jumps where attention turns to another token."
+            f"{_ALIKE if alike else ''}"
             f"{how_often(missed, answers)}"
         )
 
