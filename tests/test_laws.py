@@ -17,6 +17,7 @@ from tl_scopes.jacobian.fisher_information import fisher_information, leading_pa
 from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.jacobian.pullback import near_one, power_of_two, pull, pulls
 from tl_scopes.jacobian.softmax import balanced, deviations, left_open, log_prob
+from tl_scopes.models.supported import parameters_of, run_by
 
 POSITION, TARGET = 5, 7
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -390,3 +391,11 @@ def test_under_detect_anomaly(check_nan: bool) -> None:
             found = ask()
     for one, other in zip(found, expected, strict=True):
         assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_parameters_are_those_of_the_model(specimen: Specimen) -> None:
+    """What is frozen, and what is compared to see whether weights have changed, in torch's own order."""
+    whole = getattr(specimen.model, "original_model", specimen.model)
+    found = parameters_of(run_by(specimen.model))
+    assert list(map(id, found)) == list(map(id, whole.parameters()))
+    assert set(map(id, found)) >= {id(one) for one in specimen.model.parameters()}

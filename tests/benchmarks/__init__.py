@@ -6,6 +6,10 @@ The benchmarks are run on demand, never by a plain `pytest`:
     OMP_NUM_THREADS=1 pytest -o addopts= tests/benchmarks/bench_*.py --benchmark-json=costs.json
     python -m tests.benchmarks.report costs.json  # the table of docs/costs.md, and demos/cost.png
 
+    python -m tests.benchmarks.by_hand [FOLDER]  # Semantic Scope beside the same gradient written by hand
+    python -m tests.benchmarks.gpu --into FOLDER  # where there is a GPU; at most 8 minutes
+    python -m tests.benchmarks.throughput FOLDER  # prompts a second in batches, beside captum and inseq
+    python -m tests.benchmarks.precision FOLDER --into docs/costs.md  # bfloat16 and float16 against float32
     python -m tests.benchmarks.known_causes_table --into docs/evidence.md  # takes some twenty minutes
     python -m tests.benchmarks.answers FOLDER --into docs/answers.md  # 1, 8 and 32 tokens; some fifteen minutes
     python -m tests.benchmarks.corrections  # which corrections for sinks help; with --sink 0.15 under one made by hand

@@ -1,22 +1,28 @@
 """How far `carried_by` and attribution patching of both orders agree with activation patching, on pairs of four kinds.
 
-    python -m tests.benchmarks.circuits_table MODEL [SITE ...] [--pairs N]
+    python -m tests.benchmarks.circuits_table MODEL [SITE ...] [--pairs N] [--rules NAME]
 
 MODEL is a name or a folder that `tl_scopes.models.load` takes. Only pairs count to which the model gives the right
 answer at both prompts; of each kind the first N such pairs (6 by default). It prints a table in Markdown, in which
-brackets are 95% bootstrap intervals over pairs, and the last columns the mean Pearson correlation of each kind.
+brackets are 95% bootstrap intervals over pairs, and the last columns the mean Pearson correlation of each kind. With
+`--rules` both methods are compared under these rules too, and by how much each of them is better there, in Pearson's
+correlation with its interval over pairs.
 """
 
-import sys
-from collections.abc import Iterator
+import argparse
+from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import tl_scopes as tls
 from tl_scopes import models
+from tl_scopes.faithfulness.statistics import bootstrap
 from tl_scopes.rank_correlation import spearman
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SITES = ("head_out", "attn_out", "mlp_out", "resid_pre")
 
@@ -90,7 +96,20 @@ def pairs(model: Any, kind: str, count: int) -> list[tls.PromptPair]:
     return list(found.values())
 
 
-def main(model: Any, sites: list[str], count: int) -> None:
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("sites", nargs="*", metavar="SITE", default=SITES)
+    parser.add_argument("--pairs", type=int, default=6, metavar="N")
+    parser.add_argument("--rules", metavar="NAME")
+    given = parser.parse_args()
+    compare(models.load(given.model), given.sites, given.pairs, given.rules)
+
+
+def compare(model: Any, sites: Sequence[str], count: int, rules: str | None) -> None:
+    """Print a row for each site and method, and below it what the second order and the rules are worth."""
     of_kind = {kind: pairs(model, kind, count) for kind in KINDS}
     print({kind: len(found) for kind, found in of_kind.items()}, flush=True)
     kinds = [kind for kind, found in of_kind.items() for _ in found]
@@ -98,7 +117,7 @@ def main(model: Any, sites: list[str], count: int) -> None:
     titles = ("site", "method", "Pearson", "least", "Spearman", "same in the first 10", "same first", *KINDS)
     print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|", flush=True)
     for site in sites:  # one after another, so that what is there is not lost where the time ends
-        whole = tls.agreement(every, sites=[site], order=2)  # type: ignore[list-item]
+        whole = tls.agreement(every, sites=[site], order=2, rules=rules)  # type: ignore[list-item]
         table = whole.to_dataframe()
         table["kind"] = kinds * (len(table) // len(kinds))
         of_kinds = table.groupby(["method", "kind"])["pearson"].mean()
@@ -112,6 +131,17 @@ def main(model: Any, sites: list[str], count: int) -> None:
                 flush=True,
             )
         print(f"{site}: {_warning(whole, site)}", flush=True)
+        if rules is not None:
+            for method in ("carried", "attribution patching"):
+                print(f"{site}: {method} {_gain(table, method, rules)}", flush=True)
+
+
+def _gain(table: "pd.DataFrame", method: str, rules: str) -> str:
+    """By how much a method agrees better under rules, pair by pair."""
+    of = table.set_index("method")["pearson"]
+    gains = torch.tensor(of[f"{method} under {rules} rules"].to_numpy() - of[method].to_numpy())
+    mean, low, high, _ = bootstrap(gains[:, None], 0.95, 10_000, seed=0)
+    return f"gains {mean.item():+.2f} ({low.item():+.2f} to {high.item():+.2f}) under {rules} rules"
 
 
 def _warning(whole: tls.Agreement, site: str) -> str:
@@ -133,8 +163,4 @@ def _warning(whole: tls.Agreement, site: str) -> str:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    name, *options = sys.argv[1:]
-    number = int(options.pop(options.index("--pairs") + 1)) if "--pairs" in options else 6
-    chosen = [option for option in options if option != "--pairs"]
-    main(models.load(name), chosen or list(SITES), number)
+    main()

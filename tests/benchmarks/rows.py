@@ -226,12 +226,12 @@ CAPTUM = {
 # -- inseq ------------------------------------------------------------------------------------------------------------
 
 
-def inseq_tokenizer() -> Any:
+def inseq_tokenizer(vocab: int = VOCAB) -> Any:
     """A tokenizer with the words "w3", "w4" and so on for the ids, since inseq takes only text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCAB))]
+    words = ["<unk>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, vocab))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<unk>"}
@@ -244,7 +244,8 @@ def inseq_attribution(method: str, **options: Any) -> Callable[[Setting], Work]:
     def make(s: Setting) -> Work:
         import inseq
 
-        model = inseq.load_model(s.hf, method, tokenizer=inseq_tokenizer())
+        tokenizer = inseq_tokenizer(s.hf.config.vocab_size)
+        model = inseq.load_model(s.hf, method, tokenizer=tokenizer, device=str(s.hf.device))
         text = " ".join(f"w{i}" for i in s.prompt)
         quiet = {"show_progress": False, "pretty_progress": False}
 

@@ -75,7 +75,7 @@ def setting(tokens: int = 128, width: int = 512, layers: int = 8) -> Setting:
         num_attention_heads=width // 64,
         num_key_value_heads=width // 64,
         head_dim=64,
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
         attn_implementation="eager",
     )
     hf = LlamaForCausalLM(config).eval()

@@ -100,7 +100,7 @@ def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterato
         ValueError: when the output does not depend on the input.
     """
     leaf, output = trace.perturbations[wrt], trace.output
-    size = _batch_size(model, trace, leaf)
+    size = _batch_size(model, trace, leaf) if any(one.slot for one in dealt) else 1  # it asks for the free memory
     by_slot = sorted(range(len(dealt)), key=lambda i: dealt[i].slot)
     while by_slot:
         first = dealt[by_slot[0]].slot

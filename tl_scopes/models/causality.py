@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from tl_scopes.models.hooks import hook_points
+from tl_scopes.models.hooks import hook_points, kinds_of_hooks
 from tl_scopes.models.supported import Model, architecture, check_supported, device_of, hf_config, not_causal
 from tl_scopes.models.threads import one_at_a_time
 
@@ -109,7 +109,7 @@ def silenced(model: Model) -> Iterator[None]:
     with one_at_a_time:
         try:
             for point in {*hook_points(model).values()}:
-                for hooks in _kinds(point):
+                for hooks in kinds_of_hooks(point):
                     for key, function in list(hooks.items()):
                         hooks[key] = elsewhere(function)
                         replaced.append((hooks, key, function))
@@ -118,11 +118,6 @@ def silenced(model: Model) -> Iterator[None]:
             for hooks, key, function in replaced:
                 if key in hooks:  # another thread may have removed it meanwhile
                     hooks[key] = function
-
-
-def _kinds(point: Any) -> tuple[Any, ...]:
-    """The hooks of a module, of all kinds."""
-    return point._forward_hooks, point._forward_pre_hooks, point._backward_hooks, point._backward_pre_hooks
 
 
 _influence: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], float | None]] = WeakKeyDictionary()

@@ -29,7 +29,7 @@ from tl_scopes.models.linear_rules import LinearRules, within
 from tl_scopes.models.memory import require_memory, told
 from tl_scopes.models.state import ModelState
 from tl_scopes.models.substitution import frozen
-from tl_scopes.models.supported import Model, batches_cotangents, device_of
+from tl_scopes.models.supported import Model, batches_cotangents, device_of, parameters_of, run_by
 from tl_scopes.models.threads import one_at_a_time
 
 
@@ -215,7 +215,7 @@ def _trace(
         unembedded.append(value)
 
     logits = None
-    known, parameters = hook_points(model), list(model.parameters())
+    known, parameters = hook_points(model), parameters_of(run_by(model))
     points = {name: hook_point(known, name) for name in (*wrt, of, *keep)}
     for name in wrt:
         check_perturbed(points[name], name)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_scopes.models.supported import Model
 from tl_scopes.models.threads import one_at_a_time, only_here, put_back
@@ -129,6 +129,11 @@ def _detach(point: Any, function: Callable[..., Any]) -> None:
     for handle in list(point.fwd_hooks):
         if handle.hook.id not in point._forward_hooks:
             point.fwd_hooks.remove(handle)
+
+
+def kinds_of_hooks(point: nn.Module) -> tuple[Any, ...]:
+    """The hooks of a module, of all kinds."""
+    return point._forward_hooks, point._forward_pre_hooks, point._backward_hooks, point._backward_pre_hooks
 
 
 def user_hooks(model: Model, points: Mapping[str, Any] | None = None) -> dict[str, tuple[object, ...]]:

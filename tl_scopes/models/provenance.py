@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from tl_scopes.models.state import versions
-from tl_scopes.models.supported import Model, autocast_of, device_of, hf_config, model_name
+from tl_scopes.models.supported import Model, autocast_of, device_of, hf_config, model_name, parameters_of, run_by
 from tl_scopes.models.weights import sample
 
 _LIBRARIES = {
@@ -115,7 +115,7 @@ _known: WeakKeyDictionary[Model, tuple[Hashable, str | None]] = WeakKeyDictionar
 
 
 def _weights(model: Model, state: Hashable) -> str | None:
-    state = versions(model.parameters()) if state is None else state
+    state = versions(parameters_of(run_by(model))) if state is None else state
     known = _known.get(model)
     if known is None or known[0] != state:
         _known[model] = known = state, sample(model)

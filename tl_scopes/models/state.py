@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tl_scopes.models.hooks import user_hooks
 from tl_scopes.models.substitution import in_use
-from tl_scopes.models.supported import Model, autocast_of
+from tl_scopes.models.supported import Model, autocast_of, parameters_of, run_by
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,7 @@ class ModelState:
         points: Mapping[str, Any] | None = None,
     ) -> "ModelState":
         """The state of a model now; its parameters and its hook points can be handed in, since both take a while."""
-        weights = list(model.parameters()) if parameters is None else parameters
+        weights = parameters_of(run_by(model)) if parameters is None else parameters
         return cls(user_hooks(model, points), versions(weights), autocast_of(model))
 
     def require_unchanged(self, model: Model) -> None:

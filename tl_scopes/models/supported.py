@@ -1,6 +1,7 @@
 """Which models can be linearised, and why the others are refused."""
 
 import json
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
@@ -53,27 +54,27 @@ def check_supported(model: Model) -> None:
             "run all but their last cycles without gradients, also in evaluation, so that no gradient of theirs is the "
             "derivative of the prediction."
         )
-    if name in _WRONG_ON_3 and version("transformer-lens").startswith("3."):
+    if name in _WRONG_ON_3 and _transformer_lens().startswith("3."):
         raise TypeError(
             f"TransformerLens {version('transformer-lens')} computes {name} wrongly, its logits are not the "
             "model's: upgrade to TransformerLens 4, which is right."
         )
     inner: Any = getattr(model, "original_model", model)
-    parts = _parts(model, inner)
-    compiled = [part for part in parts if _is_compiled(part)]
+    parts = parts_of(model, inner)
+    compiled = _compiled(parts)
     if compiled:
         raise TypeError(
             f"a part of the model is compiled, a {_kind(compiled[0])}: its hooks and its second backward pass are not "
             "reliable. Load the model again, and leave out torch.compile."
         )
     device_of(model)
-    if version("transformer-lens").startswith("3.") and any(p.is_meta for p in model.unembed.parameters()):
+    if _transformer_lens().startswith("3.") and any(p.is_meta for p in model.unembed.parameters()):
         raise ValueError(
             f"TransformerLens {version('transformer-lens')} cannot run a model whose unembedding is offloaded, since "
             "it adds a bias that cannot be fetched: keep the unembedding on a device (lm_head in device_map), or "
             "upgrade to TransformerLens 4."
         )
-    if model.training or any(map(_is_random, parts)):
+    if model.training or any(_is_random(part) for part in parts if part.training):
         raise ValueError(
             "the model is in training mode, or a part of it, where dropout makes scores random: call model.eval() first"
             " (on a bridge also model.original_model.eval())."
@@ -83,6 +84,12 @@ def check_supported(model: Model) -> None:
             "gradients cannot be taken under torch.inference_mode, or of a model that was created in it: "
             "leave the block (torch.no_grad is fine), and load the model outside of it."
         )
+
+
+@cache
+def _transformer_lens() -> str:
+    """The version of TransformerLens, which takes milliseconds to look up."""
+    return version("transformer-lens")
 
 
 def _is_compiled(part: Any) -> bool:
@@ -95,28 +102,56 @@ def _is_compiled(part: Any) -> bool:
     )
 
 
+def _compiled(parts: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those of these modules that are compiled. A class is asked once, and each module for what it has of its own."""
+    by_class: dict[type, bool] = {}
+    found = []
+    for part in parts:
+        kind, own = type(part), vars(part)
+        if kind not in by_class:
+            by_class[kind] = (
+                issubclass(kind, torch._dynamo.OptimizedModule)
+                or getattr(kind, "_compiled_call_impl", None) is not None
+                or hasattr(getattr(kind, "forward", None), "_torchdynamo_orig_callable")
+            )
+        if by_class[kind] or (("_compiled_call_impl" in own or "forward" in own) and _is_compiled(part)):
+            found.append(part)
+    return found
+
+
 def _kind(part: nn.Module) -> str:
     return type(getattr(part, "_orig_mod", part)).__name__
 
 
 def _is_random(part: nn.Module) -> bool:
-    """Whether a part of a model applies dropout; folding leaves some parts in training mode that have none."""
-    if not part.training:
-        return False
+    """Whether a part in training mode applies dropout; folding leaves some in that mode that have none."""
     rates = [getattr(part, name, 0.0) for name in ("p", "dropout", "attention_dropout")]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def _parts(*wholes: nn.Module) -> list[nn.Module]:
-    """Modules with all modules in them, each once; `nn.Module.modules` takes ten times as long."""
+def parts_of(*wholes: nn.Module) -> list[nn.Module]:
+    """Modules with all modules in them, each once, in torch's order; `nn.Module.modules` takes ten times as long."""
     found: dict[int, nn.Module] = {}
-    left = list(wholes)
+    left = list(reversed(wholes))
     while left:
         part = left.pop()
         if id(part) not in found:
             found[id(part)] = part
-            left += [child for child in part._modules.values() if child is not None]
+            if part._modules:  # most have none
+                left += [child for child in reversed(part._modules.values()) if child is not None]
     return list(found.values())
+
+
+def run_by(model: Model) -> list[nn.Module]:
+    """The modules that a forward pass runs: those of the Hugging Face model that a bridge wraps, or the model's own."""
+    inner: Any = getattr(model, "original_model", model)
+    return parts_of(inner)
+
+
+def parameters_of(parts: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """What `list(model.parameters())` gives for a model's `run_by`, which takes longer on a bridge."""
+    found = (parameter for part in parts for parameter in part._parameters.values() if parameter is not None)
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 def not_causal(name: str) -> str:

@@ -1,0 +1,73 @@
+"""What Semantic Scope costs beside the same gradient written by hand: `python -m tests.benchmarks.by_hand [FOLDER]`.
+
+By hand is `torch.autograd.grad` through the Hugging Face model with frozen weights, without a cache, and with the
+logits of the last position alone. FOLDER is a model that `models.load` takes; without it the random Llama of the other
+benchmarks is taken. CPU time of the process on one thread, 128 tokens; medians, in brackets the fastest rounds.
+"""
+
+import argparse
+import random
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import tl_scopes as tls
+from tests.benchmarks.answers import PROMPT
+from tests.benchmarks.setting import CLOCK, setting
+from tl_scopes import models
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", metavar="FOLDER")
+    parser.add_argument("--rounds", type=int, default=20)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.folder:
+        loaded, frozen = models.load(given.folder), models.load(given.folder)
+        inner, ids = frozen.original_model, loaded.to_tokens(PROMPT * 8)[0][:128]
+    else:
+        loaded, frozen = setting().model, None
+        inner, ids = setting().hf, setting().tokens[0]
+    for name, (median, fastest) in measured(loaded, frozen, inner, ids, given.rounds).items():
+        print(f"| {name} | {median:.2f} ({fastest:.2f}) |")
+
+
+def measured(loaded: Any, frozen: Any, inner: Any, ids: torch.Tensor, rounds: int) -> dict[str, tuple[float, float]]:
+    """The median and the fastest round of each way, in those of the gradient by hand."""
+    inner.requires_grad_(False)
+
+    def by_hand(**options: int) -> object:
+        embedded = inner.get_input_embeddings()(ids[None]).detach().requires_grad_()
+        logits = inner(inputs_embeds=embedded, use_cache=False, **options).logits[0, -1]
+        return torch.autograd.grad(logits.max(), embedded)
+
+    scope = tls.SemanticScope()
+    ways: dict[str, Callable[[], object]] = {
+        "by hand": lambda: by_hand(logits_to_keep=1),
+        "by hand, logits of every position": by_hand,
+        "Semantic Scope, the model loaded as usual": lambda: tls.attribute(loaded, ids, scope),
+    }
+    if frozen is not None:
+        frozen.requires_grad_(False)
+        ways["Semantic Scope, frozen before"] = lambda: tls.attribute(frozen, ids, scope)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for work in ways.values():
+        work()
+    for _ in range(rounds):
+        for name in random.sample(list(ways), len(ways)):
+            start = CLOCK()
+            ways[name]()
+            seconds[name].append(CLOCK() - start)
+    hand = seconds["by hand"]
+    return {
+        name: (statistics.median(some) / statistics.median(hand), min(some) / min(hand))
+        for name, some in seconds.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
