@@ -3,14 +3,17 @@
 import importlib.metadata
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 
 project = "tl_scopes"
 author = "the tl_scopes authors"
+copyright = "2026, the tl_scopes authors"
 release = importlib.metadata.version("tl-scopes")
 html_title = f"tl_scopes {release}"
 
@@ -20,6 +23,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "myst_nb",
     "sphinx_copybutton",
+    "shown",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
@@ -82,9 +86,9 @@ def _rewrite(app: Any, what: str, name: str, obj: object, options: object, lines
     lines[:] = list(_paragraphs(lines))
 
 
-def _gallery(app: Any) -> None:
+def _notebooks(app: Any) -> None:
     """The notebooks, beside the pages that show them."""
-    target = HERE / "gallery"
+    target = HERE / "notebooks"
     target.mkdir(exist_ok=True)
     for notebook in sorted((HERE.parent / "demos").glob("*.ipynb")):
         shutil.copyfile(notebook, target / notebook.name)
@@ -93,4 +97,4 @@ def _gallery(app: Any) -> None:
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", _rewrite, priority=400)  # before napoleon
-    app.connect("builder-inited", _gallery)
+    app.connect("builder-inited", _notebooks)

@@ -14,13 +14,19 @@ _OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-ru
 --disable-sync --disable-component-update --hide-scrollbars --remote-debugging-pipe"""
 
 
+def _moved(end: int) -> int:
+    """One end of a pipe under a number that the browser does not use, closed in programs that are started."""
+    moved = fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(end)
+    return moved
+
+
 class Browser:
     """Chromium with one tab."""
 
     def __init__(self, profile: Path) -> None:
         assert BROWSER
-        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for pair in (os.pipe(), os.pipe()) for end in pair]
-        to_read, self._write, self._read, to_write = ends
+        to_read, self._write, self._read, to_write = map(_moved, (*os.pipe(), *os.pipe()))
 
         def connect() -> None:  # the browser reads from 3 and writes to 4
             os.dup2(to_read, 3)
@@ -28,7 +34,7 @@ class Browser:
 
         command = [BROWSER, *_OPTIONS.split(), f"--user-data-dir={profile}", "about:blank"]
         quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self._process = subprocess.Popen(command, preexec_fn=connect, pass_fds=(3, 4), **quiet)
+        self._process = subprocess.Popen(command, preexec_fn=connect, close_fds=False, **quiet)
         os.close(to_read)
         os.close(to_write)
         self._waiting, self._count, self._session = b"", 0, ""

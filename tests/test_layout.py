@@ -149,14 +149,17 @@ def test_cards_follow_the_theme(shown: Any, is_dark: bool, browser: Browser, tmp
 
 
 @needs_browser
-def test_a_live_view_stays_light_in_a_dark_card(browser: Browser, tmp_path: Path) -> None:
-    """circuitsvis has colours for a light ground alone."""
-    page = f'<!doctype html><meta charset="utf-8"><body class="dark">{SENTENCE.show()._repr_html_()}'
-    (tmp_path / "page.html").write_text(page, "utf-8")
-    browser.open(f"file://{tmp_path / 'page.html'}", dark=True)
-    shown = "(e => getComputedStyle(document.querySelector(e)).backgroundColor)"
-    assert browser.run(f"{shown}('.tl-scopes')") == "rgb(31, 31, 31)"
-    assert browser.run(f"{shown}('.tl-light')") == "rgb(255, 255, 255)"
+def test_a_canvas_is_turned_around_in_a_dark_card(browser: Browser, tmp_path: Path) -> None:
+    """It has colours for a light ground alone; tokens have those of the card."""
+    square = tls.AttributionMap((answer(["a"], [1.0]), answer(["a", "b"], [1.0, 2.0])))
+    shown = "(e => getComputedStyle(document.querySelector(e)).%s)"
+    for theme, filtered in (("dark", "invert(0.88) hue-rotate(180deg)"), ("light", "none")):
+        page = f'<!doctype html><meta charset="utf-8"><body class="{theme}">{square.show()._repr_html_()}'
+        (tmp_path / "page.html").write_text(page, "utf-8")
+        browser.open(f"file://{tmp_path / 'page.html'}", dark=theme == "light")
+        assert browser.run(f"{shown % 'backgroundColor'}('.tl-light')") == "rgb(255, 255, 255)"
+        assert browser.run(f"{shown % 'filter'}('.tl-light')") == filtered
+    assert 'class="tl-light"' not in SENTENCE.show()._repr_html_()
 
 
 # -- right to left ----------------------------------------------------------------------------------------------------
@@ -190,7 +193,8 @@ def test_labels_of_a_figure_run_from_left_to_right() -> None:
 
 
 def test_labels_on_a_canvas_do_not_reorder_their_numbers() -> None:
-    shown = tls.AttributionMap((CARD,)).show()
+    rows = (answer(HEBREW[: i + 1], [1.0] * (i + 1)) for i in range(len(HEBREW)))
+    shown = tls.AttributionMap(tuple(rows)).show()
     assert shown.props["tokens"][:5] == ["<s>", "\u2068של\u2069", "\u2068ום\u2069", "·", "<0xD7>"]
 
 

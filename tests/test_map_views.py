@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from base64 import b64decode
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,16 @@ def test_colors_of_a_map(shown: tls.AttributionMap, colors: Any) -> None:
         assert scale.strength(value) == pytest.approx(place, abs=1e-6)
     told = {"linear": "colour: in proportion to the share", "even": "colour: the share above an even one"}[colors]
     assert told in Reader(shown.to_html(colors=colors)).text
+
+
+def test_colors_and_texts_of_an_answer(tiny: Any) -> None:
+    """An answer map takes colours as other maps do, and is alive as one text for each token of the answer."""
+    rows = tls.answer_map(tiny, "The keys to the old cabinet", " are old", tls.SemanticScope())
+    for colors, told in (("linear", "in proportion to the share"), ("even", "the share above an even one")):
+        assert f"colour: {told}" in Reader(rows.to_html(colors=colors)).text  # type: ignore[arg-type]
+        assert drawn(rows.plot(colors)) == drawn(rows.map.plot(colors))  # type: ignore[arg-type]
+        assert drawn(rows.plot(colors)) != drawn(rows.plot())  # type: ignore[arg-type]
+    assert [len(view.props["tokens"]) for view in rows.show().views] == [len(one.scores) for one in rows]
 
 
 def test_everything_is_in_the_figure() -> None:
@@ -293,42 +304,64 @@ def test_the_figure_stays_where_no_script_runs() -> None:
     assert re.search('<div [^>]*id="tl-scopes-[^"]*"><div [^>]*><img [^>]*alt="Heat map of 8', before_scripts)
 
 
-def test_what_was_set_aside_says_so() -> None:
-    attention = MAP.without([3]).show().props["attention"]
-    for row in range(8):
-        for column in range(row + 1):
-            aside = attention[row][column].fields == {"number": 0.0, "written": "set aside"}
-            assert aside == (column == 3)
+def test_a_square_without_bos_has_no_empty_rows() -> None:
+    props = MAP.without([0]).show().props
+    assert props["tokens"] == [visible(text) for text in WORDS[1:]]
+    assert [len(line) for line in props["attention"]] == [7] * 7
+    told = [[cell.fields["written"] for cell in line[: i + 1]] for i, line in enumerate(props["attention"])]
+    assert all("logit per unit" in text for line in told for text in line)
+
+
+def test_tokens_that_do_not_count_say_so() -> None:
+    chat = tls.AttributionMap(tuple(replace(one, parts=("template",) + ("user",) * one.position) for one in MAP))
+    for line in chat.show().props["attention"][1:]:
+        assert line[0].fields == {"number": 0.0, "written": "not counted in shares"}
+
+
+@pytest.mark.parametrize("shown", [MAP[-3:], MAP[2:3], MAP.without([3])], ids=str)
+def test_what_is_no_square_is_drawn_as_texts(shown: tls.AttributionMap) -> None:
+    """One for each prediction that the map holds, and nothing for the others."""
+    view = shown.show()
+    assert repr(view) == f"LiveView(ColoredTokens: {shown!r})"
+    for part, one in zip(view.views, shown, strict=True):
+        texts = [text.replace("\u200b", "").replace("\u2060", "") for text in part.props["tokens"]]
+        assert texts == [visible(text) for text in one.str_tokens]
+    html = view._repr_html_()
+    static = Reader(html[: html.index("<script>")])
+    assert len(static.tokens) == sum(len(one.scores) for one in shown)
+    assert static.text.count("→\u2002·are") == len(shown)
+    assert "each prediction on its own scale" in static.text
 
 
 def test_too_many_for_a_browser() -> None:
-    last = answer(["a"] * 401, [1.0] * 401)
-    with pytest.raises(ValueError, match="160,801 cells are too many for a browser.*: take fewer tokens"):
-        tls.AttributionMap((last,)).show()
+    rows = tuple(answer(["a"] * i, [1.0] * i) for i in range(1, 402))
+    with pytest.raises(ValueError, match="160,801 cells are too many for a browser.*: take fewer tokens, predictions"):
+        tls.AttributionMap(rows).show()
+    with pytest.raises(ValueError, match="4,356 tokens are too many for a browser"):
+        tls.AttributionMap(rows[-11:]).show()
 
 
 @needs_browser
 def test_attention_pattern_in_a_browser(tmp_path: Path) -> None:
     """The same colours as in the figure; hovering tells the score; no token is taken for anything but text."""
-    shown = prompt_map(NASTY, random(len(NASTY))).without([9])
+    shown = prompt_map(NASTY, random(len(NASTY))).without([0])
     dom = browse(f"<!doctype html>{CANVAS}{shown.show()._repr_html_()}{PROBE}", tmp_path)
     assert 'data-requests="0"' in dom
     assert "data-hacked" not in dom
     assert "<img" not in dom[dom.index("<canvas") : dom.index("</canvas>")]
 
-    size, scale = len(NASTY), map_views._scale(map_views._values(shown))
+    size, scale = len(NASTY) - 1, map_views._scale(map_views._values(shown))
     fills = canvas(dom, "fills")[-(size**2) :]
     for row in range(size):
-        one = next((one for one in shown if one.position == row), None)
-        shares = dict(zip(one.positions, one.share.tolist(), strict=True)) if one else {}
+        shares = dict(enumerate(shown.answers[row].share.tolist()))
         for column in range(size):
             wanted = VOID if column > row else color(scale.strength(shares.get(column, 0.0)))
             hue = fills[row * size + column]
             assert max(abs(a - b) for a, b in zip(*(bytes.fromhex(h[1:]) for h in (hue, wanted)), strict=True)) <= 4
 
     texts = canvas(dom, "texts")
-    for i, token in enumerate(NASTY):
-        assert ("–" if i == 9 else figure_parts.shortened(token)) + f" ({i})" in texts
+    for i, token in enumerate(NASTY[1:]):
+        assert f"{figure_parts.shortened(token)} ({i})" in texts
     values = [text for text in texts if text.startswith("Val: ")]
     told = {
         f"Val: {score:.3g} {one.unit}, {share:.1%} → ·are"

@@ -2,10 +2,10 @@
 
 import http.client
 import json
+import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ import tl_scopes as tls
 from tests.browser import Browser
 from tests.pictures import needs_browser
 from tl_scopes import serve
+from tl_scopes.__main__ import main
 from tl_scopes.cli_serve import app
 from tl_scopes.serve import PromptServer
 
@@ -242,34 +243,49 @@ def test_help() -> None:
         assert option in shown
 
 
-@contextmanager
-def command(*args: str) -> Iterator[str]:
-    """The address of a command that serves."""
-    run = subprocess.Popen(
-        [sys.executable, "-m", "tl_scopes", "serve", "--port", "0", *args],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background ignore it
-    )
+def run_as_a_person(monkeypatch: pytest.MonkeyPatch, args: list[str], visit: Callable[[str], None]) -> None:
+    """Run `tl-scopes serve`, go to its address in another thread, and then press Ctrl+C."""
+    errors: list[BaseException] = []
+    threads: list[threading.Thread] = []
+
+    def person(url: str) -> None:
+        try:
+            visit(url)
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    class Watched(PromptServer):
+        def serve_forever(self, poll_interval: float = 0.05) -> None:
+            threads.append(threading.Thread(target=person, args=[self.url]))
+            threads[0].start()
+            super().serve_forever(poll_interval)
+
+    monkeypatch.setattr(serve, "PromptServer", Watched)
+    monkeypatch.setattr(sys, "argv", ["tl-scopes", "serve", "--port", "0", *args])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     try:
-        assert run.stderr
-        for line in run.stderr:
-            if found := re.search(r"http://\S+", line):
-                yield found[0]
-                break
-        else:
-            raise AssertionError("the command ended")
+        with pytest.raises(SystemExit) as ended:
+            main()
     finally:
-        run.send_signal(2)  # Ctrl+C
-        assert run.wait(60) == 0
-        assert run.stderr
-        run.stderr.close()
+        for thread in threads:
+            thread.join()
+        signal.signal(signal.SIGINT, before)
+    if errors:
+        raise errors[0]
+    assert ended.value.code == 0
 
 
 @needs_browser
-def test_type_a_prompt_in(browser: Browser) -> None:
+def test_type_a_prompt_in(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As a person does: the command, a prompt, its explorer, another scope, another prompt, one that is wrong."""
-    with command("--scope", "semantic", "--scope", "relevance", "--rules", "linear") as address:
+    addresses: list[str] = []
+
+    def visit(address: str) -> None:
+        addresses.append(address)
         browser.open(address)
         assert browser.run("document.title") == "tl_scopes: tiny"
         for prompt, shown in ((PROMPT, "·cabinet (6)"), ("<b> The", "The (")):
@@ -284,8 +300,15 @@ def test_type_a_prompt_in(browser: Browser) -> None:
         assert "the prompt is empty" in browser.run("document.querySelector('.error').innerText")
         assert [text for text in browser.complaints if "400" not in text] == []
 
+    run_as_a_person(monkeypatch, ["--scope", "semantic", "--scope", "relevance", "--rules", "linear"], visit)
+    assert f"tl_scopes: tiny at {addresses[0]} (Ctrl+C ends it)" in capsys.readouterr().err
 
-def test_a_prompt_may_be_the_name_of_a_command() -> None:
-    run = [sys.executable, "-m", "tl_scopes", "--json", "-", "--", "serve"]
-    found = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert "".join(tls.Attribution.from_json(found).str_tokens).endswith("serve")
+
+def test_a_prompt_may_be_the_name_of_a_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tl-scopes", "--json", "-", "--", "serve"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    assert "".join(tls.Attribution.from_json(capsys.readouterr().out).str_tokens).endswith("serve")

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.browser import Browser
 from tests.pictures import ARE, IS, NASTY, PROBE, SENTENCE, Reader, answer, browse, needs_browser
+from tl_scopes.models import Target, Token
 from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.views import attribution as card
 from tl_scopes.views import markup
@@ -240,6 +242,13 @@ def test_words_stay_whole() -> None:
     assert "|The|·keys|·near|·the|·cabinet|" in shown
 
 
+def test_an_answer_of_many_words_breaks_between_them() -> None:
+    said = Target((Token(1, " a long"), Token(2, " answer.\n\nAnd  more")))
+    html = card.fragment(replace(SENTENCE, target=said))
+    shown = re.sub("<[^>]*>", "", html.replace("<wbr>", "|"))
+    assert shown.count("·a|·long|·answer.↵↵And|··more") == 2
+
+
 def test_the_target_is_marked() -> None:
     marked = answer([" are", " they", " are"], [0.3, 0.2, 0.1], versus=IS)
     reader = Reader(card.fragment(replace(marked, tokens=torch.tensor([ARE.id, 5, ARE.id]))))
@@ -440,11 +449,51 @@ def test_two_views_load_the_script_once(tmp_path: Path) -> None:
 
     pattern = r"background-color: rgb\((\d+), (\d+), (\d+)\); color: \w+; line-height: 1em;[^>]*>(.*?)</span>"
     shown = re.findall(pattern, dom)
-    texts = [unescape(text).replace("\u2060", "").replace("\xa0", "") for *_, text in shown]
+    texts = [unescape(text).replace("\u2060", "").replace("\xa0", "").replace("\u200b", "") for *_, text in shown]
     expected = [visible(text) for text in (*SENTENCE.str_tokens, *NASTY)]
     assert texts == ["<s>▲90.0%", *expected[1:]]
     strengths = card.strengths(SENTENCE) + card.strengths(nasty)
     for (*channels, _), strength in zip(shown, strengths, strict=True):
         static = bytes.fromhex(color(strength)[1:])
         assert max(abs(int(a) - b) for a, b in zip(channels, static, strict=True)) <= 4
-    assert "<strong>·keys</strong><br>0.05 logit per unit of embedding norm, 5.0%</div>" in dom  # the tooltip
+    assert "<strong>·keys\u200b</strong><br>score 0.05 logit per unit of embedding norm, share 5.0%</div>" in dom
+
+
+LOOKS = """[...document.querySelectorAll("%s")].filter(e => e.title.startsWith("pos") || e.closest(".colored-tokens"))
+  .map(e => (s => ["backgroundColor", "color", "outline", "borderBottom", "padding", "margin", "borderRadius",
+    "lineHeight", "fontSize", "display"].map(name => s[name]).join("|"))(getComputedStyle(e)))"""
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_live_tokens_look_as_the_static_ones_do(browser: Browser, tmp_path: Path, dark: bool) -> None:
+    """Colours, frames and lines of each token, on both grounds; the token explained is marked, inside and behind."""
+    one = answer(
+        [*NASTY, " are", " are", "x"],
+        [*map(float, range(len(NASTY))), -3.0, 9.0, 2.0],
+        parts=("template", *["user"] * 18),
+    )
+    one = replace(one, tokens=torch.tensor([*one.tokens.tolist()[:-2], ARE.id, 5]))
+    page = tmp_path / "page.html"
+    shown = {}
+    for kind, html in (("static", one._repr_html_()), ("live", one.show()._repr_html_())):
+        page.write_text(f'<!doctype html><meta charset="utf-8">{html}', encoding="utf-8")
+        browser.open(f"file://{page}", dark=dark)
+        if kind == "live":
+            browser.run(
+                "new Promise(done => { const look = () => document.querySelector('.colored-tokens') ? done() "
+                ": setTimeout(look, 20); look() })"
+            )
+        selector = ".colored-tokens > span > span" if kind == "live" else "span[title]"
+        shown[kind] = browser.run(LOOKS % selector)
+        height = browser.run("document.querySelector('.tl-scopes').offsetHeight")
+        shown[f"{kind} height"] = height
+        assert "→" in browser.run("document.querySelector('[style*=\"line-height:2\"]').innerText")
+    assert len(shown["static"]) == 19
+    assert shown["live"] == shown["static"]
+    assert abs(shown["live height"] - shown["static height"]) <= 30  # no empty space
+
+
+def test_a_text_of_many_tokens_breaks_between_words() -> None:
+    tokens = SENTENCE.show().props["tokens"]
+    assert [token.endswith("\u200b") for token in tokens] == [True, True, True, True, True, False, False]

@@ -140,6 +140,19 @@ _JSON = "Write the whole answer, for Attribution.from_json; to - for stdout, in 
 _HTML = "Write the answer as a web page; to - for stdout, in place of the report."
 
 
+# What all commands ask.
+ModelName = Annotated[str | None, _Model(metavar="NAME", show_default="the bundled model", help=_NAME)]
+Device = Annotated[
+    str | None, _Model(metavar="NAME", show_default="a GPU where there is one", help="cpu, cuda:1, mps ...")
+]
+Precision = Annotated[Dtype, _Model(metavar="NAME", help="float32, float64, bfloat16 or float16.")]
+Bos = Annotated[
+    bool | None,
+    _Model("--bos/--no-bos", show_default="as the model expects", help="Put a beginning-of-sequence token first."),
+]
+Checkpoint = Annotated[bool, _Model("--checkpoint", help=_CHECKPOINT)]
+RuleNames = Annotated[str | None, _Question(metavar="NAMES", help=_RULES)]
+
 _FLAGS = {
     r"\btarget=(\d+)": r"--target id:\1",
     r"\bdevice='(\w+)'": r"--device \1",
@@ -148,6 +161,24 @@ _FLAGS = {
     r"\bprepend_bos=False\b": "--no-bos",
 }
 """Arguments in the library's errors, and the options of the command line that they are."""
+
+
+def named_tokens(scope: Scope, target: str | None, versus: str | None) -> dict[str, str]:
+    """The tokens that a question names.
+
+    Raises:
+        ValueError: for one that the scope does not take.
+    """
+    named = {name: token for name, token in (("target", target), ("versus", versus)) if token is not None}
+    for name in set(named) - set(QUESTIONS[scope].tokens):
+        takers = ", ".join(other for other, asked in QUESTIONS.items() if name in asked.tokens)
+        raise ValueError(f"--{name} goes with --scope {takers}, not with {scope}.")
+    return named
+
+
+def rule_names(rules: str | None) -> str | list[str] | None:
+    """A set of rules, or single ones that were written after commas."""
+    return rules.split(",") if rules and "," in rules else rules
 
 
 def _show_version(wanted: bool) -> bool:
@@ -170,17 +201,12 @@ def main(
     rows: Annotated[bool, _Question("--rows", help=_ROWS)] = False,
     chat: Annotated[bool, _Question("--chat", help=_CHAT)] = False,
     position: Annotated[int, _Question(metavar="N", help=_POSITION)] = -1,
-    model: Annotated[str | None, _Model(metavar="NAME", show_default="the bundled model", help=_NAME)] = None,
-    device: Annotated[
-        str | None, _Model(metavar="NAME", show_default="a GPU where there is one", help="cpu, cuda:1, mps ...")
-    ] = None,
-    dtype: Annotated[Dtype, _Model(metavar="NAME", help="float32, float64, bfloat16 or float16.")] = Dtype.FLOAT32,
-    bos: Annotated[
-        bool | None,
-        _Model("--bos/--no-bos", show_default="as the model expects", help="Put a beginning-of-sequence token first."),
-    ] = None,
-    checkpoint: Annotated[bool, _Model("--checkpoint", help=_CHECKPOINT)] = False,
-    rules: Annotated[str | None, _Question(metavar="NAMES", help=_RULES)] = None,
+    model: ModelName = None,
+    device: Device = None,
+    dtype: Precision = Dtype.FLOAT32,
+    bos: Bos = None,
+    checkpoint: Checkpoint = False,
+    rules: RuleNames = None,
     check: Annotated[bool, _Output("--check", help=_CHECK)] = False,
     top: Annotated[int, _Output(metavar="N", min=1, help="How many of the most influential tokens to list.")] = 8,
     html: Annotated[Path | None, _Output(metavar="FILE", help=_HTML)] = None,
@@ -192,11 +218,7 @@ def main(
     """Answer one question about one prompt."""
     with _exits(2, ValueError):
         text = _read(prompt, target, versus, answer)
-        question = QUESTIONS[scope]
-        named = {name: token for name, token in (("target", target), ("versus", versus)) if token is not None}
-        for name in set(named) - set(question.tokens):
-            takers = ", ".join(other for other, asked in QUESTIONS.items() if name in asked.tokens)
-            raise ValueError(f"--{name} goes with --scope {takers}, not with {scope}.")
+        question, named = QUESTIONS[scope], named_tokens(scope, target, versus)
         if generate is not None and position != -1:
             raise ValueError("--generate goes on after the whole prompt, and --position reads within it: give one.")
         if answer is not None and generate is not None:
@@ -239,7 +261,7 @@ def main(
                 "answer": said,
                 "prepend_bos": bos,
                 "checkpoint": checkpoint,
-                "rules": rules.split(",") if rules and "," in rules else rules,
+                "rules": rule_names(rules),
             }
             if rows:
                 del options["answer"]

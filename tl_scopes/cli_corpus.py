@@ -8,7 +8,21 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_scopes.cli import QUESTIONS, Dtype, Scope, _exits, _token
+from tl_scopes.cli import (
+    QUESTIONS,
+    Bos,
+    Checkpoint,
+    Device,
+    Dtype,
+    ModelName,
+    Precision,
+    RuleNames,
+    Scope,
+    _exits,
+    _token,
+    named_tokens,
+    rule_names,
+)
 
 # torch and TransformerLens take seconds to import, so functions import what needs them, and --help does not wait.
 
@@ -41,24 +55,19 @@ def corpus(
     target: Annotated[str | None, _Question(metavar="TOKEN", help="What to explain after every prompt.")] = None,
     versus: Annotated[str | None, _Question(metavar="TOKEN", help="Why the target rather than this?")] = None,
     column: Annotated[list[str] | None, _Question(metavar="NAME=COLUMN", help=_COLUMN)] = None,
-    rules: Annotated[str | None, _Question(metavar="NAMES", help="Differentiate by rules: linear, lookup ...")] = None,
-    model: Annotated[str | None, _Model(metavar="NAME", show_default="the bundled one", help="A name or path.")] = None,
-    device: Annotated[str | None, _Model(metavar="NAME", show_default="a GPU if there is one", help="cpu ...")] = None,
-    dtype: Annotated[Dtype, _Model(metavar="NAME", help="float32, float64, bfloat16 or float16.")] = Dtype.FLOAT32,
-    bos: Annotated[
-        bool | None, _Model("--bos/--no-bos", show_default="as the model has it", help="Put BOS first.")
-    ] = None,
-    checkpoint: Annotated[bool, _Model("--checkpoint", help="For long prompts: keep less in memory.")] = False,
+    rules: RuleNames = None,
+    model: ModelName = None,
+    device: Device = None,
+    dtype: Precision = Dtype.FLOAT32,
+    bos: Bos = None,
+    checkpoint: Checkpoint = False,
     batch_size: Annotated[int, _Model(metavar="N", min=1, help="How many prompts run together.")] = 8,
     part_size: Annotated[int, _Output(metavar="N", min=1, help=_PART)] = 128,
 ) -> None:
     """Answer one question about every prompt of a file."""
     question = QUESTIONS[scope]
-    named = {name: token for name, token in (("target", target), ("versus", versus)) if token is not None}
     with _exits(2, ValueError):
-        for name in set(named) - set(question.tokens):
-            takers = ", ".join(other for other, asked in QUESTIONS.items() if name in asked.tokens)
-            raise ValueError(f"--{name} goes with --scope {takers}, not with {scope}.")
+        named = named_tokens(scope, target, versus)
         columns = dict(map(_column, column or []))
 
     with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
@@ -78,7 +87,7 @@ def corpus(
                 asked,
                 model=partial(tls.load_tiny, **options) if model is None else partial(models.load, model, **options),
                 columns=columns,
-                rules=rules.split(",") if rules and "," in rules else rules,
+                rules=rule_names(rules),
                 prepend_bos=bos,
                 checkpoint=checkpoint,
                 batch_size=batch_size,

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from tl_scopes.cli import QUESTIONS, Dtype, Scope, _exits
+from tl_scopes.cli import (
+    QUESTIONS,
+    Bos,
+    Checkpoint,
+    Device,
+    Dtype,
+    ModelName,
+    Precision,
+    RuleNames,
+    Scope,
+    _exits,
+    rule_names,
+)
 
 # torch and TransformerLens take seconds to import, so functions import what needs them, and --help does not wait.
 
@@ -22,7 +34,6 @@ Examples:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 _Question = partial(typer.Option, rich_help_panel="Question")
-_Model = partial(typer.Option, rich_help_panel="Model")
 _Server = partial(typer.Option, rich_help_panel="Server")
 
 _SCOPES = "A question that the page can switch to, as in tl-scopes --help. Repeat it for several."
@@ -35,14 +46,12 @@ def serve(
         list[Scope] | None, _Question(metavar="NAME", show_default="semantic, temperature, fisher", help=_SCOPES)
     ] = None,
     chat: Annotated[bool, _Question("--chat", help="A prompt is what a user says to a chat model.")] = False,
-    rules: Annotated[str | None, _Question(metavar="NAMES", help="Differentiate by rules: linear, lookup ...")] = None,
-    model: Annotated[str | None, _Model(metavar="NAME", show_default="the bundled one", help="A name or path.")] = None,
-    device: Annotated[str | None, _Model(metavar="NAME", show_default="a GPU if there is one", help="cpu ...")] = None,
-    dtype: Annotated[Dtype, _Model(metavar="NAME", help="float32, float64, bfloat16 or float16.")] = Dtype.FLOAT32,
-    bos: Annotated[
-        bool | None, _Model("--bos/--no-bos", show_default="as the model has it", help="Put BOS first.")
-    ] = None,
-    checkpoint: Annotated[bool, _Model("--checkpoint", help="For long prompts: keep less in memory.")] = False,
+    rules: RuleNames = None,
+    model: ModelName = None,
+    device: Device = None,
+    dtype: Precision = Dtype.FLOAT32,
+    bos: Bos = None,
+    checkpoint: Checkpoint = False,
     port: Annotated[int, _Server(metavar="N", help="The port; 0 is any that is free.")] = 8000,
     host: Annotated[str, _Server(metavar="ADDRESS", help=_HOST)] = "127.0.0.1",
 ) -> None:
@@ -56,7 +65,7 @@ def serve(
         from tl_scopes.serve import PromptServer
 
         options: dict[str, Any] = {"prepend_bos": bos, "checkpoint": checkpoint}
-        options["rules"] = rules.split(",") if rules and "," in rules else rules
+        options["rules"] = rule_names(rules)
 
         def explore(prompt: str) -> tls.Explorer:
             said: Any = [{"role": "user", "content": prompt}] if chat else prompt

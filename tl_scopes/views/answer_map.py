@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from tl_scopes.views import attribution, attribution_map, markup
 from tl_scopes.views.figure import embedded, shortened
 from tl_scopes.views.markup import Html, table
-from tl_scopes.views.palette import color
+from tl_scopes.views.palette import Colors, color
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,23 +13,24 @@ if TYPE_CHECKING:
     from tl_scopes.answers import AnswerMap, Traced
 
 
-def plot(rows: "AnswerMap") -> "Figure":
+def plot(rows: "AnswerMap", colors: Colors = "root") -> "Figure":
     """A heat map of the shares: the answer from top to bottom; prompt and earlier answer from left to right, with a
     line between them.
     """
     labels = [shortened(text) for text in rows.answer_texts]
-    figure = attribution_map.figure(rows.map, rows=labels, names=("answer", "prompt | answer", "share of the scores"))
+    names = "answer", "prompt | answer", "share of the scores"
+    figure = attribution_map.figure(rows.map, rows=labels, names=names, colors=colors)
     if rows.prompt_length < len(rows.str_tokens):
         figure.axes[0].axvline(rows.prompt_length - 0.5, color=markup.INK, linewidth=1)
     return figure
 
 
-def page(rows: "AnswerMap") -> Html:
+def page(rows: "AnswerMap", colors: Colors = "root") -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page(rows.answers[-1].scope, fragment(rows))
+    return markup.page(rows.answers[-1].question, fragment(rows, colors))
 
 
-def fragment(rows: "AnswerMap") -> Html:
+def fragment(rows: "AnswerMap", colors: Colors = "root") -> Html:
     """The static card, to be put into another page."""
     strongest = rows.top(1)
     told = ""
@@ -37,12 +38,12 @@ def fragment(rows: "AnswerMap") -> Html:
         (one,) = strongest
         told = f" The largest share, {one.share:.0%}, is that of {one.token!r} in {one.answer_token!r}."
     alt = f"Heat map of {len(rows)} parts of an answer by {len(rows.str_tokens)} of prompt and answer.{told}"
-    return attribution_map.card(rows.map, embedded(plot(rows), alt))
+    return attribution_map.card(rows.map, embedded(plot(rows, colors), alt), colors)
 
 
 def traced_page(traced: "Traced") -> Html:
     """The static card of a trace as a complete page, without script or network."""
-    return markup.page(traced.answer.scope, traced_fragment(traced))
+    return markup.page(traced.answer.question, traced_fragment(traced))
 
 
 def traced_fragment(traced: "Traced") -> Html:

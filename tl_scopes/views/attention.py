@@ -75,7 +75,7 @@ def attention_heads_view(
         "positiveColor": color(1.0),
         "negativeColor": color(-1.0),
     }
-    about = f"{title}, {len(names)} heads, {len(tokens)} tokens"
+    about = f"AttentionHeads: {title}, {len(names)} heads, {len(tokens)} tokens"
     return LiveView("AttentionHeads", props, picture, lambda live: _card(title, live), about)
 
 

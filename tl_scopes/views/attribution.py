@@ -1,7 +1,8 @@
 """Pictures of an `Attribution`: a static card that works everywhere, and circuitsvis' tokens for a live notebook."""
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from tl_scopes.views import bars, markup
 from tl_scopes.views.figure import shortened
@@ -38,14 +39,14 @@ def plot(attribution: "Attribution", colors: Colors = "root") -> "Figure":
         strengths(attribution, colors),
         [shortened(text) for text in attribution.labels],
         names=("token", "share of the scores"),
-        title=attribution.scope,
+        title=attribution.question,
     )
 
 
 def page(attribution: "Attribution", *below: str, colors: Colors = "root") -> Html:
     """The static card as a complete page, without script or network. Other cards may stand below."""
     card = fragment(attribution, colors=colors)
-    return markup.page(attribution.scope, card, *below, footer=attribution.provenance)
+    return markup.page(attribution.question, card, *below, footer=attribution.provenance)
 
 
 def fragment(attribution: "Attribution", *tables: Html, colors: Colors = "root") -> Html:
@@ -54,22 +55,28 @@ def fragment(attribution: "Attribution", *tables: Html, colors: Colors = "root")
 
 
 def colored_tokens(attribution: "Attribution") -> LiveView:
-    """circuitsvis' coloured tokens for a live notebook; a tooltip tells the score."""
-    scores, shares = attribution.scores.tolist(), attribution.share.tolist()
-    scale, tokens, values = scale_of(attribution), [], []
-    columns = zip(attribution.shown_tokens, scores, shares, attribution.is_counted, strict=True)
-    for text, score, share, counted in columns:
-        if not counted:
-            tokens.append(as_html(visible(text)) + "\n" * text.count("\n"))
-            values.append(Written(0.0, "not counted in shares"))
-            continue
-        tokens.append(as_html(visible(text) + _mark(scale, score, share)) + "\n" * text.count("\n"))
-        values.append(Written(scale.strength(score), f"{score:.3g} {attribution.unit}, {share:.1%}"))
-    props = {"tokens": tokens, "values": values, "minValue": -1, "maxValue": 1}
-    props |= {"positiveColor": color(1.0), "negativeColor": color(-1.0)}
-    return LiveView(
-        "ColoredTokens", props, running_text(attribution), lambda live: _card(attribution, live), repr(attribution)
+    """circuitsvis' coloured tokens for a live notebook, as the static card draws them; a tooltip tells the score."""
+    return replace(
+        live_text(attribution), frame=lambda live: _card(attribution, live), about=f"ColoredTokens: {attribution!r}"
     )
+
+
+class _Shown(NamedTuple):
+    """A token as pictures show it."""
+
+    text: str
+    breaks: bool
+    """Whether a line may end before it."""
+    strength: float | None
+    """How strongly it is coloured; None where it does not count."""
+    about: str
+    told: str
+    """Its score and share."""
+    mark: str
+    """Its share, where its score lies over the scale."""
+    outlined: bool
+    """Whether it is a token that is explained."""
+    underlined: bool
 
 
 def running_text(
@@ -80,6 +87,52 @@ def running_text(
     Tokens at the `underlined` positions differ from those of another prompt.
     """
     parts: list[Html] = []
+    for token in _shown(answer, marks=marks, underlined=underlined, colors=colors):
+        title = f"{token.about}\n{token.told}"
+        # Lines break between words, and after every newline, within a token too.
+        if token.breaks:
+            parts.append(tag("wbr"))
+        *ended, last = token.text.split("\n")
+        for line in ended:
+            parts += [chip(line + "\n", token.strength, title, "", token.outlined, token.underlined), tag("br")]
+        if last or token.mark or not ended:
+            parts.append(chip(last, token.strength, title, token.mark, token.outlined, token.underlined))
+    return joined(*parts)
+
+
+def live_text(
+    answer: "Attribution", *, marks: bool = True, underlined: Collection[int] = (), colors: Colors = "root"
+) -> LiveView:
+    """The same as circuitsvis' coloured tokens.
+
+    Departure: circuitsvis has one look for a light ground. Each token gets the style of its chip instead.
+    """
+    shown = list(_shown(answer, marks=marks, underlined=underlined, colors=colors))
+    breaks = [*(token.breaks for token in shown[1:]), False]
+    # After a space without width a line may break.
+    texts = (
+        as_html(visible(token.text) + token.mark) + "\u200b" * ended + "\n" * token.text.count("\n")
+        for token, ended in zip(shown, breaks, strict=True)
+    )
+    rules = [(".colored-tokens", "display:inline;padding:0")]
+    for i, token in enumerate(shown, start=1):
+        style = markup.chip_style(token.strength, token.outlined, token.underlined)
+        at = f".colored-tokens>span:nth-of-type({i})>span"
+        rules.append((at, f"display:inline;line-height:inherit;border:0;{style}"))
+    props = {
+        "tokens": list(texts),
+        "values": [Written(token.strength or 0.0, token.told.replace("\n", ", ")) for token in shown],
+        "minValue": -1,
+        "maxValue": 1,
+        "positiveColor": color(1.0),
+        "negativeColor": color(-1.0),
+    }
+    static = running_text(answer, marks=marks, underlined=underlined, colors=colors)
+    return LiveView("ColoredTokens", props, static, rules=tuple(rules))
+
+
+def _shown(answer: "Attribution", *, marks: bool, underlined: Collection[int], colors: Colors) -> Iterator[_Shown]:
+    """The tokens one after another."""
     before = ""
     scores, shares = answer.scores.tolist(), answer.share.tolist()
     scale = scale_of(answer, colors)
@@ -99,24 +152,19 @@ def running_text(
     )
     for position, own, text, id, score, share, part, counted in lines:
         said = spoken and position > answer.position  # it is a part of the answer explained
-        is_target = id in named or said
         about = f"{own!r}, id {id}" + (", the token explained" if id in named else ", of the answer explained" * said)
         about += f", {part}" if part else ""
-        title = f"position {position}: {about}\nscore {score:.3g} {answer.unit}"
-        title += f"\nshare {share:.1%}" if counted else "\nnot counted in shares"
-        strength = scale.strength(score) if counted else None
-        # Lines break between words, and after every newline, within a token too.
-        if text[:1].isspace() or not before[-1:].isalnum():
-            parts.append(tag("wbr"))
-        *ended, last = text.split("\n")
-        for line in ended:
-            line_chip = chip(line + "\n", strength, title, "", is_target, position in underlined)
-            parts += [line_chip, tag("br")]
-        mark = _mark(scale, score, share) if marks and counted else ""
-        if last or mark or not ended:
-            parts.append(chip(last, strength, title, mark, is_target, position in underlined))
+        yield _Shown(
+            text,
+            text[:1].isspace() or not before[-1:].isalnum(),
+            scale.strength(score) if counted else None,
+            f"position {position}: {about}",
+            f"score {score:.3g} {answer.unit}\n" + (f"share {share:.1%}" if counted else "not counted in shares"),
+            _mark(scale, score, share) if marks and counted else "",
+            id in named or said,
+            position in underlined,
+        )
         before = text
-    return joined(*parts)
 
 
 def about(answer: "Attribution") -> str:
@@ -156,7 +204,7 @@ def _card(answer: "Attribution", tokens: Html, *tables: Html, colors: Colors = "
     heading = f"Most influential tokens, {len(top)} of {sum(answer.is_counted)}"
     predictions = [([str(token.id), chip(token.text)], probability) for token, probability in answer.predictions]
     return markup.card(
-        answer.scope + (f" under {answer.rules} rules" if answer.rules else ""),
+        answer.question,
         tag("div", markup.SMALL, joined(explains(answer), about(answer), by=" · ")),
         tag("div", "font-size:16px;line-height:2;margin:14px 0 12px", tokens, next_token(answer)),
         _legend(answer, scale, colors),

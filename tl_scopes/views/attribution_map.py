@@ -1,15 +1,15 @@
-"""Pictures of an `AttributionMap`: a heat map as figure and static card, and circuitsvis' attention pattern, live."""
+"""Pictures of an `AttributionMap`: a heat map as figure and static card, and circuitsvis' views, live."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.views import heat_map, markup
+from tl_scopes.views import attribution, heat_map, markup
 from tl_scopes.views.figure import arrowed, embedded, shortened
-from tl_scopes.views.live import LiveView, Written, require_drawable
+from tl_scopes.views.live import MOST_TOKENS, LiveView, LiveViews, Written, require_drawable
 from tl_scopes.views.markup import SMALL, Html, isolated, tag, visible
 from tl_scopes.views.palette import COLORS, Colors, Scale, color, require_colors, sinks
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 def plot(prompt_map: "AttributionMap", colors: Colors = "root") -> "Figure":
     """A heat map of the shares: predictions from top to bottom, tokens from left to right."""
-    return figure(prompt_map, prompt_map.answers[-1].scope, colors=colors)
+    return figure(prompt_map, prompt_map.answers[-1].question, colors=colors)
 
 
 def page(prompt_map: "AttributionMap", colors: Colors = "root") -> Html:
     """The static card as a complete page, without script or network."""
     last = prompt_map.answers[-1]
-    return markup.page(last.scope, fragment(prompt_map, colors), footer=last.provenance)
+    return markup.page(last.question, fragment(prompt_map, colors), footer=last.provenance)
 
 
 def fragment(prompt_map: "AttributionMap", colors: Colors = "root") -> Html:
@@ -36,27 +36,37 @@ def fragment(prompt_map: "AttributionMap", colors: Colors = "root") -> Html:
     return card(prompt_map, embedded(figure(prompt_map, colors=colors), _alt(prompt_map)), colors)
 
 
-def attention_view(prompt_map: "AttributionMap") -> LiveView:
+def live(prompt_map: "AttributionMap") -> LiveView | LiveViews:
     """circuitsvis' attention pattern, with predictions for destinations and tokens for sources.
 
-    Departure: circuitsvis takes a square whose rows and columns are the same tokens. So tokens that `without` set aside
-    leave blank rows and columns, and predictions that a slice left out leave blank rows.
+    Departure: circuitsvis takes a square whose rows and columns are the same tokens. A slice, an answer, and a map from
+    which tokens in the middle were set aside are no square: they are drawn as texts, one for each prediction.
 
     Raises:
-        ValueError: for more than 400 tokens.
+        ValueError: for a square of more than 400 tokens, and for more than 4,000 tokens in texts.
     """
-    last, values = prompt_map.answers[-1], _values(prompt_map)
-    scale, size = _scale(values), last.position + 1
+    last = prompt_map.answers[-1]
+    if [answer.position for answer in prompt_map] != list(last.positions):
+        require_drawable(sum(len(answer.scores) for answer in prompt_map), MOST_TOKENS, "tokens")
+        texts = (attribution.live_text(answer, marks=False) for answer in prompt_map)
+        return LiveViews(tuple(texts), lambda *live: _texts_card(prompt_map, *live), f"ColoredTokens: {prompt_map!r}")
+    values = _values(prompt_map)
+    scale, size = _scale(values), len(last.positions)
     require_drawable(size**2)
-    attention = [[Written(0.0, "set aside") for _ in range(row + 1)] + [0.0] * (size - row - 1) for row in range(size)]
+    attention: list[list[Any]] = []
     for answer in prompt_map:
         told = f" → {visible(_explained(answer))}" if _explained(answer) else ""
-        for position, score, share in zip(answer.positions, answer.scores.tolist(), answer.share.tolist(), strict=True):
-            text = f"{score:.3g} {answer.unit}, {share:.1%}{told}"
-            attention[answer.position][position] = Written(scale.strength(share), text)
-    texts = _texts(prompt_map)
+        line = [
+            Written(scale.strength(share), f"{score:.3g} {answer.unit}, {share:.1%}{told}")
+            if counted
+            else Written(0.0, "not counted in shares")
+            for score, share, counted in zip(
+                answer.scores.tolist(), answer.share.tolist(), answer.is_counted, strict=True
+            )
+        ]
+        attention.append([*line, *[0.0] * (size - len(line))])
     props = {
-        "tokens": [isolated(shortened(texts[i])) if i in texts else "–" for i in range(size)],
+        "tokens": [isolated(shortened(text)) for text in last.str_tokens],
         "attention": attention,
         "minValue": -1,
         "maxValue": 1,
@@ -71,26 +81,42 @@ def attention_view(prompt_map: "AttributionMap") -> LiveView:
         props,
         embedded(static, _alt(prompt_map)),
         lambda live: card(prompt_map, tag("div", width, live)),
-        repr(prompt_map),
+        f"AttentionPattern: {prompt_map!r}",
     )
+
+
+def _texts_card(prompt_map: "AttributionMap", *texts: Html) -> Html:
+    """The card of a live map that is no square: the tokens of each prediction, and what it explains."""
+    last = prompt_map.answers[-1]
+    lines = [
+        tag("div", "font-size:16px;line-height:2;margin-bottom:6px", text, attribution.next_token(answer))
+        for text, answer in zip(texts, prompt_map, strict=True)
+    ]
+    legend = f"score in {last.unit}; colour: {COLORS['root'].format('score')}, each prediction on its own scale"
+    return _framed(prompt_map, tag("div", "margin:14px 0 6px;max-height:70vh;overflow:auto", *lines), legend, "860px")
 
 
 def card(prompt_map: "AttributionMap", picture: Html, colors: Colors = "root") -> Html:
     """The frame around a picture of the map."""
     last = prompt_map.answers[-1]
-    about = f"{last.model} · {last.dtype} · {last.wrt} → {last.of} · {_count(prompt_map)}"
     legend = f"score in {last.unit}; colour: {COLORS[colors].format('share')}"
     if _scale(_values(prompt_map, colors), colors).top < 1:
         legend += ", the darkest is over the scale"
+    return _framed(prompt_map, picture, legend, "max-content")
+
+
+def _framed(prompt_map: "AttributionMap", picture: Html, legend: str, width: str) -> Html:
+    last = prompt_map.answers[-1]
+    about = f"{last.model} · {last.dtype} · {last.wrt} → {last.of} · {_count(prompt_map)}"
     if not all(last.is_counted):
         legend += f"; grey: {', '.join(last.uncounted)}, not counted"
     return markup.card(
-        last.scope,
+        last.question,
         tag("div", SMALL, about),
         picture,
         tag("div", SMALL, legend),
         notes=dict.fromkeys(note for answer in prompt_map for note in answer.notes),
-        width="max-content",
+        width=width,
     )
 
 

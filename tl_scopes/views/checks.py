@@ -17,7 +17,7 @@ _LEFT, _RIGHT = f"{_BLOCK};width:220px", f"{_BLOCK};width:calc(100% - 220px);min
 def fragment(checks: "Checks") -> Html:
     """The static card, to be put into another page."""
     return markup.card(
-        f"Checks of {checks.answer.scope}",
+        f"Checks of {checks.answer.question}",
         tag("div", markup.SMALL, f"{checks.answer.model} · predicts after position {checks.answer.position}"),
         tag("div", "margin-top:4px;font-size:12px", *map(_line, checks)),
     )

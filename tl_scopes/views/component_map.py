@@ -25,13 +25,13 @@ def plot(found: "ComponentMap", title: str | None = None) -> "Figure":
         [f"L{layer}" for layer in found.layers],
         columns,
         names=("layer", found.axis_names[1], "part of the largest"),
-        title=found.scope if title is None else title,
+        title=found.question if title is None else title,
     )
 
 
 def page(found: "ComponentMap") -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page(found.scope, fragment(found))
+    return markup.page(found.question, fragment(found))
 
 
 def fragment(found: "ComponentMap") -> Html:
@@ -45,4 +45,4 @@ def fragment(found: "ComponentMap") -> Html:
     legend = f"{found.unit}; the largest is {first.score:.3g}, {first.name} at {first.at!r}"
     picture = embedded(plot(found, ""), alt)
     parts = (tag("div", SMALL, about), picture, tag("div", SMALL, legend))
-    return markup.card(found.scope, *parts, notes=found.notes, width="max-content")
+    return markup.card(found.question, *parts, notes=found.notes, width="max-content")

@@ -144,16 +144,21 @@ def _map(one: "AttributionMap") -> dict[str, Any]:
         if answer.target is not None:
             against = f" against {visible(answer.versus.text)}" if answer.versus is not None else ""
             explained[answer.position] = visible(answer.target.text) + against
-    rules = f" under {last.rules} rules" if last.rules else ""
     notes = [f"Note: {note}" for note in dict.fromkeys(note for answer in one for note in answer.notes)]
     notes += [f"Made with {last.provenance}"] if last.provenance is not None else []
-    return {"scope": last.scope + rules, "unit": last.unit, "rows": rows, "explained": explained, "notes": notes}
+    return {
+        "scope": last.question,
+        "unit": last.unit,
+        "rows": rows,
+        "explained": explained,
+        "notes": notes,
+    }
 
 
 def _carried(paths: "Paths") -> dict[str, Any]:
     last = paths.layers[-1]
     return {
-        "scope": paths.scope,
+        "scope": paths.question,
         "unit": paths.unit,
         "position": paths.position,
         "tokens": list(paths.positions),
@@ -163,7 +168,8 @@ def _carried(paths: "Paths") -> dict[str, Any]:
 
 
 def _title(explored: "Explorer") -> str:
-    return f"tl_scopes: {''.join(explored.str_tokens)[:80]!r}"
+    text = "".join(explored.str_tokens)
+    return f"tl_scopes: {text if len(text) <= 80 else text[:79] + '…'!r}"
 
 
 def _short(value: float) -> float | int:

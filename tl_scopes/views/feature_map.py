@@ -51,6 +51,5 @@ def fragment(found: "FeatureMap") -> Html:
     legend = f"{unit}; {first.names[0]}: {values[0, most].item():.3g} from {first.str_tokens[most]!r}"
     legend += f"; {hidden} more features are not drawn" if hidden > 0 else ""
     about = f"{found.model} · {found.wrt} → {found.hook}"
-    title = "features that fire" if found.scope is None else f"features that fire, {found.scope}"
     parts = (tag("div", SMALL, about), embedded(plot(found, ""), alt), tag("div", SMALL, legend))
-    return markup.card(title, *parts, notes=found.notes, width="max-content")
+    return markup.card(found.question, *parts, notes=found.notes, width="max-content")

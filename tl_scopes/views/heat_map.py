@@ -115,7 +115,7 @@ def _annotate(axes: "Axes", values: Tensor, scale: Scale, *, percent: bool) -> N
         for column, value in enumerate(line):
             if value == value:
                 hue = text_color(scale.strength(value))
-                told = f"{100 * value:.0f}" if percent else f"{value:.1f}"
+                told = f"{100 * value:z.0f}" if percent else f"{value:z.1f}"  # z: no zero below zero
                 axes.text(column, row, told, fontsize=7, ha="center", va="center", color=hue)
 
 

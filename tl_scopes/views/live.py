@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 from uuid import uuid4
 
-from tl_scopes.views.markup import Html, joined, lit
+from tl_scopes.views.markup import Html, joined, lit, sheet, tag
 
 _SCRIPT = """<script>{
   const source = "%(source)s", props = %(props)s;
@@ -43,32 +43,13 @@ class Written:
         self.fields = {"number": number, "written": text}
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class LiveView:
-    """One of circuitsvis' components in a live notebook, and a static picture wherever no script runs.
+class _Shown:
+    """What a notebook shows of one view or of several."""
 
-    circuitsvis' script comes from the installed package, and no web site is asked for it. The first view in a page that
-    needs the script evaluates it, once. Every view that is asked for by itself carries the script (0.5 MB compressed,
-    1.3 MB as it is), so that each works alone: saved, reopened, beside a cleared cell, or where every cell has a frame
-    of its own (Colab). Where one run of a notebook cell displays several views, only the first carries it. Where no
-    script runs (GitHub, PDF, a notebook that is not trusted) the static picture stays in its place.
-
-    Attributes:
-        component: the component's name in circuitsvis.
-        props: its properties by their JavaScript names. The values are what JSON knows, and `Written`.
-        static: the static picture, whose place the component takes.
-        frame: a function that puts the component into what surrounds it.
-        about: what the component shows, in words, for where there is no HTML.
-    """
-
-    component: str
-    props: Mapping[str, Any]
-    static: Html
-    frame: Callable[[Html], Html] = joined
-    about: str = ""
+    about: str
 
     def __repr__(self) -> str:
-        return f"LiveView({self.component}: {self.about})"
+        return f"LiveView({self.about})"
 
     def _repr_html_(self) -> str:
         return self._html(_compressed_script())
@@ -83,11 +64,69 @@ class LiveView:
         return {"text/html": self._html("" if carried else _compressed_script()), "text/plain": repr(self)}
 
     def _html(self, source: str) -> str:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LiveView(_Shown):
+    """One of circuitsvis' components in a live notebook, and a static picture wherever no script runs.
+
+    circuitsvis' script comes from the installed package, and no web site is asked for it. The first view in a page that
+    needs the script evaluates it, once. Every view that is asked for by itself carries the script (0.5 MB compressed,
+    1.3 MB as it is), so that each works alone: saved, reopened, beside a cleared cell, or where every cell has a frame
+    of its own (Colab). Where one run of a notebook cell displays several views, only the first carries it. Where no
+    script runs (GitHub, PDF, a notebook that is not trusted) the static picture stays in its place.
+
+    Attributes:
+        component: the component's name in circuitsvis.
+        props: its properties by their JavaScript names. The values are what JSON knows, and `Written`.
+        static: the static picture, whose place the component takes.
+        frame: a function that puts the component into what surrounds it.
+        about: the component and what it shows, in words, for where there is no HTML.
+        rules: selectors within the component, each with the style that it has here. A component with rules stands in
+            a line of text and has the colours of the card; one without is turned around for dark cards as a whole.
+    """
+
+    component: str
+    props: Mapping[str, Any]
+    static: Html
+    frame: Callable[[Html], Html] = joined
+    about: str = ""
+    rules: tuple[tuple[str, str], ...] = ()
+
+    def _html(self, source: str) -> str:
+        place, script = self.parts(source)
+        return self.frame(place) + script
+
+    def parts(self, source: str = "") -> tuple[Html, str]:
+        """The place of the component, which holds the static picture, and the script that puts it there."""
         name = f"tl-scopes-{uuid4().hex}"
         # "</script>" would end the script from within a string, and "<!--" hide its end.
         props = json.dumps(self.props, default=lambda written: written.fields).replace("<", "\\u003c")
         fields = {"props": props, "source": source, "id": name, "component": self.component}
-        return self.frame(lit(self.static, id=name)) + _SCRIPT % fields
+        if not self.rules:
+            return lit(self.static, id=name), _SCRIPT % fields
+        styles = sheet((f"#{name} {selector}", style) for selector, style in self.rules)
+        return joined(styles, tag("span", "", self.static, id=name)), _SCRIPT % fields
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LiveViews(_Shown):
+    """Several components in one frame, which takes the place of each.
+
+    Attributes:
+        views: the components.
+        frame: a function that puts them into what surrounds them.
+        about: what they show, in words, for where there is no HTML.
+    """
+
+    views: tuple[LiveView, ...]
+    frame: Callable[..., Html]
+    about: str
+
+    def _html(self, source: str) -> str:
+        parts = [view.parts("" if i else source) for i, view in enumerate(self.views)]
+        return self.frame(*(place for place, _ in parts)) + "".join(script for _, script in parts)
 
 
 def as_html(text: str) -> str:
@@ -95,16 +134,20 @@ def as_html(text: str) -> str:
     return text.replace("<", "<\u2060").replace("&", "&\u2060")
 
 
-def require_drawable(count: int) -> None:
-    """Refuse a heat map of so many cells that a browser would stand still.
+MOST_TOKENS = 4_000
+"""How many tokens are drawn as text: each has a style of its own."""
+
+
+def require_drawable(count: int, most: int = 160_000, what: str = "cells") -> None:
+    """Refuse a picture of so many cells or tokens that a browser would stand still.
 
     Raises:
-        ValueError: for more than 160,000 cells, which take Chromium half a minute.
+        ValueError: for more than the most, which take Chromium half a minute.
     """
-    if count > 160_000:
+    if count > most:
         raise ValueError(
-            f"{count:,} cells are too many for a browser, which would stand still: take fewer tokens or heads, or the "
-            "static picture."
+            f"{count:,} {what} are too many for a browser, which would stand still: take fewer tokens, predictions or "
+            "heads, or the static picture."
         )
 
 

@@ -105,7 +105,7 @@ _SHOWN_DARK = """[data-jp-theme-light="false"] X, html[theme="dark"] X, [data-th
 body.vscode-high-contrast X, body.dark X"""
 _SHOWN_LIGHT = """[data-jp-theme-light="true"] X, html[theme="light"] X, [data-theme="light"] X, body.vscode-light X,
 body.light X"""
-_IMAGE = ".tl-scopes img:not(.tl-light img)"
+_IMAGE = ":is(.tl-scopes img, .tl-scopes .tl-light):not(.tl-light img)"
 _TURNED = "filter: invert(0.88) hue-rotate(180deg)"  # white becomes the card's dark ground, and blue stays blue
 THEMES = Html(
     "<style>"
@@ -119,9 +119,15 @@ THEMES = Html(
 """What makes cards dark in the dark themes of JupyterLab, Colab, Sphinx, VS Code and marimo, and light in the light."""
 
 
+def sheet(rules: Iterable[tuple[str, str]]) -> Html:
+    """A style sheet of selectors and styles, which win over those that stand in the elements."""
+    lines = (f"{at} {{ {_themed(style).replace(';', ' !important; ')} !important }}" for at, style in rules)
+    return Html(f"<style>{' '.join(lines)}</style>")
+
+
 def lit(*parts: str, **attributes: str) -> Html:
-    """A light place in a card of any colours, for what has no dark colours."""
-    style = f"{_PAPER};color-scheme:light;border-radius:6px"
+    """A light place for what has no dark colours; in the dark its light is turned around."""
+    style = f"{_PAPER};color-scheme:light;padding:1px 15px"  # the rows of circuitsvis stand out by 15 pixels
     return tag("div", style, *parts, **{"class": "tl-light"} | attributes)
 
 
@@ -212,11 +218,16 @@ def chip(
     underlined: bool = False,
 ) -> Html:
     """A token on the colour of its strength; in grey where it has none."""
+    style = chip_style(strength, outlined, underlined)
+    return tag("span", style, _told(text), mark and tag("span", "font-size:11px;margin-left:3px", mark), title=title)
+
+
+def chip_style(strength: float | None, outlined: bool = False, underlined: bool = False) -> str:
+    """The style of a token on the colour of its strength."""
     hues = (_ASIDE, MUTED) if strength is None else (color(strength), text_color(strength))
     style = f"background-color:{hues[0]};color:{hues[1]};padding:2px;margin:0 1px;{_TOKEN}"
     style += f";outline:2px solid {INK};outline-offset:-1px" if outlined else ""
-    style += f";border-bottom:3px double {INK}" if underlined else ""
-    return tag("span", style, _told(text), mark and tag("span", "font-size:11px;margin-left:3px", mark), title=title)
+    return style + (f";border-bottom:3px double {INK}" if underlined else "")
 
 
 def boxed(text: str, title: str = "", line: str = "solid", arrow: str = "") -> Html:
@@ -226,13 +237,14 @@ def boxed(text: str, title: str = "", line: str = "solid", arrow: str = "") -> H
 
 
 def _told(text: str) -> Html:
-    """`visible(text)`, in which what stands for something else is fainter or smaller."""
-    return joined(
-        *(
-            shown if shown == char else tag("span", "font-size:.75em" if len(shown) > 2 else "opacity:.5", shown)
-            for char, shown in zip(text, _shown(text), strict=True)
-        )
-    ) or tag("span", "opacity:.5", visible(text))
+    """`visible(text)`, in which what stands for something else is fainter or smaller; lines may end before a space."""
+    parts: list[Html | str] = []
+    for i, (char, shown) in enumerate(zip(text, _shown(text), strict=True)):
+        if i and char == " " and not text[i - 1].isspace():
+            parts.append(tag("wbr"))
+        style = "font-size:.75em" if len(shown) > 2 else "opacity:.5"
+        parts.append(shown if shown == char else tag("span", style, shown))
+    return joined(*parts) or tag("span", "opacity:.5", visible(text))
 
 
 def is_right_to_left(text: str) -> bool:

@@ -47,7 +47,7 @@ def plot(paths: "Paths", column: int) -> "Figure":
         raise ValueError("neurons are too many for a heat map: take `top` or `to_dataframe`.")
     scale = Scale.of(grid.shares.flatten().tolist())
     source = visible(paths.str_tokens[paths.positions[column]])
-    title = f"{paths.scope}, from {source}"
+    title = f"{paths.question}, from {source}"
     return heat_map.heat_map(
         grid.shares, scale, grid.rows, grid.columns, names=(*grid.names, "share of the score"), title=title
     )
@@ -55,7 +55,7 @@ def plot(paths: "Paths", column: int) -> "Figure":
 
 def page(paths: "Paths", column: int) -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page(paths.scope, fragment(paths, column))
+    return markup.page(paths.question, fragment(paths, column))
 
 
 def fragment(paths: "Paths", column: int) -> Html:
@@ -78,7 +78,7 @@ def fragment(paths: "Paths", column: int) -> Html:
 
 def flow_page(paths: "Paths", column: int) -> Html:
     """The flow picture as a complete page, without script or network."""
-    return markup.page(paths.scope, flow(paths, column))
+    return markup.page(paths.question, flow(paths, column))
 
 
 def flow(paths: "Paths", column: int) -> Html:
@@ -132,7 +132,7 @@ def live_flow(paths: "Paths") -> LiveView:
         "firstDimensionLabels": [*(f"L{layer}" for layer in paths.stream_layers[:-1]), "end"],
         "secondDimensionLabels": [f"{visible(paths.str_tokens[i])} ({i})" for i in paths.positions],
     }
-    about = f"where the influence of {len(paths.positions)} tokens stands before each layer"
+    about = f"TextNeuronActivations: where the influence of {len(paths.positions)} tokens stands before each layer"
     return LiveView("TextNeuronActivations", props, flow(paths, paths.column()), about=about)
 
 
@@ -151,7 +151,7 @@ def _card(paths: "Paths", column: int, *parts: str) -> Html:
         f" at position {position}: score {paths.scores[column].item():.3g} {paths.unit}",
     )
     ends = tag("div", SMALL, f"{paths.model} · {paths.dtype} · {paths.wrt} → {paths.of} · by {paths.by}")
-    return markup.card(paths.scope, ends, about, *parts, notes=paths.notes, width="max-content")
+    return markup.card(paths.question, ends, about, *parts, notes=paths.notes, width="max-content")
 
 
 def _scrolled(table: Html) -> Html:
@@ -160,8 +160,8 @@ def _scrolled(table: Html) -> Html:
 
 def _number(share: float, scale: Scale, title: str) -> Cell:
     strength = scale.strength(share)
-    percent = f"{100 * share:.0f}"
-    shown = percent if percent not in ("0", "-0") else ""
+    percent = f"{100 * share:z.0f}"
+    shown = percent if percent != "0" else ""
     ground = f"background-color:{color(strength)};color:{text_color(strength)};border:1px solid #ffffff"
     return Cell(tag("div", "min-height:15px", shown, title=title), f"{_NUMBER};{ground}")
 

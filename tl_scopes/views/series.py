@@ -34,7 +34,7 @@ def influence(found: "SeriesInfluence", forecast: "Forecast | None", truth: int 
         line.set_ylim(0, 100)
         if truth is not None:
             line.plot([len(found)], [truth], color="#d55e00", marker="o", markersize=4, linestyle="")
-        titles, style = drawable([found.answer.scope])
+        titles, style = drawable([found.answer.question])
         bars.set_title(titles[0], loc="left", **style)
         _plain(bars, line)
         if beside is not None and forecast is not None:
