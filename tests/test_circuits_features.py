@@ -65,11 +65,13 @@ def test_scores_are_those_of_the_direction(model: Any, features: tls.Features) -
     assert not found.scores[:, 5:].any()
 
 
-def test_parts_of_all_features_sum_to_the_score(model: Any) -> None:
+@pytest.mark.parametrize("rules", [None, "linear", "lookup"])
+def test_parts_of_all_features_sum_to_the_score(model: Any, rules: str | None) -> None:
     """Over all positions of a dictionary that leaves nothing out, the parts are the score; position by position they
     are those of the stream."""
-    lin = tls.linearize(model, PROMPT)
-    found = tls.feature_map(model, PROMPT, whole(), SEMANTIC, at=None)
+    lin = tls.linearize(model, PROMPT, rules=rules)
+    found = tls.feature_map(model, PROMPT, whole(), SEMANTIC, at=None, rules=rules)
+    assert found.rules == rules
     assert found.carried is not None
     assert found.around is not None
     assert len(found.features) == WIDTH * len(PROMPT)
@@ -90,6 +92,16 @@ def test_what_is_left_goes_around(model: Any, features: tls.Features) -> None:
     assert first.carried is not None
     assert first.around is not None
     assert_close(first.carried.sum(0) + first.around, found.carried.sum(0) + found.around, **EXACT)
+
+
+def test_scores_under_rules(model: Any, features: tls.Features) -> None:
+    """A feature's own derivative, and the rules' derivative of the stream that it reads."""
+    found = tls.feature_map(model, PROMPT, features, at=4, rules="linear")
+    lin = tls.linearize(model, PROMPT, 4, of=HOOK, rules="linear")
+    for row, feature in enumerate(found.features[:4]):
+        assert_close(found.scores[row, :5], features.scope(feature)(lin).scores, **EXACT)
+    assert repr(found).endswith("8 tokens under linear rules)")
+    assert "features that fire under linear rules" in found.to_html()
 
 
 def test_an_effect_is_the_slope_of_the_feature(model: Any, features: tls.Features) -> None:

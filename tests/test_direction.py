@@ -160,6 +160,18 @@ def test_bad_directions(direction: Any, error: type[Exception], message: str) ->
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.mark.usefixtures("no_type_checks")
+def test_names_that_are_none() -> None:
+    """Of everything that can be given a name."""
+    ones, name = torch.ones(WIDTH), torch.ones(3)
+    with pytest.raises(TypeError, match=r"the name of a direction is a str, got tensor\(\[1., 1., 1.\]\)"):
+        tls.DirectionScope(ones, HOOK, name=name)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the name of a metric is a str, got 3"):
+        tls.MetricScope(lambda logits: logits.sum(), name=3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the name of features is a str, got b'x'"):
+        tls.Features(ones[None], HOOK, name=b"x")  # type: ignore[arg-type]
+
+
 def test_wrong_width() -> None:
     lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, of=HOOK)
     with pytest.raises(ValueError, match=f"direction has 3 entries, the value at '{HOOK}' has 16: name the hook where"):

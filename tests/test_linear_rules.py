@@ -238,7 +238,7 @@ def test_pairs_under_rules(tiny: Any) -> None:
     assert not torch.allclose(heads.values, pair.carried("head_out").values)
     agreement = tls.agreement([pair], rules="linear")
     assert set(agreement.summary()["method"]) == {
-        "carried", "attribution patching", "carried, linear rules", "attribution patching, linear rules",
+        "carried", "attribution patching", "carried under linear rules", "attribution patching under linear rules",
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"under rules='linear' what curves the network is constant: take order=1"):
         pair.attribution_patching(order=2, rules="linear")
@@ -249,6 +249,31 @@ def test_layer_maps_under_rules(tiny: Any) -> None:
     found = tls.layer_map(tiny, KEYS, scope, at="resid_pre", rules="linear")
     assert_close(found.scores[0], tls.attribute(tiny, KEYS, scope, rules="linear").scores)
     assert tls.head_map(tiny, KEYS, scope, rules="linear").scores.isfinite().all()
+
+
+def test_every_answer_says_its_rules(tiny: Any) -> None:
+    """Where it is printed, where it is drawn, and in its JSON."""
+    scope = tls.SemanticScope(" are", versus=" is")
+    lin = tls.linearize(tiny, KEYS, rules="lookup")
+    paths = tls.carried_by(lin, scope)
+    shown = [
+        tls.attribution_map(tiny, KEYS, scope, rules="lookup"),
+        tls.answer_map(tiny, KEYS, " are old", tls.SemanticScope(), rules="lookup"),
+        tls.layer_map(tiny, KEYS, scope, rules="lookup"),
+        paths,
+        paths.through("L2H2"),
+        tls.compare([scope(lin), scope(lin.under(None))]),
+        tls.check(lin, scope),
+        tls.explore(tiny, KEYS, [scope], rules="lookup"),
+    ]
+    for answer in shown:
+        assert "under lookup rules" in repr(answer), repr(answer)
+        page = answer.to_html() if hasattr(answer, "to_html") else answer._repr_html_()
+        assert "under lookup rules" in page
+    assert tls.Paths.from_json(paths.to_json()).rules == "lookup"
+    traced = shown[1].traced()
+    assert "under lookup rules" in repr(traced)
+    assert "under lookup rules" in traced.to_html()
 
 
 # -- an independent statement of the rules ----------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -37,7 +38,7 @@ def plain() -> Any:
 
 @pytest.fixture(scope="module")
 def table(plain: Any, _unchecked: None) -> dict[str, dict[str, Any]]:
-    return {row["task"]: row for row in train.evaluate(plain, TOKENIZER, 200, markov=False)}
+    return {row["task"]: row for row in train.evaluate(plain, TOKENIZER, 200, series=0)}
 
 
 @pytest.mark.parametrize(
@@ -151,12 +152,17 @@ def test_the_cause_decides_agreement() -> None:
         assert noun.endswith("s") == (example.target in (" are", " were"))
 
 
+@cache
+def held_out_prompts() -> tuple[str, ...]:
+    return tuple(e.prompt for task in TASKS if task != "translation" for e in examples(task, 200))
+
+
 @pytest.mark.usefixtures("_unchecked")
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_training_never_sees_the_held_out(mixture: Mixture) -> None:
     """No document of the training corpus begins with a held-out prompt, none has a held-out German sentence."""
     corpus = [text for text, _ in islice(documents(0, mixture), 5000)]
-    prompts = tuple(e.prompt for task in TASKS if task != "translation" for e in examples(task, 200))
+    prompts = held_out_prompts()
     assert not [text for text in corpus if text.startswith(prompts)]
     seen = {m[1] for text in corpus if (m := re.match(r"German: (.*)\. English:", text))}
     assert len(seen) > 100
@@ -185,6 +191,7 @@ def test_mixture() -> None:
 def test_training_runs(tmp_path: Any) -> None:
     """After two steps the script that made the bundled model has written a folder that loads, and the table."""
     command = [sys.executable, "-m", "tl_scopes.tiny.train", "--out", str(tmp_path), "--max-steps", "2", "--rows", "2"]
-    run = subprocess.run([*command, "--examples", "2"], capture_output=True, text=True, check=True)
+    few = ["--examples", "2", "--series", "100"]
+    run = subprocess.run([*command, *few], capture_output=True, text=True, check=True)
     assert "| association |" in run.stdout
     assert models.load(tmp_path).cfg.n_layers == 6

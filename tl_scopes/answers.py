@@ -15,13 +15,15 @@ from tl_scopes import models
 from tl_scopes.jacobian.span import Span
 from tl_scopes.models import Target, readable
 from tl_scopes.models.arguments import as_int
+from tl_scopes.models.linear_rules import under
 from tl_scopes.results import units
 from tl_scopes.results.attribution import Attribution, Influence
 from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.results.units import Unit
 from tl_scopes.scopes.scope import Scope, warn
 from tl_scopes.views import answer_map as card
-from tl_scopes.views.live import LiveView
+from tl_scopes.views.live import LiveView, LiveViews
+from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,7 +101,7 @@ class AnswerMap:
     def __repr__(self) -> str:
         tokens = "tokens" if all(len(group) == 1 for group in self.groups) else "groups of tokens"
         return (
-            f"AnswerMap({self.text!r} from {self.answers[0].scope}: {len(self)} {tokens} of the answer, "
+            f"AnswerMap({self.text!r} from {self.answers[0].question}: {len(self)} {tokens} of the answer, "
             f"{self.prompt_length} of the prompt)"
         )
 
@@ -397,16 +399,25 @@ class AnswerMap:
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
-    def plot(self) -> "Figure":
-        """A heat map: the answer from top to bottom, prompt and earlier answer from left to right."""
-        return card.plot(self)
+    def plot(self, colors: Colors = "root") -> "Figure":
+        """A heat map: the answer from top to bottom, prompt and earlier answer from left to right.
 
-    def to_html(self, path: str | Path | None = None) -> str:
-        """A static page of the heat map. It has no script and needs no network; `path` is where to write it."""
-        return _written(card.page(self), path)
+        Args:
+            colors: how shares become colours, as in `Attribution.to_html`.
+        """
+        return card.plot(self, colors)
 
-    def show(self) -> LiveView:
-        """circuitsvis' attention view, for a live notebook; its script comes from the installed package."""
+    def to_html(self, path: str | Path | None = None, *, colors: Colors = "root") -> str:
+        """A static page of the heat map. It has no script and needs no network.
+
+        Args:
+            path: where to write it.
+            colors: how shares become colours, as in `Attribution.to_html`.
+        """
+        return _written(card.page(self, colors), path)
+
+    def show(self) -> LiveView | LiveViews:
+        """circuitsvis' tokens for each row, for a live notebook; their script comes from the installed package."""
         return self.map.show()
 
     def _repr_html_(self) -> str:
@@ -456,9 +467,9 @@ class Traced:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{row.token!r} {row.score:.0%}" for row in self.top(3))
-        scope = self.answer.scope.removesuffix(", traced")
+        question = under(self.answer.scope.removesuffix(", traced"), self.answer.rules)
         hops = f"{len(self.hops)} hop{'s' * (len(self.hops) > 1)}"
-        return f"Traced({scope}: {shown}; {hops}, {self.left:.0%} left; shares, not derivatives)"
+        return f"Traced({question}: {shown}; {hops}, {self.left:.0%} left; shares, not derivatives)"
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for each token of the prompt: position, token, total, and a column for each hop."""

@@ -72,7 +72,7 @@ class Explorer:
         return self.maps[0].str_tokens
 
     def __repr__(self) -> str:
-        scopes = ", ".join(one.answers[-1].scope for one in self.maps)
+        scopes = ", ".join(one.answers[-1].question for one in self.maps)
         layers = "" if self.carried is None else f", {len(self.carried.layers)} layers"
         return f"Explorer({scopes}: {len(self.str_tokens)} tokens{layers}, {self.maps[0].answers[-1].model})"
 

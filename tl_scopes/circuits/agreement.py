@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_scopes.circuits.effects import Effects
 from tl_scopes.circuits.pairs import PromptPair, patched
-from tl_scopes.models import LinearRules, PatchingSite, Rules, as_count
+from tl_scopes.models import PatchingSite, Rules, as_count
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.views import agreement as card
@@ -149,10 +149,10 @@ def agreement(
         if order == 2:
             effects[site, "second order"] = tuple(pair.attribution_patching(site, order=2) for pair in pairs)
         if rules is not None:
-            under = f"{LinearRules.read(rules)} rules"
+            carried = tuple(pair.carried(site, scope, rules=rules) for pair in pairs)
             ruled = tuple(pair.attribution_patching(site, rules=rules) for pair in pairs)
-            effects[site, f"carried, {under}"] = tuple(pair.carried(site, scope, rules=rules) for pair in pairs)
-            effects[site, f"attribution patching, {under}"] = ruled
+            effects[site, carried[0].method] = carried
+            effects[site, ruled[0].method] = ruled
     return Agreement(effects, tuple(map(repr, pairs)), tuple(sites), count)
 
 

@@ -119,6 +119,7 @@ def carried_by(
         of=lin.of,
         model=models.model_name(lin.model),
         dtype=str(lin.readout.dtype).removeprefix("torch."),
+        rules=None if lin.rules is None else str(lin.rules),
         notes=(*lin.notes, *scope.notes(lin)),
     )
 

@@ -19,7 +19,7 @@ class Effects:
         values: [layer, head] for "head_out", else [layer, position]: the change of the metric that each replacement
             makes, or is said to make. On the CPU.
         site: what was replaced.
-        method: "activation patching", "attribution patching", "second order" or "carried".
+        method: "activation patching", "attribution patching", "second order" or "carried"; with the rules it was under.
         layers: the layers of the first axis.
         str_tokens: the text of the corrupted prompt's tokens.
         scale: the metric at the clean prompt less that at the corrupted one.

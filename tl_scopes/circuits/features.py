@@ -16,7 +16,9 @@ from tl_scopes.circuits.source_tokens import Sources, as_positions
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization, linearize_places
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
-from tl_scopes.models import Model, Prompt, Work
+from tl_scopes.models import Model, Prompt, Rules, Work
+from tl_scopes.models.arguments import require_name
+from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.direction import DirectionScope
 from tl_scopes.scopes.scope import Scope, as_written, require_scope
 from tl_scopes.views import feature_map as card
@@ -80,6 +82,7 @@ class Features:
                 )
             require_finite(value, what)
         require_finite(self.encoder, "an encoder")
+        require_name(self.name, "features")
         if not isinstance(self.hook, str):
             raise TypeError(f"features belong to the hook where they are read, named by a str, got {self.hook!r}.")
 
@@ -189,6 +192,7 @@ class FeatureMap:
         unit: of `carried` and `around`; None without a question.
         wrt: the hook where the tokens were perturbed.
         model: the name of the model.
+        rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the scores should know.
     """
 
@@ -205,15 +209,20 @@ class FeatureMap:
     unit: str | None
     wrt: str
     model: str
+    rules: str | None = None
     notes: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
         where = sorted(set(self.positions))
         at = f"at {self.str_tokens[where[0]]!r}" if len(where) == 1 else f"at {len(where)} positions"
         asked = "" if self.scope is None else f", {self.scope}"
-        return (
-            f"FeatureMap({len(self.features)} features fire {at} of {self.hook}; {len(self.str_tokens)} tokens{asked})"
-        )
+        count = f"{len(self.features)} features fire {at} of {self.hook}; {len(self.str_tokens)} tokens{asked}"
+        return f"FeatureMap({under(count, self.rules)})"
+
+    @property
+    def question(self) -> str:
+        """What was asked, with the rules it was asked under."""
+        return under("features that fire" + ("" if self.scope is None else f", {self.scope}"), self.rules)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -282,6 +291,7 @@ def feature_map(
     at: Sources = -1,
     wrt: str = models.EMBEDDING,
     prepend_bos: bool | None = None,
+    rules: Rules = None,
 ) -> FeatureMap:
     """Which tokens make each feature fire, for all features that fire, and what these do to the prediction.
 
@@ -301,6 +311,8 @@ def feature_map(
         at: where features are read, as a position or a text that stands in the prompt once, or several; None is all.
         wrt: the hook where the tokens are perturbed, before the features' hook.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+        rules: what differentiates the model, as in `linearize`. The features themselves are read by their own
+            derivative.
 
     Unit: of the scores, activation per unit of embedding norm.
     Cost: one forward pass, a backward pass for the question, and for every feature that fires a backward pass from its
@@ -336,7 +348,10 @@ def feature_map(
     texts = tuple(models.token_text(model, id) for id in tokens.tolist())
     where = as_positions(at, texts)
     hook = features.hook
-    (lin,) = linearize_places(model, tokens[None], [texts], wrt, models.READOUT, notes=[notes], keep=[hook])
+    ruled = models.LinearRules.read(rules)
+    (lin,) = linearize_places(
+        model, tokens[None], [texts], wrt, models.READOUT, rules=ruled, notes=[notes], keep=[hook]
+    )
     lin.require_finite()
     if hook not in lin.trace.kept:
         raise ValueError(f"the features' hook {hook!r} does not lie between {wrt!r} and the prediction.")
@@ -364,6 +379,7 @@ def feature_map(
         unit=None if scope is None else scope.unit(lin),
         wrt=wrt,
         model=models.model_name(model),
+        rules=None if ruled is None else str(ruled),
         notes=lin.notes if scope is None else (*lin.notes, *scope.notes(lin)),
     )
 

@@ -13,6 +13,7 @@ from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.traced import linearize_with
 from tl_scopes.jacobian import pullback
 from tl_scopes.models import Model, Part, Prompt, Rules, Target
+from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope, as_written, require_scope, targets_of
 from tl_scopes.views import component_map as card
 from tl_scopes.views.markup import saved
@@ -55,6 +56,7 @@ class ComponentMap:
         of: the name of the hook where the effect was read.
         model: the name of the model.
         dtype: the precision of the model.
+        rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the scores should know.
     """
 
@@ -70,11 +72,17 @@ class ComponentMap:
     of: str
     model: str
     dtype: str
+    rules: str | None = None
     notes: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.scores.shape))
-        return f"ComponentMap({self.scope} at {self.at}: {size} {', '.join(self.axis_names)}; {self.unit})"
+        return f"ComponentMap({self.question} at {self.at}: {size} {', '.join(self.axis_names)}; {self.unit})"
+
+    @property
+    def question(self) -> str:
+        """The scope, with the rules it was asked under."""
+        return under(self.scope, self.rules)
 
     @property
     def axis_names(self) -> tuple[str, ...]:
@@ -237,5 +245,6 @@ def _map(
         of=lin.of,
         model=models.model_name(model),
         dtype=str(lin.readout.dtype).removeprefix("torch."),
+        rules=None if lin.rules is None else str(lin.rules),
         notes=(*lin.notes, *scope.notes(lin)),
     )

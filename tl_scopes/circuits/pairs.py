@@ -19,6 +19,7 @@ from tl_scopes.circuits.traced import Traced, linearize_with
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import Model, Part, PatchingSite, Prompt, Rules, Target
+from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
 
@@ -212,7 +213,7 @@ class PromptPair:
         _, gradients = corrupted.gradients(self.scope.cotangents(corrupted.lin)[0])
         slopes = torch.stack([one.as_heads(g) for one, g in zip(corrupted.sites, gradients, strict=True)])
         moved = (models.precise(slopes) * changes).sum((1, 3) if by_head else (2, 3))
-        return self._effects(moved, site, "attribution patching", corrupted)
+        return self._effects(moved, site, under("attribution patching", corrupted.lin.rules), corrupted)
 
     def activation_patching(self, site: PatchingSite = "head_out") -> Effects:
         """What becomes of the metric when each part of the corrupted run is replaced by that of the clean one.
@@ -240,7 +241,8 @@ class PromptPair:
         by = {"z": "head", "resid_pre": "position"}.get(part, "layer")
         lin = linearize(self.model, self._runs[0].tokens, rules=rules)
         paths = carried_by(lin, asked, by, list(self.differing))  # type: ignore[arg-type]
-        return Effects(_along(paths, part), site, "carried", _layers(paths), self._runs[0].str_tokens, self._scale)
+        method = under("carried", lin.rules)
+        return Effects(_along(paths, part), site, method, _layers(paths), self._runs[0].str_tokens, self._scale)
 
     # -- private ------------------------------------------------------------------------------------------------------
 

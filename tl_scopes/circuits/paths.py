@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_scopes.circuits import paths_record
 from tl_scopes.circuits.source_tokens import as_positions
 from tl_scopes.models import Target, Token, as_count, as_int
+from tl_scopes.models.linear_rules import under
 from tl_scopes.results.attribution import Attribution, Prediction
 from tl_scopes.results.json_text import target_of
 from tl_scopes.views import paths as card
@@ -85,6 +86,7 @@ class Paths:
         of: the name of the hook where the effect was read.
         model: the name of the model.
         dtype: the precision of the model, such as "float32".
+        rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the values should know.
     """
 
@@ -111,6 +113,7 @@ class Paths:
     of: str
     model: str
     dtype: str
+    rules: str | None = None
     notes: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -130,7 +133,12 @@ class Paths:
         layers = f"{len(self.layers)} layers" if len(self.layers) > 1 else f"layer {self.layers[0]}"
         first = self.top(1)
         shown = f"{first[0]!r} from {first[0].token!r}; " if first else ""
-        return f"Paths({self.scope} by {self.by}: {shown}{layers}, {len(self.positions)} tokens, {self.unit})"
+        return f"Paths({self.question} by {self.by}: {shown}{layers}, {len(self.positions)} tokens, {self.unit})"
+
+    @property
+    def question(self) -> str:
+        """The scope, with the rules it was asked under."""
+        return under(self.scope, self.rules)
 
     # -- names --------------------------------------------------------------------------------------------------------
 
@@ -221,6 +229,7 @@ class Paths:
             of=self.of,
             model=self.model,
             dtype=self.dtype,
+            rules=self.rules,
             notes=self.notes,
             details={"whole_scores": self.scores},
         )

@@ -49,7 +49,7 @@ class Checks:
 
     def __repr__(self) -> str:
         answer = self.answer
-        lines = [f"Checks of {answer.scope} on {answer.model}, after position {answer.position}:"]
+        lines = [f"Checks of {answer.question} on {answer.model}, after position {answer.position}:"]
         names, verdicts = (max(len(getattr(check, part)) for check in self.found) for part in ("name", "verdict"))
         lines += [f"  {check.name:{names}}  {check.verdict:{verdicts}}  {check.in_full}" for check in self.found]
         return "\n".join(lines)

@@ -60,6 +60,16 @@ def as_flag(value: Any, name: str) -> bool:
     return bool(value)
 
 
+def require_name(value: Any, what: str) -> None:
+    """Refuse what is neither a text nor None, for no name.
+
+    Raises:
+        TypeError: for anything else. Errors call it by `what` it names.
+    """
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"the name of {what} is a str, got {value!r}.")
+
+
 def as_number(value: Any, rule: str, fits: Callable[[float], bool] = lambda number: True) -> float:
     """A number of Python's, NumPy's or torch's as a float; texts and truth values are not numbers.
 

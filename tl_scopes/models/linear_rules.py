@@ -102,6 +102,11 @@ def within(rules: LinearRules | None, inner: AbstractContextManager[object]) -> 
     return inner if rules is None else _Within(rules.applied(), inner)
 
 
+def under(question: str, rules: "LinearRules | str | None") -> str:
+    """A question as repr and pictures say it, with the rules it was asked under."""
+    return question if rules is None else f"{question} under {rules} rules"
+
+
 def listed(names: Iterable[str]) -> str:
     """Names, as errors list them."""
     return ", ".join(map(repr, names))

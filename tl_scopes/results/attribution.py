@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes.models import Provenance, Target, Token, as_count, as_int, readable
+from tl_scopes.models.linear_rules import under
 from tl_scopes.results import json_record, json_text, units
 from tl_scopes.results.units import Unit
 from tl_scopes.views import attribution as card
@@ -143,8 +144,12 @@ class Attribution:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3))
-        rules = f" under {self.rules} rules" if self.rules else ""
-        return f"Attribution({self.scope}{rules}: {shown}; {len(self.scores)} tokens, {self.unit})"
+        return f"Attribution({self.question}: {shown}; {len(self.scores)} tokens, {self.unit})"
+
+    @property
+    def question(self) -> str:
+        """The scope, with the rules it was asked under."""
+        return under(self.scope, self.rules)
 
     def __getattr__(self, name: str) -> Any:
         details = self.__dict__.get("details", {})

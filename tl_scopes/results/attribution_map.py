@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_scopes.models import as_int
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import attribution_map as card
-from tl_scopes.views.live import LiveView
+from tl_scopes.views.live import LiveView, LiveViews
 from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class AttributionMap:
 
     def __repr__(self) -> str:
         last = self.answers[-1]
-        return f"AttributionMap({last.scope}: {len(self)} predictions, {len(last.tokens)} tokens, {last.unit})"
+        return f"AttributionMap({last.question}: {len(self)} predictions, {len(last.tokens)} tokens, {last.unit})"
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -144,9 +144,12 @@ class AttributionMap:
             Path(path).write_text(html, encoding="utf-8")
         return html
 
-    def show(self) -> LiveView:
-        """circuitsvis' attention view, for a live notebook; its script comes from the installed package."""
-        return card.attention_view(self)
+    def show(self) -> LiveView | LiveViews:
+        """circuitsvis' attention view, for a live notebook; its script comes from the installed package.
+
+        A slice is drawn as circuitsvis' tokens, once for each prediction.
+        """
+        return card.live(self)
 
     def _repr_html_(self) -> str:
         return card.fragment(self)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import comparison as card
-from tl_scopes.views.live import LiveView
+from tl_scopes.views.live import LiveViews
+from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,15 +69,20 @@ class Comparison:
 
     # -- pictures -----------------------------------------------------------------------------------------------------
 
-    def to_html(self, path: str | Path | None = None) -> str:
-        """A static page. It has no script and needs no network; `path` is where to write it."""
-        html = card.page(self)
+    def to_html(self, path: str | Path | None = None, *, colors: Colors = "root") -> str:
+        """A static page. It has no script and needs no network.
+
+        Args:
+            path: where to write it.
+            colors: how scores become colours, as in `Attribution.to_html`.
+        """
+        html = card.page(self, colors)
         if path is not None:
             Path(path).write_text(html, encoding="utf-8")
         return html
 
-    def show(self) -> LiveView:
-        """circuitsvis' tokens with a choice of the answer, for a live notebook."""
+    def show(self) -> LiveViews:
+        """circuitsvis' tokens for each answer, for a live notebook."""
         return card.colored_tokens(self)
 
     def _repr_html_(self) -> str:
@@ -117,15 +123,15 @@ def compare(answers: Attribution | Iterable[Attribution] | Mapping[str, Attribut
     for name, answer in pairs:
         if not isinstance(answer, Attribution):
             raise TypeError(f"answers must be Attributions, got one {type(answer).__name__} among them.")
-        named[_free(answer.scope, named) if name is None else str(name)] = answer
+        named[_free(answer.question, named) if name is None else str(name)] = answer
     for name, answer in named.items():
         _require_comparable(next(iter(named.items())), (name, answer))
     return Comparison(named)
 
 
-def _free(scope: str, taken: Mapping[str, Attribution]) -> str:
-    """The name of a scope, with a number where it is taken."""
-    names = chain([scope], (f"{scope} ({number})" for number in count(2)))
+def _free(question: str, taken: Mapping[str, Attribution]) -> str:
+    """The name of a question, with a number where it is taken."""
+    names = chain([question], (f"{question} ({number})" for number in count(2)))
     return next(name for name in names if name not in taken)
 
 

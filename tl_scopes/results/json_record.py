@@ -47,7 +47,6 @@ class _Record(AnswerRecord):
     parts: list[str]
     uncounted: list[str]
     grouping: Literal["norm", "sum", "signed"] | None
-    rules: str | None = None
     provenance: _ProvenanceRecord | None = None
 
     @model_validator(mode="after")

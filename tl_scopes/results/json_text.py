@@ -70,6 +70,7 @@ class AnswerRecord(BaseModel):
     of: str
     model: str
     dtype: str
+    rules: str | None = None
     notes: list[str]
 
     def fields(self) -> dict[str, Any]:

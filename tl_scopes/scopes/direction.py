@@ -9,6 +9,7 @@ from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
+from tl_scopes.models.arguments import require_name
 from tl_scopes.scopes.scope import JacobianScope
 
 
@@ -59,6 +60,7 @@ class DirectionScope(JacobianScope):
         require_finite(d, "a direction")
         if not d.any():
             raise ValueError(f"the direction is zero ({len(d)} entries): nothing can move the projection on it.")
+        require_name(self.name, "a direction")
         if not isinstance(self.hook, str):
             raise TypeError(
                 f"a direction belongs to the hook where it was found, named by a str, got hook={self.hook!r}: write "

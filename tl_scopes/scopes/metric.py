@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
 from tl_scopes.models import precise
+from tl_scopes.models.arguments import require_name
 from tl_scopes.scopes.scope import JacobianScope
 
 
@@ -52,6 +53,7 @@ class MetricScope(JacobianScope):
                 f"a metric is a function of the logits [batch, position, vocab], got {self.function!r}: write "
                 "MetricScope(lambda logits: logits[0, -1, 7] - logits[0, -1, 3])."
             )
+        require_name(self.name, "a metric")
         own = getattr(self.function, "__name__", "metric")
         object.__setattr__(self, "name", self.name or ("metric" if own == "<lambda>" else own))
 

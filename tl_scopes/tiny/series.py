@@ -54,17 +54,18 @@ def lorenz_orbit(
     def flow(x: float, y: float, z: float) -> tuple[float, float, float]:
         return sigma * (y - x), x * (rho - z) - y, x * y - beta * z
 
-    step, i = interval / 4, 0
-    while True:
-        k1 = flow(*state)
-        k2 = flow(*(s + step / 2 * k for s, k in zip(state, k1, strict=True)))
-        k3 = flow(*(s + step / 2 * k for s, k in zip(state, k2, strict=True)))
-        k4 = flow(*(s + step * k for s, k in zip(state, k3, strict=True)))
-        state = tuple(  # type: ignore[assignment]
-            s + step / 6 * (a + 2 * b + 2 * c + d) for s, a, b, c, d in zip(state, k1, k2, k3, k4, strict=True)
-        )
+    (x, y, z), step, i = state, interval / 4, 0
+    half, sixth = step / 2, step / 6
+    while True:  # written out by coordinates, which is some five times as fast
+        ax, ay, az = flow(x, y, z)
+        bx, by, bz = flow(x + half * ax, y + half * ay, z + half * az)
+        cx, cy, cz = flow(x + half * bx, y + half * by, z + half * bz)
+        dx, dy, dz = flow(x + step * cx, y + step * cy, z + step * cz)
+        x += sixth * (ax + 2 * bx + 2 * cx + dx)
+        y += sixth * (ay + 2 * by + 2 * cy + dy)
+        z += sixth * (az + 2 * bz + 2 * cz + dz)
         if i % 4 == 0:
-            yield state
+            yield x, y, z
         i += 1
 
 

@@ -154,9 +154,7 @@ def train(model: LlamaForCausalLM, data: Packed, steps: int, horizon: int, peak:
         if step % 100 == 0 or step == steps - 1:
             print(f"step {step:6d}  loss {loss.item():.4f}  {time.monotonic() - start:7.0f} s", flush=True)
         if (step + 1) % 1000 == 0 and step + 1 < steps:
-            accuracy = {
-                row["task"]: row["accuracy"] for row in evaluate(model, data.tokenizer, count=100, markov=False)
-            }
+            accuracy = {row["task"]: row["accuracy"] for row in evaluate(model, data.tokenizer, count=100, series=0)}
             print(accuracy, flush=True)
             model.train()
 
@@ -175,8 +173,11 @@ def markov_loss(task: str, test: list[Example], *, order: int = 2, series: int =
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, tokenizer: Any, count: int = 1000, markov: bool = True) -> list[dict[str, Any]]:
-    """Measure the held-out accuracy of the most likely next token per task; for series also the Markov chain's loss."""
+def evaluate(model: LlamaForCausalLM, tokenizer: Any, count: int = 1000, series: int = 20_000) -> list[dict[str, Any]]:
+    """Measure the held-out accuracy of the most likely next token per task.
+
+    For tasks in numbers also the loss of a Markov chain that is fitted on so many `series`; with 0 it is left out.
+    """
     model.eval()
     rows = []
     for task in TASKS:
@@ -194,7 +195,7 @@ def evaluate(model: LlamaForCausalLM, tokenizer: Any, count: int = 1000, markov:
                 "task": task,
                 "accuracy": correct / count,
                 "loss": loss / count,
-                "order-2 Markov loss": markov_loss(task, test) if markov and task in SERIES else None,
+                "order-2 Markov loss": markov_loss(task, test, series=series) if series and task in SERIES else None,
             }
         )
     return rows
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--examples", type=int, default=1000, help="held-out examples per task in the table")
+    parser.add_argument("--series", type=int, default=20_000, help="series that the Markov chain is fitted on")
     parser.add_argument("--evaluate-only", action="store_true")
     options = parser.parse_args()
 
@@ -236,7 +238,7 @@ def main() -> None:
             train(model, data, min(steps, options.max_steps or steps), horizon, rate, options.device)
         model.save_pretrained(options.out)
         tokenizer.save_pretrained(options.out)
-    rows = evaluate(model, tokenizer, options.examples)
+    rows = evaluate(model, tokenizer, options.examples, options.series)
     print(table(rows))
     (options.out / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
 
