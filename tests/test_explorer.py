@@ -65,7 +65,8 @@ def test_explore(tiny: Any) -> None:
     """Each map is that of `attribution_map`, with its options."""
     scopes = [tls.SemanticScope(" are"), tls.RelevanceScope(" are", versus=" is")]
     explored = tls.explore(tiny, PROMPT, scopes, rules="linear")
-    written = "SemanticScope(target=' are'), RelevanceScope(target=' are', versus=' is')"
+    both = "SemanticScope(target=' are')", "RelevanceScope(target=' are', versus=' is')"
+    written = ", ".join(f"{one} under linear rules" for one in both)
     assert repr(explored) == f"Explorer({written}: 10 tokens, tiny)"
     data = held(explored.to_html())
     for scope, one, shown in zip(scopes, explored.maps, data["maps"], strict=True):

@@ -91,6 +91,7 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
     where = "A random Llama: 128 tokens, width 512, 8 layers where nothing else is said. One CPU core, float32."
     figure.supxlabel(f"{where} In ms: one bare forward pass.", fontsize=9, color="#555555")
     figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def _memory(panel: Any, points: Sequence[dict[str, Any]]) -> None:
