@@ -23,6 +23,7 @@ from tl_scopes.results.units import Unit
 from tl_scopes.scopes.scope import Scope, warn
 from tl_scopes.views import answer_map as card
 from tl_scopes.views.live import LiveView, LiveViews
+from tl_scopes.views.markup import saved
 from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
@@ -414,7 +415,7 @@ class AnswerMap:
             path: where to write it.
             colors: how shares become colours, as in `Attribution.to_html`.
         """
-        return _written(card.page(self, colors), path)
+        return saved(card.page(self, colors), path)
 
     def show(self) -> LiveView | LiveViews:
         """circuitsvis' tokens for each row, for a live notebook; their script comes from the installed package."""
@@ -481,7 +482,7 @@ class Traced:
 
     def to_html(self, path: str | Path | None = None) -> str:
         """A static page of the coloured prompt, and what arrives at each hop; `path` is where to write it."""
-        return _written(card.traced_page(self), path)
+        return saved(card.traced_page(self), path)
 
     def _repr_html_(self) -> str:
         return card.traced_fragment(self)
@@ -493,12 +494,6 @@ def _joined(answers: list[Attribution]) -> Target | None:
     if len(targets) < len(answers):
         return None
     return Target(tuple(token for target in targets for token in target.tokens))
-
-
-def _written(html: str, path: str | Path | None) -> str:
-    if path is not None:
-        Path(path).write_text(html, encoding="utf-8")
-    return html
 
 
 def _read(text: str) -> dict[str, Any]:

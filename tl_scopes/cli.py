@@ -216,7 +216,7 @@ def main(
     ] = False,
 ) -> None:
     """Answer one question about one prompt."""
-    with _exits(2, ValueError):
+    with exits(2, ValueError):
         text = _read(prompt, target, versus, answer)
         question, named = QUESTIONS[scope], named_tokens(scope, target, versus)
         if generate is not None and position != -1:
@@ -247,13 +247,13 @@ def main(
 
         if model is None or Path(model).exists() or not sys.stderr.isatty():
             logging.disable_progress_bar()  # nothing is downloaded, or nobody watches
-        with _exits(1, Exception):
+        with exits(1, Exception):
             load = tls.load_tiny if model is None else partial(models.load, model)
             loaded = load(device=device, dtype=getattr(torch, dtype))
             models.check_model(loaded)
-        with _exits(2, ValueError), _exits(1, RuntimeError, MemoryError):
+        with exits(2, ValueError), exits(1, RuntimeError, MemoryError):
             asked = getattr(tls, question.scope)(
-                **question.options, **{name: _token(token) for name, token in named.items()}
+                **question.options, **{name: as_token(token) for name, token in named.items()}
             )
             asked_of: Any = [{"role": "user", "content": text}] if chat else text
             said = answer if generate is None else tls.generate(loaded, asked_of, generate, prepend_bos=bos)
@@ -272,7 +272,7 @@ def main(
             else:
                 checks, found = None, tls.attribute(loaded, asked_of, asked, position, **options)
 
-    with _quiet_pipe(), _exits(1, OSError):
+    with _quiet_pipe(), exits(1, OSError):
         if rows:
             if Path("-") not in (html, json):
                 report_rows(mapped, question.score, top)
@@ -311,7 +311,7 @@ def _quiet_pipe() -> Iterator[None]:
 
 
 @contextmanager
-def _exits(code: int, *kinds: type[Exception]) -> Iterator[None]:
+def exits(code: int, *kinds: type[Exception]) -> Iterator[None]:
     """At these exceptions, print their message as one paragraph on stderr and end with this exit code."""
     try:
         yield
@@ -349,6 +349,6 @@ def _write(path: Path, text: str) -> None:
         path.write_bytes(data)
 
 
-def _token(text: str | None) -> str | int | None:
+def as_token(text: str | None) -> str | int | None:
     """A token as the command line names it: "id:42" is an id, all else is text."""
     return int(text.removeprefix("id:")) if text and re.fullmatch("id:[0-9]+", text) else text

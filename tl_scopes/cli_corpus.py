@@ -18,8 +18,8 @@ from tl_scopes.cli import (
     Precision,
     RuleNames,
     Scope,
-    _exits,
-    _token,
+    as_token,
+    exits,
     named_tokens,
     rule_names,
 )
@@ -66,7 +66,7 @@ def corpus(
 ) -> None:
     """Answer one question about every prompt of a file."""
     question = QUESTIONS[scope]
-    with _exits(2, ValueError):
+    with exits(2, ValueError):
         named = named_tokens(scope, target, versus)
         columns = dict(map(_column, column or []))
 
@@ -77,9 +77,9 @@ def corpus(
         from tl_scopes import models
 
         options: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
-        with _exits(2, ValueError), _exits(1, RuntimeError, MemoryError, OSError):
+        with exits(2, ValueError), exits(1, RuntimeError, MemoryError, OSError):
             asked = getattr(tls, question.scope)(
-                **question.options, **{name: _token(token) for name, token in named.items()}
+                **question.options, **{name: as_token(token) for name, token in named.items()}
             )
             found = tls.attribute_corpus(
                 prompts,

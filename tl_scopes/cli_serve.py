@@ -17,7 +17,7 @@ from tl_scopes.cli import (
     Precision,
     RuleNames,
     Scope,
-    _exits,
+    exits,
     rule_names,
 )
 
@@ -71,11 +71,11 @@ def serve(
             said: Any = [{"role": "user", "content": prompt}] if chat else prompt
             return tls.explore(loaded, said, scopes, **options)
 
-        with _exits(2, ValueError):  # before the model is loaded, which takes a while
+        with exits(2, ValueError):  # before the model is loaded, which takes a while
             scopes = [getattr(tls, QUESTIONS[name].scope)(**QUESTIONS[name].options) for name in asked]
             server = PromptServer(explore, host, port)
         with server:
-            with _exits(1, Exception):
+            with exits(1, Exception):
                 load = tls.load_tiny if model is None else partial(models.load, model)
                 loaded = load(device=device, dtype=getattr(torch, dtype))
                 models.check_model(loaded)

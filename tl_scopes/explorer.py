@@ -12,6 +12,7 @@ from tl_scopes.models import Model, Prompt, Rules
 from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.scopes.scope import Scope, require_scope
 from tl_scopes.views import explorer as view
+from tl_scopes.views.markup import saved
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,10 +82,7 @@ class Explorer:
 
         Where no script runs, it shows the static heat map of the first scope.
         """
-        html = view.page(self)
-        if path is not None:
-            Path(path).write_text(html, encoding="utf-8")
-        return html
+        return saved(view.page(self), path)
 
     def _repr_html_(self) -> str:
         return view.fragment(self)

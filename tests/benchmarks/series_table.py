@@ -138,7 +138,8 @@ def tables(records: list[dict[str, Any]]) -> str:
     lines += ["", "All seeds together.", "", *of_tests(whole)]
     for seed in sorted({record.get("seed", 0) for record in records}):
         some = [record for record in records if record.get("seed", 0) == seed]
-        lines += ["", f"Seed {seed}, {len(some[0]['numbers'])} series of each system.", "", *of_tests(some)]
+        counts = ", ".join(f"{record['system']} {len(record['numbers'])}" for record in some)
+        lines += ["", f"Seed {seed}; series: {counts}.", "", *of_tests(some)]
     return "\n".join([*lines, "", *of_interventions(records)])
 
 

@@ -4,7 +4,8 @@
 
 Each gives the norms of the gradient of the likeliest next token's logit for every prompt. captum and inseq run the
 Hugging Face model, loaded from the same folder: captum's `Saliency` on batches that are filled up on the right, with an
-attention mask, sorted by length as `attribute_many` sorts them; inseq's `saliency` as its `attribute` makes batches.
+attention mask, sorted by length as `attribute_many` sorts them; inseq's `saliency` as its `attribute` makes batches,
+of a token that is given and not the likeliest one, which costs the same.
 Times are CPU time of the process on one thread, medians of rounds in which all take turns.
 """
 

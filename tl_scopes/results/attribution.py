@@ -15,6 +15,7 @@ from tl_scopes.results import json_record, json_text, units
 from tl_scopes.results.units import Unit
 from tl_scopes.views import attribution as card
 from tl_scopes.views.live import LiveView
+from tl_scopes.views.markup import saved
 from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
@@ -394,10 +395,7 @@ class Attribution:
         Raises:
             ValueError: for other colours.
         """
-        html = card.page(self, colors=colors)
-        if path is not None:
-            Path(path).write_text(html, encoding="utf-8")
-        return html
+        return saved(card.page(self, colors=colors), path)
 
     def show(self) -> LiveView:
         """circuitsvis' coloured tokens, for a live notebook; its script comes from the installed package."""

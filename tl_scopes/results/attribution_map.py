@@ -12,6 +12,7 @@ from tl_scopes.models import as_int
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import attribution_map as card
 from tl_scopes.views.live import LiveView, LiveViews
+from tl_scopes.views.markup import saved
 from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
@@ -139,10 +140,7 @@ class AttributionMap:
             path: where to write it.
             colors: how shares become colours, as in `Attribution.to_html`.
         """
-        html = card.page(self, colors)
-        if path is not None:
-            Path(path).write_text(html, encoding="utf-8")
-        return html
+        return saved(card.page(self, colors), path)
 
     def show(self) -> LiveView | LiveViews:
         """circuitsvis' attention view, for a live notebook; its script comes from the installed package.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import comparison as card
 from tl_scopes.views.live import LiveViews
+from tl_scopes.views.markup import saved
 from tl_scopes.views.palette import Colors
 
 if TYPE_CHECKING:
@@ -76,10 +77,7 @@ class Comparison:
             path: where to write it.
             colors: how scores become colours, as in `Attribution.to_html`.
         """
-        html = card.page(self, colors)
-        if path is not None:
-            Path(path).write_text(html, encoding="utf-8")
-        return html
+        return saved(card.page(self, colors), path)
 
     def show(self) -> LiveViews:
         """circuitsvis' tokens for each answer, for a live notebook."""
