@@ -138,9 +138,10 @@ def test_what_is_timed_together_computes_the_same() -> None:
     hf, model = gpu.SMALL.built(torch.device("cpu"), torch.float32, "eager")
     prompts = [[3, 9, 30, 12], [5, 6, 7, 8, 9, 10, 11], [40, 41]]
     ours = throughput.ours(model, prompts, 2)()
-    captums = throughput.captum_batches(hf, prompts, 2)()
-    for own, other in zip(ours, captums, strict=True):  # type: ignore[call-overload]
-        torch.testing.assert_close(own.scores, other, rtol=1e-4, atol=1e-7)
+    for by_length in (False, True):
+        captums = throughput.captum_batches(hf, prompts, 2, by_length)()
+        for own, other in zip(ours, captums, strict=True):  # type: ignore[call-overload]
+            torch.testing.assert_close(own.scores, other, rtol=1e-4, atol=1e-7)
 
 
 def test_slopes_are_powers_and_the_picture_is_drawn(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 import pytest
@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 import tl_scopes as tls
 from tl_scopes.__main__ import main
-from tl_scopes.cli_corpus import app
+from tl_scopes.circuits.cut import By
+from tl_scopes.cli_corpus import Cut, Predictions, app
+from tl_scopes.corpus.job import Predictions as KnownPredictions
 
 TEXTS = ["The keys near the door", "The key near the doors", ""]
 
@@ -46,6 +48,24 @@ def test_the_command_is_the_function(prompts: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+def test_maps_and_paths(prompts: Path, tmp_path: Path) -> None:
+    """The options for every prediction, and for parts of the network, are the function's."""
+    for option, given in {
+        "--predictions every": {"predictions": "every"},
+        "--carried-by head --strongest 2": {"carried_by": "head", "strongest": 2},
+    }.items():
+        ours, theirs = (tmp_path / f"{name} {option}" for name in "ab")
+        with pytest.warns(UserWarning, match="1 of 3 prompts have no answer"):
+            result = run(prompts, "--out", ours, "--column", "prompt=question", *option.split())
+        assert result.exit_code == 0, result.output
+        with pytest.warns(UserWarning, match="1 of 3 prompts have no answer"):
+            tls.attribute_corpus(prompts, theirs, tls.SemanticScope(), columns={"prompt": "question"}, **given)
+        for path in ours.iterdir():
+            assert path.read_bytes() == (theirs / path.name).read_bytes()
+    assert {one.value for one in Cut} == set(get_args(By))
+    assert {one.value for one in Predictions} == set(get_args(KnownPredictions))
+
+
 def test_what_is_wrong(prompts: Path, tmp_path: Path) -> None:
     for args, message in [
         (
@@ -55,6 +75,7 @@ def test_what_is_wrong(prompts: Path, tmp_path: Path) -> None:
         (["--column", "question"], "--column is written NAME=COLUMN, prompt=question say, got 'question'"),
         ([], "has no column 'prompt': it has 'id', 'question'"),
         (["--column", "prompt=question", "--column", "id=key"], "has no column 'key'"),
+        (["--column", "prompt=question", "--strongest", "2"], "strongest=2 says how many tokens' scores are split"),
         (["--column", "prompt=question", "--model", "./nothing"], "there is no folder './nothing'"),
     ]:
         result = run(prompts, "--out", tmp_path / "a", *args)

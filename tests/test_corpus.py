@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -93,6 +94,94 @@ def test_the_columns(tiny: Any, out: Path) -> None:
     assert semantic.quantity.tolist()[:2] == ["logit of ' are'", "logit of ' is'"]
     assert semantic.value.gt(0).all()
     assert semantic.standard_error.isna().all()
+
+
+def test_every_prediction(tiny: Any, out: Path) -> None:
+    """The map of each prompt, and of each answer, read back without loss; a row for each prediction."""
+    scope = tls.FisherScope(probes=24)
+    maps = ask([*TEXTS, ""], out, scope, model=tiny, predictions="every", part_size=2)
+    for found, text in zip(tls.read_corpus(out), TEXTS, strict=False):
+        expected = tls.attribution_map(tiny, text, scope)
+        assert isinstance(found, tls.AttributionMap)
+        assert [one.to_json() for one in found] == [one.to_json() for one in expected]
+    assert maps[4] is None
+    assert maps.errors.keys() == {4}
+    frame = maps.to_dataframe()
+    assert frame.position[frame.id == 1].tolist() == list(range(len(maps[1].str_tokens)))
+    assert frame.answer_token.isna().all()
+    rows = [{"id": text, "prompt": text, "answer": " are old." if i else " is"} for i, text in enumerate(TEXTS)]
+    answers = ask(rows, out.with_name("answers"), model=tiny, predictions="every")
+    for id, found in answers.items():
+        expected = tls.answer_map(tiny, id, " is" if id == TEXTS[0] else " are old.", SEMANTIC)
+        assert isinstance(found, tls.AnswerMap)
+        assert found.to_json() == expected.to_json()
+    frame = answers.to_dataframe()
+    assert frame.answer_token[frame.id == TEXTS[1]].tolist() == [" are", " old", "."]
+
+
+@pytest.mark.parametrize("by", ["head", "layer", "qkv", "position", "neuron"])
+def test_paths(tiny: Any, out: Path, by: Any) -> None:
+    """What `carried_by` gives, but for where each part acts; of the strongest tokens alone where that is asked."""
+    scope = tls.SemanticScope(" are", versus=" is")
+    whole = ask(TEXTS[:2], out, scope, model=tiny, carried_by=by)
+    some = ask(TEXTS[:2], out.with_name("some"), scope, model=tiny, carried_by=by, strongest=2)
+    for (id, found), part, text in zip(whole.items(), some, TEXTS, strict=False):
+        lin = tls.linearize(tiny, text)
+        expected = tls.carried_by(lin, scope, by)
+        assert isinstance(found, tls.Paths)
+        kept = dataclasses.replace(expected, where=None, stream=None, stream_layers=())
+        assert found.to_json() == kept.to_json()
+        assert part.positions == tuple(sorted(one.position for one in scope(lin).top(2)))
+        row = pd.read_parquet(out.with_name("some")).iloc[id]
+        assert row.positions.tolist() == list(part.positions)
+        values = np.stack(row["values"])
+        torch.testing.assert_close(torch.tensor(values), part.values.flatten(0, -2))
+        if by != "position":
+            name = row.parts[int(np.abs(values[:, 0]).argmax())]
+            assert part.top(1, token=part.positions[0])[0].name == name
+
+
+def test_maps_and_paths_go_on(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a part that was lost, the files are those of an uninterrupted run."""
+    for options in ({"predictions": "every"}, {"carried_by": "head", "strongest": 1}):
+        folder = out.with_name(str(options))
+        ask(TEXTS, folder, model=tiny, **options)
+        whole = files(folder)
+        (folder / "part-000001.parquet").unlink()
+        ask(TEXTS, folder, model=tiny, **options)
+        again = files(folder)
+        assert {name: again[name] for name in again if name != MANIFEST} == {
+            name: whole[name] for name in whole if name != MANIFEST
+        }
+        with pytest.raises(ValueError, match="holds results of other settings"):
+            ask(TEXTS, folder, model=tiny)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"predictions": "all"}, 'predictions is "last" or "every", got \'all\''),
+    ({"carried_by": "heads"}, "carried_by is one of 'position', 'layer', 'head', 'qkv', 'neuron', got 'heads'"),
+    ({"strongest": 2}, "strongest=2 says how many tokens' scores are split over the network: give carried_by"),
+    ({"carried_by": "head", "strongest": 0}, "strongest must be at least 1, got 0"),
+    ({"carried_by": "head", "predictions": "every"}, "carried_by='head' splits the score of one prediction"),
+    ({"predictions": "every", "score_answer": True}, 'predictions="every" scores earlier tokens of an answer'),
+    ({"predictions": "every", "scope": tls.SemanticScope(" are old")}, "the target ' are old' is 2 tokens"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_cannot_be_kept(tiny: Any, out: Path, options: dict[str, Any], message: str, no_type_checks: None) -> None:
+    scope = options.get("scope", SEMANTIC)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ask(TEXTS, out, scope, model=tiny, **{name: value for name, value in options.items() if name != "scope"})
+    assert not out.exists()
+
+
+def test_every_prediction_of_one_answer(tiny: Any, out: Path) -> None:
+    """Comparisons are errors of their rows."""
+    rows = [{"prompt": TEXTS[0], "answer": " are old", "foil": " is"}, {"prompt": TEXTS[1], "answer": " is", "foil": 5}]
+    with pytest.warns(UserWarning, match="2 of 2 prompts have no answer"):
+        corpus = ask(rows, out, model=tiny, predictions="every")
+    assert "every prediction is asked about one answer: leave foils and `versus` out" in corpus.errors[0]
 
 
 def test_other_readers(tiny: Any, out: Path, tmp_path: Path) -> None:

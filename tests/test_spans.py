@@ -436,7 +436,7 @@ def test_rows_as_json(tiny: Any, no_type_checks: None) -> None:
         assert_close(again.traced().total, rows.traced().total, rtol=0, atol=0)
         assert again[0].to_json() == rows[0].to_json()
         for ask in (lambda again=again: again[0:2], lambda again=again: again.by("word")):
-            with pytest.raises(ValueError, match="this map was read from JSON, which has no model to ask again"):
+            with pytest.raises(ValueError, match="this map was read back, and has no model to ask again"):
                 ask()
     text = rows.to_json()
     for wrong, message in (

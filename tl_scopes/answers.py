@@ -1,7 +1,7 @@
 """The answer map: which token moves which token of an answer, and spans of it; and through earlier tokens."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,8 +68,8 @@ class AnswerMap:
             of the answer, which are the rows. A unit is a token, but for what `by` returns.
         prompt_length: how many of the units, and so of the columns, are of the prompt.
         answer_texts: the text of each row.
-        scope: the question; None in a map that was read from JSON.
-        lin: the linearised answer; None in a map that was read from JSON.
+        scope: the question; None in a map that was read back.
+        lin: the linearised answer; None in a map that was read back.
     """
 
     answers: tuple[Attribution, ...]
@@ -88,6 +88,13 @@ class AnswerMap:
         lin.require_finite()
         groups = tuple(range(i, i + 1) for i in range(lin.prompt_length + lin.answer.steps))
         return cls._asked(scope, lin, groups)
+
+    @classmethod
+    def of_tokens(cls, answers: Sequence[Attribution], texts: Iterable[str]) -> "AnswerMap":
+        """A map with no model to ask again, of the Attribution and the text of each token of an answer."""
+        n = len(answers[0].tokens)
+        groups = tuple(range(i, i + 1) for i in range(n + len(answers)))
+        return cls(tuple(answers), groups, n, tuple(map(readable, texts)))
 
     @classmethod
     def _asked(cls, scope: Scope, lin: Span, groups: tuple[range, ...]) -> "AnswerMap":
@@ -176,7 +183,7 @@ class AnswerMap:
         Cost: one backward pass for each row, for a SemanticScope.
 
         Raises: as `Attribution.by` does. ValueError for a span that goes from the prompt over into the answer, and for
-            a map that was read from JSON, which has no model to ask.
+            a map that was read back, which has no model to ask.
 
         Example:
             >>> rows = tls.answer_map(model, "The unheard keys", " near the cabinet", tls.SemanticScope())
@@ -212,11 +219,11 @@ class AnswerMap:
         """The question and the linearised answer.
 
         Raises:
-            ValueError: for a map that was read from JSON.
+            ValueError: for a map that was read back.
         """
         if self.scope is None or self.lin is None:
             raise ValueError(
-                "this map was read from JSON, which has no model to ask again: its rows are there, and for spans and "
+                "this map was read back, and has no model to ask again: its rows are there, and for spans and "
                 "words call answer_map."
             )
         return self.scope, self.lin
@@ -227,7 +234,7 @@ class AnswerMap:
         Raises:
             IndexError: for a number that is not there, and a slice without tokens.
             ValueError: for a text that the answer does not hold, or holds more than once; for several rows of a map
-                that was read from JSON.
+                that was read back.
             TypeError: for anything else.
         """
         if isinstance(which, str):

@@ -180,7 +180,7 @@ def attribution_map(
     prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
     if target not in ("likeliest", "next"):
         raise ValueError(f'target is "likeliest" or "next", got {target!r}: a token is named in the scope.')
-    _require_one_token(model, scope)
+    require_one_token(model, scope)
     read = _read(model, prompt, -1, prepend_bos)
     if target == "next":
         if len(read.tokens) < 2:
@@ -342,7 +342,7 @@ def _exchange(model: Model, scope: Scope, read: ReadPrompt, answer: Answer | Non
     return scope.exchange(model, read, said, vocab=models.output_size(model))
 
 
-def _require_one_token(model: Model, scope: Scope) -> None:
+def require_one_token(model: Model, scope: Scope) -> None:
     """Refuse a scope whose target is several tokens, for a map.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import redirect_stdout
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,10 +33,29 @@ Run it again after an interruption, and it goes on. Without --model it asks the 
 
 Examples:
   tl-scopes corpus prompts.jsonl --out scores/
+  tl-scopes corpus prompts.jsonl --out heads/ --carried-by head --strongest 3
   tl-scopes corpus questions.csv --out scores/ --column prompt=question --model Qwen/Qwen3-0.6B
   python -c "import pandas; print(pandas.read_parquet('scores'))\""""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+
+class Predictions(StrEnum):
+    """Which predictions of a prompt are explained."""
+
+    LAST = "last"
+    EVERY = "every"
+
+
+class Cut(StrEnum):
+    """What `carried_by` cuts a network into."""
+
+    POSITION = "position"
+    LAYER = "layer"
+    HEAD = "head"
+    QKV = "qkv"
+    NEURON = "neuron"
+
 
 _Question = partial(typer.Option, rich_help_panel="Question")
 _Model = partial(typer.Option, rich_help_panel="Model")
@@ -44,6 +64,10 @@ _Output = partial(typer.Option, rich_help_panel="Output")
 _FILE = """JSON lines (.jsonl), CSV or Parquet, or a folder of Parquet files. A column "prompt" (or text, or messages),
 and if you like "id", "answer", "target" and "foil"."""
 _COLUMN = "What a column is called, prompt=question say; target= for one that means another thing. Repeat it."
+_PREDICTIONS = """"last" explains what comes after each prompt, "every" each prediction in it, or each token of its
+answer."""
+_CARRIED = "Also keep how much of each score runs through which part of the network."
+_STRONGEST = "With --carried-by: only the N tokens with the largest scores."
 _PART = "How many prompts a file holds: as many are computed again after an interruption."
 
 
@@ -56,6 +80,9 @@ def corpus(
     versus: Annotated[str | None, _Question(metavar="TOKEN", help="Why the target rather than this?")] = None,
     column: Annotated[list[str] | None, _Question(metavar="NAME=COLUMN", help=_COLUMN)] = None,
     rules: RuleNames = None,
+    predictions: Annotated[Predictions, _Question(metavar="last|every", help=_PREDICTIONS)] = Predictions.LAST,
+    carried_by: Annotated[Cut | None, _Question(metavar="head|qkv|layer|...", help=_CARRIED)] = None,
+    strongest: Annotated[int | None, _Question(metavar="N", min=1, help=_STRONGEST)] = None,
     model: ModelName = None,
     device: Device = None,
     dtype: Precision = Dtype.FLOAT32,
@@ -77,6 +104,7 @@ def corpus(
         from tl_scopes import models
 
         options: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
+        kept: dict[str, Any] = {"predictions": predictions.value, "carried_by": carried_by and carried_by.value}
         with exits(2, ValueError), exits(1, RuntimeError, MemoryError, OSError):
             asked = getattr(tls, question.scope)(
                 **question.options, **{name: as_token(token) for name, token in named.items()}
@@ -92,6 +120,8 @@ def corpus(
                 checkpoint=checkpoint,
                 batch_size=batch_size,
                 part_size=part_size,
+                strongest=strongest,
+                **kept,
             )
     typer.echo(f"{len(found)} prompts in {out}, {sum(entry['errors'] for entry in found.entries)} without an answer")
 

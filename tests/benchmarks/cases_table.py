@@ -121,7 +121,7 @@ def integrand(answer: tls.Attribution) -> list[dict[str, Any]]:
             "size": float(f"{answer.profile[at].sum():.3g}"),
             "top": [[answer.str_tokens[i], round(float(share[i]), 2)] for i in best],
         })  # fmt: skip
-    rows.append({"points": len(alphas)})
+    rows.append({"points": len(alphas) - 1})
     gap, change = float(answer.completeness_gap), float(answer.value - answer.baseline_value)
     return [*rows, {"completeness_gap": round(gap, 3), "change": round(change, 3)}]
 

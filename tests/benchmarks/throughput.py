@@ -4,7 +4,8 @@
 
 Each gives the norms of the gradient of the likeliest next token's logit for every prompt. captum and inseq run the
 Hugging Face model, loaded from the same folder: captum's `Saliency` on batches that are filled up on the right, with an
-attention mask, sorted by length as `attribute_many` sorts them; inseq's `saliency` as its `attribute` makes batches,
+attention mask, once in the order in which the prompts come, which is what captum's documentation shows, and once sorted
+by length by hand, which is what `attribute_many` does by itself; inseq's `saliency` as its `attribute` makes batches,
 of a token that is given and not the likeliest one, which costs the same.
 Times are CPU time of the process on one thread, medians of rounds in which all take turns.
 """
@@ -28,7 +29,7 @@ from tests.benchmarks.rows import inseq_tokenizer
 from tl_scopes import models
 from tl_scopes.tiny import FOLDER
 
-ROUNDS, BATCH, COUNT = 3, 8, 48
+ROUNDS, BATCH, COUNT = 5, 8, 48
 TEXT = "The capital of France is a city on a river, and many people who have been there say that it is beautiful. "
 
 
@@ -39,12 +40,16 @@ def ours(model: Any, prompts: Sequence[Any], size: int) -> Callable[[], object]:
     )
 
 
-def captum_batches(hf: Any, prompts: Sequence[Sequence[int]], size: int) -> Callable[[], object]:
+def captum_batches(
+    hf: Any, prompts: Sequence[Sequence[int]], size: int, by_length: bool = True
+) -> Callable[[], list[Tensor]]:
     """The same by captum's `Saliency`, with the logits of every position, as the model gives them when it is called."""
     from captum.attr import Saliency
 
     embed = hf.get_input_embeddings()
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    order = list(range(len(prompts)))
+    if by_length:
+        order.sort(key=lambda i: len(prompts[i]), reverse=True)
     batches = [[torch.tensor(prompts[i]) for i in order[start : start + size]] for start in range(0, len(order), size)]
 
     def likeliest(embeddings: Tensor, mask: Tensor) -> Tensor:
@@ -105,7 +110,8 @@ def main() -> None:
     lengths = [len(ids) for ids in prompts]
     work = {"attribute_many": ours(model, prompts, given.batch)}
     if find_spec("captum"):
-        work["captum Saliency"] = captum_batches(hf, prompts, given.batch)
+        work["captum Saliency, in the order given"] = captum_batches(hf, prompts, given.batch, by_length=False)
+        work["captum Saliency, sorted by length"] = captum_batches(hf, prompts, given.batch)
     if find_spec("inseq"):
         work["inseq saliency"] = inseq_batches(copy.deepcopy(hf), prompts, given.batch, model.tokenizer)
     times: dict[str, list[float]] = {name: [] for name in work}
@@ -114,8 +120,10 @@ def main() -> None:
             start = time.process_time()
             work[name]()
             times[name].append(time.process_time() - start)
-    print(f"{models.model_name(model)}, {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, batches of ")
-    print(f"{given.batch}, {ROUNDS} rounds after one to warm up\n")
+    print(
+        f"{models.model_name(model)}, {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, batches of "
+        f"{given.batch}, {ROUNDS} rounds after one to warm up\n"
+    )
     print("| | prompts a second | attribute_many is faster by | lowest to highest |\n|---|--:|--:|--:|")
     for name, seconds in times.items():
         ratios = sorted(other / own for other, own in zip(seconds[1:], times["attribute_many"][1:], strict=True))

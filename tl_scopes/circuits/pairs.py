@@ -1,7 +1,7 @@
 """Two prompts that differ in what is asked, and what each part of the network does to the difference."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, SupportsIndex, get_args
 
@@ -10,15 +10,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.api import linearize
 from tl_scopes.circuits.carried import carried_by
 from tl_scopes.circuits.effects import Effects
 from tl_scopes.circuits.paths import Paths
 from tl_scopes.circuits.second_order import curvature
 from tl_scopes.circuits.traced import Traced, linearize_with
-from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.linearization import Linearization, linearize_tokens
 from tl_scopes.jacobian.randomness import source
-from tl_scopes.models import Model, Part, PatchingSite, Prompt, Rules, Target
+from tl_scopes.models import LinearRules, Model, Part, PatchingSite, Prompt, ReadPrompt, Rules, Target
+from tl_scopes.models.arguments import as_flag
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
@@ -103,9 +103,17 @@ class PromptPair:
 
         Cost: two forward passes.
         """
-        prompts = (self.clean, self.corrupted)
-        clean, corrupted = (linearize(self.model, prompt, prepend_bos=self.prepend_bos) for prompt in prompts)
+        models.check_model(self.model)
+        bos = None if self.prepend_bos is None else as_flag(self.prepend_bos, "prepend_bos")
+        clean, corrupted = (
+            self._linearized(models.read_prompt(self.model, p, bos)) for p in (self.clean, self.corrupted)
+        )
         return clean, corrupted
+
+    def _linearized(self, read: ReadPrompt, rules: Rules = None) -> Linearization:
+        options: dict[str, Any] = {"rules": LinearRules.read(rules), "notes": read.notes}
+        lin = linearize_tokens(self.model, read.tokens, models.EMBEDDING, models.READOUT, **options)
+        return replace(lin, parts=read.parts)
 
     @cached_property
     def _runs(self) -> tuple["_Run", "_Run"]:
@@ -239,7 +247,7 @@ class PromptPair:
         """
         part, asked = self._part(site), self.scope if scope is None else scope
         by = {"z": "head", "resid_pre": "position"}.get(part, "layer")
-        lin = linearize(self.model, self._runs[0].tokens, rules=rules)
+        lin = self._linearized(models.read_prompt(self.model, self._runs[0].tokens), rules)
         paths = carried_by(lin, asked, by, list(self.differing))  # type: ignore[arg-type]
         method = under("carried", lin.rules)
         return Effects(_along(paths, part), site, method, _layers(paths), self._runs[0].str_tokens, self._scale)

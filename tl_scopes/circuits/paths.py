@@ -1,7 +1,7 @@
 """The answer of `carried_by`: how much of each token's score runs through each part of the network."""
 
-import re
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
@@ -158,6 +158,14 @@ class Paths:
             return f"L{layer}H{component[0]}.{_QKV[component[1]]}"
         return f"L{layer}{'H' if self.by == 'head' else 'N'}{component[0]}"
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each component is called, in the order of `values.flatten(0, -2)`; by "position" with the position:
+        "before L3 at 7"."""
+        at = " at {}" if self.by == "position" else ""
+        inner = list(product(*map(range, self.values.shape[1:-1])))
+        return tuple(self.name(layer, *place) + at.format(*place) for layer in self.layers for place in inner)
+
     # -- what stands out ----------------------------------------------------------------------------------------------
 
     def top(self, count: int | SupportsIndex = 5, *, token: str | SupportsIndex | None = None) -> tuple[Passage, ...]:
@@ -259,13 +267,9 @@ class Paths:
     def _place(self, name: str) -> tuple[int, ...]:
         if self.by == "position":
             raise ValueError(f'positions have no names: index `values`, or ask by="head", got {name!r}.')
-        shape = self.values.shape[1:-1]
-        for row, layer in enumerate(self.layers):
-            if re.match(rf"L{layer}(?!\d)", str(name)):
-                for i in range(shape.numel()):
-                    place = tuple(int(j) for j in torch.unravel_index(torch.tensor(i), shape))
-                    if self.name(layer, *place) == name:
-                        return (row, *place)
+        if name in self.names:
+            flat = torch.tensor(self.names.index(name))
+            return tuple(int(i) for i in torch.unravel_index(flat, self.values.shape[:-1]))
         raise ValueError(f"there is no component {name!r} in this answer: {self._there_is()}.")
 
     def _there_is(self) -> str:

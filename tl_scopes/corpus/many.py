@@ -1,19 +1,14 @@
 """Many prompts: answers in their order, from batches."""
 
-import traceback
-from collections.abc import Iterable, Iterator, Sequence, Set, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Set, Sized
+from dataclasses import dataclass
 from itertools import islice, repeat
-from typing import Any, Literal, NamedTuple, SupportsIndex
-
-import torch
-from tqdm import tqdm
+from typing import Any, Literal, SupportsIndex
 
 from tl_scopes import models
+from tl_scopes.corpus.job import Asked, Job, Settings
 from tl_scopes.failures import Failures
-from tl_scopes.jacobian.linearization import Linearization, linearize_places
-from tl_scopes.jacobian.span import Exchange, linearize_answers
-from tl_scopes.models import Answer, LinearRules, Model, Prompt, ReadPrompt, Rules
+from tl_scopes.models import Answer, LinearRules, Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.results.attribution import Attribution
@@ -89,47 +84,21 @@ def attribute_many(
     """
     require_scope(scope)
     models.check_model(model)
-    batch_size = models.as_count(batch_size, "batch_size must be at least 1")
-    score_answer, checkpoint = as_flag(score_answer, "score_answer"), as_flag(checkpoint, "checkpoint")
-    job = Job(model, scope, wrt, of, score_answer, checkpoint, LinearRules.read(rules), models.user_hooks(model))
+    settings = Settings(
+        scope=scope,
+        wrt=wrt,
+        of=of,
+        score_answer=as_flag(score_answer, "score_answer"),
+        checkpoint=as_flag(checkpoint, "checkpoint"),
+        rules=LinearRules.read(rules),
+        batch_size=models.as_count(batch_size, "batch_size must be at least 1"),
+        prepend_bos=prepend_bos,
+    )
     failures, progress = Failures("attribute_many", on_error), as_flag(progress, "progress")
     asked = _AllAsked.of(models.each_prompt(prompts), answers, targets, foils)
     if asked.foils is not None and not scope.compares:
         raise ValueError(f"{as_written(scope)} does not compare two answers, so that it has no use for foils.")
-    return _answers(job, asked, batch_size, prepend_bos, failures, progress)
-
-
-class Asked(NamedTuple):
-    """A prompt, and what is asked about it."""
-
-    prompt: Prompt
-    answer: Answer | None
-    target: Any
-    foil: Any
-    named: bool
-    """Whether the call names answers or targets."""
-
-    def read(self, job: "Job", prepend_bos: bool | None) -> "Exchange | ReadPrompt":
-        """The tokens of the prompt, and of what is said after it.
-
-        Raises:
-            ValueError: for None in the place of an answer or target; as `read_prompt` and `read_target` do.
-        """
-        if self.named and self.answer is None and self.target is None:
-            raise ValueError("its answer or target is None: where some prompts have one, all must.")
-        model, read = job.model, models.read_prompt(job.model, self.prompt, prepend_bos)
-        vocab, said, foil, notes = models.output_size(model), None, None, read.notes
-        if self.answer is not None:
-            said, more = models.read_answer(model, self.answer, read.tokens)
-            notes += more
-        elif self.target is not None:
-            said = models.read_target(model, self.target, vocab)
-        if self.foil is not None:
-            foil = models.read_target(model, self.foil, vocab, "foil")
-        for name, given in (("target", said if self.answer is None else None), ("foil", foil)):
-            if given is not None and given.is_span:
-                notes += models.where_they_meet(model, read.tokens, given, name)
-        return job.scope.exchange(model, read._replace(notes=notes), said, foil, vocab) or read
+    return _answers(Job(model, settings, models.user_hooks(model)), asked, failures, progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,108 +149,7 @@ class _AllAsked:
             raise ValueError("there are more answers, targets or foils than prompts: give one for each prompt.")
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What is the same for all batches of a call."""
-
-    model: Model
-    scope: Scope
-    wrt: str
-    of: str
-    score_answer: bool
-    checkpoint: bool
-    rules: LinearRules | None
-    hooks: dict[str, tuple[object, ...]]
-    """The user's hooks at the call."""
-
-    def answers(
-        self, window: Sequence[tuple[int, Asked]], batch_size: int, prepend_bos: bool | None, bar: tqdm, shown: bool
-    ) -> dict[int, Attribution | Exception]:
-        """An answer or an error for each numbered prompt, from batches of prompts of about the same length."""
-        read: dict[int, ReadPrompt | Exchange] = {}
-        found: dict[int, Attribution | Exception] = {}
-        for number, prompt in window:
-            try:
-                read[number] = prompt.read(self, prepend_bos)
-            except Exception as error:
-                found[number] = error
-        bar.update(len(found))
-        for batch in self.batches(read, batch_size):
-            with no_progress(not shown):  # not over a yield, which would hide the bars of whoever asks
-                answers = self.ask([read[number] for number in batch])
-            found |= dict(zip(batch, answers, strict=True))
-            bar.update(len(batch))
-        return found
-
-    def batches(self, prompts: dict[int, ReadPrompt | Exchange], size: int) -> Iterator[list[int]]:
-        """The numbers of the prompts that go through the model together.
-
-        The longest come first, so that it shows at once where memory does not suffice. Hooks of the user's may count
-        positions from the end, where a shorter prompt would be filled up: with hooks set a batch has one length.
-        """
-        order = sorted(prompts, key=lambda number: len(prompts[number].tokens), reverse=True)
-        while order:
-            batch = order[:size]
-            if self.hooks:
-                longest = _lengths(prompts[batch[0]])
-                batch = [number for number in batch if _lengths(prompts[number]) == longest]
-            order = order[len(batch) :]
-            yield batch
-
-    def ask(self, prompts: Sequence[ReadPrompt | Exchange]) -> list[Attribution | Exception]:
-        """An answer or an error for each prompt; where a batch fails, each is asked alone, lest one cost the others."""
-        if models.user_hooks(self.model) != self.hooks:
-            raise RuntimeError(
-                "the model's hooks have changed since attribute_many was called, and answers are computed as they are "
-                "asked for: inside model.hooks(...) take them inside as well, with list(...) say."
-            )
-        try:
-            return [*self._together(prompts)]
-        except Exception as error:
-            traceback.clear_frames(error.__traceback__)  # they would keep the graph until the error is reported
-            if len(prompts) == 1:
-                return [error]
-        return [answer for prompt in prompts for answer in self.ask([prompt])]
-
-    def _together(self, prompts: Sequence[ReadPrompt | Exchange]) -> list[Attribution]:
-        """An answer for each prompt, from one forward pass."""
-        lins = [*self._linearized(prompts)]
-        for lin in lins:
-            lin.require_finite()
-        return list(self.scope.ask(lins))
-
-    def _linearized(self, prompts: Sequence[ReadPrompt | Exchange]) -> Sequence[Linearization]:
-        exchanges = [one for one in prompts if isinstance(one, Exchange)]
-        if len(exchanges) == len(prompts):
-            return linearize_answers(
-                self.model,
-                exchanges,
-                self.wrt,
-                self.of,
-                score_answer=self.score_answer,
-                checkpoint=self.checkpoint,
-                rules=self.rules,
-            )
-        tokens = [prompt.tokens for prompt in prompts]
-        # It does not matter what fills them up, but it must be a token that the model knows.
-        padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=int(tokens[0][0]))
-        lins = linearize_places(
-            self.model,
-            padded,
-            [tuple(models.token_text(self.model, id) for id in ids.tolist()) for ids in tokens],
-            self.wrt,
-            self.of,
-            places=[(entry, len(ids) - 1) for entry, ids in enumerate(tokens)],
-            checkpoint=self.checkpoint,
-            rules=self.rules,
-            notes=[prompt.notes for prompt in prompts],
-        )
-        return [replace(lin, parts=prompt.parts) for lin, prompt in zip(lins, prompts, strict=True)]
-
-
-def _answers(
-    job: Job, prompts: _AllAsked, batch_size: int, prepend_bos: bool | None, failures: Failures, progress: bool
-) -> Iterator[Attribution | None]:
+def _answers(job: Job, prompts: _AllAsked, failures: Failures, progress: bool) -> Iterator[Attribution | None]:
     numbered, warned = enumerate(prompts), False
     total = len(prompts) if isinstance(prompts.prompts, Sized) else None
     with no_progress(not progress):
@@ -289,11 +157,11 @@ def _answers(
     with bar:
         end: Exception | None = None
         while end is None:
-            window, end = _read(islice(numbered, _WINDOW * batch_size))
+            window, end = _read(islice(numbered, _WINDOW * job.settings.batch_size))
             if not window:
                 break
-            found = job.answers(window, batch_size, prepend_bos, bar, progress)
-            warned = warned or warn(job.scope, [one for one in found.values() if isinstance(one, Attribution)])
+            found = job.answers(window, bar, progress)
+            warned = warned or warn(job.settings.scope, [one for one in found.values() if isinstance(one, Attribution)])
             if any(isinstance(answer, Attribution) for answer in found.values()):
                 failures.answered()
             for number, _ in window:
@@ -306,11 +174,6 @@ def _answers(
                     yield None
         if end is not None:
             raise end
-
-
-def _lengths(prompt: ReadPrompt | Exchange) -> list[int]:
-    """How many tokens each text has that goes through the model."""
-    return [len(text) for _, text in prompt.texts] if isinstance(prompt, Exchange) else [len(prompt.tokens)]
 
 
 def _read(numbered: Iterator[tuple[int, Asked]]) -> tuple[list[tuple[int, Asked]], Exception | None]:

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 from tl_scopes import models
+from tl_scopes.circuits.cut import By
 from tl_scopes.corpus import on_ray
+from tl_scopes.corpus.job import Predictions
 from tl_scopes.corpus.parts import Parts
 from tl_scopes.corpus.saved import Corpus, read_corpus
 from tl_scopes.corpus.source import Source
@@ -32,6 +34,9 @@ def attribute_corpus(
     of: str = models.READOUT,
     batch_size: int | SupportsIndex = 8,
     part_size: int | SupportsIndex = 128,
+    predictions: Predictions = "last",
+    carried_by: By | None = None,
+    strongest: int | SupportsIndex | None = None,
     prepend_bos: bool | None = None,
     checkpoint: bool = False,
     rules: Rules = None,
@@ -40,7 +45,8 @@ def attribute_corpus(
     num_gpus: int | float = 0,
     progress: bool = True,
 ) -> Corpus:
-    """`attribute` for each prompt of a corpus, at its last position, kept in a folder of Parquet files.
+    """`attribute` for each prompt of a corpus, at its last position, kept in a folder of Parquet files; or a map of all
+    its predictions, or the paths of its score through the network.
 
     Run it again after any interruption, and it goes on: nothing is lost but the part that was being computed, nothing
     is computed twice, and the files are those of a run without interruptions, byte for byte, on the same machine.
@@ -48,7 +54,10 @@ def attribute_corpus(
     Each row has the columns id, prompt, scores, token_ids, tokens, target, value, quantity, scope, unit,
     standard_error, notes, error, provenance; and record, from which `tl_scopes.read_corpus` makes the Attribution. A
     prompt that is not a text (a chat, token ids) stands in its column as JSON. A prompt that has no answer is a row
-    with its error, and is not tried again.
+    with its error, and is not tried again. Where every prediction is asked about, each has a row, with two columns
+    more: position, and answer_token, its text. Where paths are asked for, scores are those of the source tokens, and
+    there are three columns more: positions, where these stand, parts, the names of the components, and values, for each
+    component what it carries of each score.
 
     Args:
         prompts: the path of a file in JSON lines (.jsonl), CSV or Parquet, or of a folder of Parquet files; or an
@@ -67,6 +76,12 @@ def attribute_corpus(
         batch_size: how many prompts go through the model together.
         part_size: how many prompts a file holds, all of which are computed again when the process is killed before the
             last of them.
+        predictions: "last" explains the prediction after the prompt, or the answer as a whole. "every" explains every
+            prediction of the prompt, as `attribution_map` does, or every token of the answer where the row has one, as
+            `answer_map` does. Prompts then go through the model one by one.
+        carried_by: also through which parts of the network the score runs, as `carried_by(lin, scope, by)`: "head",
+            "qkv", "layer", "neuron" or "position". Prompts then go through the model one by one.
+        strongest: with `carried_by`, how many source tokens: those with the largest scores; None is all of them.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         engine: "local" computes in this process. "ray" computes in actors of Ray's, each with a model of its own, on
             this machine or on a cluster (`ray.init(address="auto")` before); it takes the package Ray
@@ -78,13 +93,15 @@ def attribute_corpus(
     Returns:
         The `Corpus`, as `tl_scopes.read_corpus(out)` gives it.
 
-    Cost: as `attribute_many`, and a pass over the weights, the prompts and the parts that are there. Memory for one
-        part, and for the ids.
+    Cost: as `attribute_many`, or for each prompt as `attribution_map`, `answer_map` or `carried_by`; and a pass over
+        the weights, the prompts and the parts that are there. Memory for one part, and for the ids.
 
     Raises:
         TypeError: for something that is not a scope, a table where there must be rows; for an option that is not a
             bool; for a scope with an option whose contents cannot be read.
-        ValueError: for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
+        ValueError: for another `predictions` or `carried_by`, for both together, for `strongest` without the latter;
+            for a scope that names a target of several tokens, or score_answer, where every prediction is asked about;
+            for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
             are not there; for a folder of another job, with other prompts, or with a part that was cut off or changed;
             for a model with hooks of yours; for a part_size or batch_size below 1. Where no prompt of a whole first
             part has an answer, the first error.
@@ -104,16 +121,20 @@ def attribute_corpus(
     require_scope(scope)
     progress = as_flag(progress, "progress")
     options = Options(
-        scope,
-        wrt,
-        of,
-        as_flag(score_answer, "score_answer"),
-        as_flag(checkpoint, "checkpoint"),
-        LinearRules.read(rules),
-        models.as_count(batch_size, "batch_size must be at least 1"),
-        models.as_count(part_size, "part_size must be at least 1"),
-        None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos"),
+        scope=scope,
+        wrt=wrt,
+        of=of,
+        score_answer=as_flag(score_answer, "score_answer"),
+        checkpoint=as_flag(checkpoint, "checkpoint"),
+        rules=LinearRules.read(rules),
+        batch_size=models.as_count(batch_size, "batch_size must be at least 1"),
+        part_size=models.as_count(part_size, "part_size must be at least 1"),
+        prepend_bos=None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos"),
+        predictions=predictions,
+        carried_by=carried_by,
+        strongest=None if strongest is None else models.as_count(strongest, "strongest must be at least 1"),
     )
+    _require_one_kind(options)
     count = None if actors is None else models.as_count(actors, "actors must be at least 1")
     source = Source.of(prompts, columns or {})
     # Better before hours of work than after them.
@@ -133,6 +154,30 @@ def attribute_corpus(
             stacklevel=2,
         )
     return corpus
+
+
+def _require_one_kind(options: Options) -> None:
+    """Refuse what cannot be kept of a prompt.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if options.predictions not in ("last", "every"):
+        raise ValueError(f'predictions is "last" or "every", got {options.predictions!r}.')
+    if options.carried_by not in (None, *get_args(By)):
+        raise ValueError(f"carried_by is one of {', '.join(map(repr, get_args(By)))}, got {options.carried_by!r}.")
+    if options.carried_by is None and options.strongest is not None:
+        raise ValueError(
+            f"strongest={options.strongest} says how many tokens' scores are split over the network: give carried_by, "
+            '"head" say.'
+        )
+    if options.predictions == "every" and options.carried_by is not None:
+        raise ValueError(
+            f'carried_by={options.carried_by!r} splits the score of one prediction: leave predictions="every" out, and '
+            "give another folder for it."
+        )
+    if options.predictions == "every" and options.score_answer:
+        raise ValueError('predictions="every" scores earlier tokens of an answer in any case: leave score_answer out.')
 
 
 def _workers(

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tl_scopes import log
+from tl_scopes.corpus.job import Found
 from tl_scopes.corpus.parts import FORMAT, MANIFEST, entries_of, path_of, require_whole
-from tl_scopes.corpus.table import attribution_of
+from tl_scopes.corpus.table import answers_of
 from tl_scopes.models import Provenance
-from tl_scopes.results.attribution import Attribution
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,8 @@ def read_corpus(out: str | Path) -> "Corpus":
         out: the folder.
 
     Returns:
-        A `Corpus`, whose iteration gives the Attributions in the order of the prompts, None for one without an answer.
+        A `Corpus`, whose iteration gives the answers in the order of the prompts, None where there is no answer:
+        Attributions, maps, or paths, as `attribute_corpus` was asked.
 
     Raises:
         ValueError: for a folder that `attribute_corpus` has not written. While it is read, for a part that is missing,
@@ -68,10 +69,10 @@ class Corpus:
     def __len__(self) -> int:
         return sum(entry["rows"] for entry in self.entries)
 
-    def __iter__(self) -> Iterator[Attribution | None]:
+    def __iter__(self) -> Iterator[Found | None]:
         return (answer for _, answer in self.items())
 
-    def __getitem__(self, id: int | str) -> Attribution | None:
+    def __getitem__(self, id: int | str) -> Found | None:
         """The answer to the prompt of this id.
 
         Raises:
@@ -81,14 +82,14 @@ class Corpus:
             table = self._table(entry)
             ids = table["id"].to_pylist()
             if id in ids:
-                return _answers(table.slice(ids.index(id), 1))[0]
+                ((_, answer),) = answers_of(table.slice(ids.index(id), ids.count(id)))
+                return answer
         raise KeyError(f"there is no prompt with the id {id!r} in {str(self.path)!r}.")
 
-    def items(self) -> Iterator[tuple[int | str, Attribution | None]]:
+    def items(self) -> Iterator[tuple[int | str, Found | None]]:
         """Each id with its answer, in the order of the prompts."""
         for entry in self.entries:
-            table = self._table(entry)
-            yield from zip(table["id"].to_pylist(), _answers(table), strict=True)
+            yield from answers_of(self._table(entry))
 
     @property
     def errors(self) -> dict[int | str, str]:
@@ -102,7 +103,8 @@ class Corpus:
         return found
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """The whole folder as a table, one row for each prompt."""
+        """The whole folder as a table: one row for each prompt, or for each of its predictions where every one was
+        asked about."""
         import pandas as pd
         import pyarrow as pa
 
@@ -114,9 +116,3 @@ class Corpus:
         import pyarrow.parquet as pq
 
         return pq.read_table(pa.BufferReader(require_whole(path_of(self.path, entry["part"]), entry)))
-
-
-def _answers(table: "pa.Table") -> list[Attribution | None]:
-    double = str(table.schema.field("scores").type.value_type) == "double"
-    rows: list[dict[str, Any]] = table.to_pylist()
-    return [attribution_of(row, double) for row in rows]

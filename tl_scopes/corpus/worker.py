@@ -9,14 +9,15 @@ import torch
 from tqdm import tqdm
 
 from tl_scopes import models
-from tl_scopes.corpus.many import Asked, Job
+from tl_scopes.api import require_one_token
+from tl_scopes.circuits.cut import By
+from tl_scopes.corpus.job import Asked, CarriedBy, EveryPrediction, Job, Predictions, Settings
 from tl_scopes.corpus.source import Row
-from tl_scopes.corpus.table import row_of, schema
-from tl_scopes.models import LinearRules, Model, Provenance
+from tl_scopes.corpus.table import Kind, attributions, rows_of, schema
+from tl_scopes.models import Model, Provenance
 from tl_scopes.progress import no_progress, progress_bar
-from tl_scopes.results.attribution import Attribution
 from tl_scopes.scopes.fingerprint import settings_of
-from tl_scopes.scopes.scope import Scope, as_written
+from tl_scopes.scopes.scope import as_written
 from tl_scopes.tiny import load_tiny
 
 if TYPE_CHECKING:
@@ -41,19 +42,27 @@ class Computed(NamedTuple):
     """What the scope has to say about its answers."""
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(Settings):
     """What is the same for all prompts of a corpus, beside the model."""
 
-    scope: Scope
-    wrt: str
-    of: str
-    score_answer: bool
-    checkpoint: bool
-    rules: LinearRules | None
-    batch_size: int
     part_size: int
-    prepend_bos: bool | None
+    predictions: Predictions
+    carried_by: By | None
+    strongest: int | None
+
+    @property
+    def kind(self) -> Kind:
+        """What is kept of each prompt."""
+        if self.carried_by is not None:
+            return "paths"
+        return "map" if self.predictions == "every" else "prediction"
+
+    def job(self, model: Model) -> Job:
+        """What asks the prompts."""
+        if self.carried_by is not None:
+            return CarriedBy(model, self, {}, self.carried_by, self.strongest)
+        return (EveryPrediction if self.predictions == "every" else Job)(model, self, {})
 
     def settings(self, model: Model, made: Provenance) -> dict[str, Any]:
         """What answers depend on, beside the prompts and the scope.
@@ -81,6 +90,8 @@ class Worker:
     def __init__(self, load: Loader, options: Options, progress: bool = False) -> None:
         self.model, self.options, self.progress = load(), options, progress
         models.check_model(self.model)
+        if options.predictions == "every":
+            require_one_token(self.model, options.scope)
 
     def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings, and the provenance of the answers."""
@@ -98,21 +109,18 @@ class Worker:
         import pyarrow as pa
 
         options, model = self.options, self.model
-        job = Job(
-            model, options.scope, options.wrt, options.of, options.score_answer, options.checkpoint, options.rules, {}
-        )
         if bar is None:
             with no_progress():
                 bar = progress_bar(None, "prompts")
         window = [(i, _asked(row)) for i, row in enumerate(rows)]
-        found = job.answers(window, options.batch_size, options.prepend_bos, bar, self.progress)
-        answered = [one for one in found.values() if isinstance(one, Attribution)]
+        found = options.job(model).answers(window, bar, self.progress)
         failed = [one for _, one in sorted(found.items()) if isinstance(one, Exception)]
+        answered = [one for answer in found.values() for one in attributions(answer)]
         scope, provenance = as_written(options.scope), Provenance(**made)
-        lines = [row_of(row, found[i], scope, provenance) for i, row in enumerate(rows)]
+        lines = [line for i, row in enumerate(rows) for line in rows_of(row, found[i], scope, provenance)]
         double = next(model.parameters()).dtype == torch.float64
-        table = pa.Table.from_pylist(lines, schema(type(rows[0].id) if rows else int, double))
-        first = failed[0].with_traceback(None) if failed and not answered else None
+        table = pa.Table.from_pylist(lines, schema(type(rows[0].id) if rows else int, double, options.kind))
+        first = failed[0].with_traceback(None) if failed and len(failed) == len(rows) else None
         return Computed(table, len(failed), first, options.scope.caveat(answered) if answered else None)
 
     def all(self, parts: Iterator[Part], made: Mapping[str, Any], bar: tqdm) -> Iterator[tuple[Part, Computed]]:

@@ -1,0 +1,238 @@
+"""One model and one question: answers to many prompts, in batches where they can go together."""
+
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from tqdm import tqdm
+
+from tl_scopes import models
+from tl_scopes.answers import AnswerMap
+from tl_scopes.circuits.carried import carried_by
+from tl_scopes.circuits.cut import By
+from tl_scopes.circuits.paths import Paths
+from tl_scopes.jacobian.linearization import Linearization, linearize_places
+from tl_scopes.jacobian.span import Exchange, linearize_answers
+from tl_scopes.models import Answer, LinearRules, Model, Prompt, ReadPrompt
+from tl_scopes.progress import no_progress
+from tl_scopes.results.attribution import Attribution
+from tl_scopes.results.attribution_map import AttributionMap
+from tl_scopes.scopes.scope import Scope, as_written
+
+Found: TypeAlias = Attribution | AttributionMap | AnswerMap | Paths
+"""What may be known of a prompt."""
+
+Predictions: TypeAlias = Literal["last", "every"]
+"""Which predictions of a prompt are explained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is asked about all prompts of a call."""
+
+    scope: Scope
+    wrt: str
+    of: str
+    score_answer: bool
+    checkpoint: bool
+    rules: LinearRules | None
+    batch_size: int
+    prepend_bos: bool | None
+
+
+class Asked(NamedTuple):
+    """A prompt, and what is asked about it."""
+
+    prompt: Prompt
+    answer: Answer | None
+    target: Any
+    foil: Any
+    named: bool
+    """Whether the call names answers or targets."""
+
+    def read(self, model: Model, settings: Settings) -> Exchange | ReadPrompt:
+        """The tokens of the prompt, and of what is said after it.
+
+        Raises:
+            ValueError: for None in the place of an answer or target; as `read_prompt` and `read_target` do.
+        """
+        if self.named and self.answer is None and self.target is None:
+            raise ValueError("its answer or target is None: where some prompts have one, all must.")
+        read = models.read_prompt(model, self.prompt, settings.prepend_bos)
+        vocab, said, foil, notes = models.output_size(model), None, None, read.notes
+        if self.answer is not None:
+            said, more = models.read_answer(model, self.answer, read.tokens)
+            notes += more
+        elif self.target is not None:
+            said = models.read_target(model, self.target, vocab)
+        if self.foil is not None:
+            foil = models.read_target(model, self.foil, vocab, "foil")
+        for name, given in (("target", said if self.answer is None else None), ("foil", foil)):
+            if given is not None and given.is_span:
+                notes += models.where_they_meet(model, read.tokens, given, name)
+        return settings.scope.exchange(model, read._replace(notes=notes), said, foil, vocab) or read
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What is the same for all batches of a call: an `Attribution` for each prompt, of its last prediction."""
+
+    model: Model
+    settings: Settings
+    hooks: dict[str, tuple[object, ...]]
+    """The user's hooks at the call."""
+
+    def answers(self, window: Sequence[tuple[int, Asked]], bar: tqdm, shown: bool) -> dict[int, Any]:
+        """What was found, or an error, for each numbered prompt, from batches of prompts of about the same length."""
+        read: dict[int, ReadPrompt | Exchange] = {}
+        found: dict[int, Found | Exception] = {}
+        for number, prompt in window:
+            try:
+                read[number] = prompt.read(self.model, self.settings)
+            except Exception as error:
+                found[number] = error
+        bar.update(len(found))
+        for batch in self.batches(read, self.settings.batch_size):
+            with no_progress(not shown):  # not over a yield, which would hide the bars of whoever asks
+                answers = self.ask([read[number] for number in batch])
+            found |= dict(zip(batch, answers, strict=True))
+            bar.update(len(batch))
+        return found
+
+    def batches(self, prompts: dict[int, ReadPrompt | Exchange], size: int) -> Iterator[list[int]]:
+        """The numbers of the prompts that go through the model together.
+
+        The longest come first, so that it shows at once where memory does not suffice. Hooks of the user's may count
+        positions from the end, where a shorter prompt would be filled up: with hooks set a batch has one length.
+        """
+        order = sorted(prompts, key=lambda number: len(prompts[number].tokens), reverse=True)
+        while order:
+            batch = order[:size]
+            if self.hooks:
+                longest = _lengths(prompts[batch[0]])
+                batch = [number for number in batch if _lengths(prompts[number]) == longest]
+            order = order[len(batch) :]
+            yield batch
+
+    def ask(self, prompts: Sequence[ReadPrompt | Exchange]) -> list[Found | Exception]:
+        """What was found, or an error, for each prompt; where a batch fails, each is asked alone, lest one cost the
+        others."""
+        if models.user_hooks(self.model) != self.hooks:
+            raise RuntimeError(
+                "the model's hooks have changed since attribute_many was called, and answers are computed as they are "
+                "asked for: inside model.hooks(...) take them inside as well, with list(...) say."
+            )
+        try:
+            return [*self.found(prompts)]
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they would keep the graph until the error is reported
+            if len(prompts) == 1:
+                return [error]
+        return [answer for prompt in prompts for answer in self.ask([prompt])]
+
+    def found(self, prompts: Sequence[ReadPrompt | Exchange]) -> Sequence[Found]:
+        """An answer for each prompt, from one forward pass."""
+        return self.settings.scope.ask(self.linearized(prompts))
+
+    def linearized(
+        self, prompts: Sequence[ReadPrompt | Exchange], places: Sequence[tuple[int, int]] | None = None
+    ) -> list[Linearization]:
+        """The prompts in one forward pass: each at its last position or its answer, or all at other places.
+
+        Raises:
+            ValueError: for NaN or infinite activations.
+        """
+        asked = self.settings
+        lins: list[Linearization] = []
+        options: dict[str, Any] = {"checkpoint": asked.checkpoint, "rules": asked.rules}
+        exchanges = [one for one in prompts if isinstance(one, Exchange)]
+        if len(exchanges) == len(prompts):
+            lins += linearize_answers(
+                self.model, exchanges, asked.wrt, asked.of, score_answer=asked.score_answer, **options
+            )
+        else:
+            tokens = [prompt.tokens for prompt in prompts]
+            at = [(entry, len(ids) - 1) for entry, ids in enumerate(tokens)] if places is None else places
+            # It does not matter what fills them up, but it must be a token that the model knows.
+            padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=int(tokens[0][0]))
+            texts = [tuple(models.token_text(self.model, id) for id in ids.tolist()) for ids in tokens]
+            notes = [prompt.notes for prompt in prompts]
+            found = linearize_places(self.model, padded, texts, asked.wrt, asked.of, places=at, notes=notes, **options)
+            for lin, (entry, position) in zip(found, at, strict=True):
+                lins.append(replace(lin, parts=prompts[entry].parts[: position + 1]))
+        for lin in lins:
+            lin.require_finite()
+        return lins
+
+
+class Alone(Job):
+    """Prompts one by one, since there is much to compute for each."""
+
+    def batches(self, prompts: dict[int, ReadPrompt | Exchange], size: int) -> Iterator[list[int]]:
+        """The number of each prompt by itself."""
+        return super().batches(prompts, 1)
+
+    def found(self, prompts: Sequence[ReadPrompt | Exchange]) -> Sequence[Found]:
+        """What is found of the prompt."""
+        (prompt,) = prompts
+        return [self.of_one(prompt)]
+
+    def of_one(self, prompt: ReadPrompt | Exchange) -> Found:
+        """What is found of a prompt."""
+        raise NotImplementedError
+
+
+class EveryPrediction(Alone):
+    """Every prediction of a prompt, an `AttributionMap`; or of its answer where it has one, an `AnswerMap`."""
+
+    def of_one(self, prompt: ReadPrompt | Exchange) -> Found:
+        """A map of the prompt, or of its answer.
+
+        Raises:
+            ValueError: for a prompt whose answer is compared with another.
+        """
+        scope = self.settings.scope
+        if not isinstance(prompt, Exchange):
+            lins = self.linearized([prompt], [(0, position) for position in range(len(prompt.tokens))])
+            return AttributionMap(tuple(scope.ask(lins)))
+        if prompt.against is not None:
+            raise ValueError(
+                f"{as_written(scope)} compares with {prompt.against.text!r} here, and every prediction is asked about "
+                "one answer: leave foils and `versus` out."
+            )
+        (whole,) = linearize_answers(
+            self.model,
+            [prompt],
+            self.settings.wrt,
+            self.settings.of,
+            checkpoint=self.settings.checkpoint,
+            rules=self.settings.rules,
+        )
+        whole.require_finite()
+        answers = scope.ask([whole.part(k, k + 1) for k in range(whole.answer.steps)])
+        return AnswerMap.of_tokens(answers, [token.text for token in prompt.answer.tokens])
+
+
+@dataclass(frozen=True, eq=False)
+class CarriedBy(Alone):
+    """Through which parts of the network each prompt's score runs: `Paths`."""
+
+    by: By
+    strongest: int | None
+    """How many source tokens, those with the largest scores; None is all of them."""
+
+    def of_one(self, prompt: ReadPrompt | Exchange) -> Found:
+        """The paths of the prompt's score."""
+        (lin,) = self.linearized([prompt])
+        tokens = None
+        if self.strongest is not None:
+            (answer,) = self.settings.scope.ask([lin])
+            tokens = sorted(one.position for one in answer.top(self.strongest))
+        return carried_by(lin, self.settings.scope, self.by, tokens)
+
+
+def _lengths(prompt: ReadPrompt | Exchange) -> list[int]:
+    """How many tokens each text has that goes through the model."""
+    return [len(text) for _, text in prompt.texts] if isinstance(prompt, Exchange) else [len(prompt.tokens)]
