@@ -151,7 +151,7 @@ def test_slopes_are_powers_and_the_picture_is_drawn(tmp_path: Path) -> None:
 
     points = [point(axis, value, "Semantic Scope") for axis in report.AXES for value in (1, 4, 8)]
     lines = report.slopes(points).splitlines()
-    assert "| tokens | Semantic Scope | 1.00 | 2.00 |" in lines
-    assert "| batch | Semantic Scope | 1.00 | 2.00 |" in lines
+    assert "| tokens | Semantic Scope | 1.00 | 1.00 | 2.00 |" in lines
+    assert "| batch | Semantic Scope | 1.00 | 1.00 | 2.00 |" in lines
     report.picture(points, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").stat().st_size > 10_000

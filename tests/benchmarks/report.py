@@ -36,11 +36,12 @@ def short(ratio: float) -> str:
 
 
 def slopes(points: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: by which power of each size seconds and memory grow, fitted over all points of a line.
+    """A Markdown table: by which power of each size seconds and memory grow, fitted over all points of a line, and for
+    seconds from the last point but one to the last.
 
     The seconds of a batch are those of all its prompts.
     """
-    lines = ["| | | seconds | memory |", "|---|---|--:|--:|"]
+    lines = ["| | | seconds | at the end | memory |", "|---|---|--:|--:|--:|"]
     for axis in AXES:
         here = [point for point in points if point["axis"] == axis]
         for name in dict.fromkeys(point["name"] for point in here):
@@ -49,7 +50,8 @@ def slopes(points: Sequence[dict[str, Any]]) -> str:
             each = [point["ratio"] * point["forward"] for point in line]
             seconds = [one * size for one, size in zip(each, sizes, strict=True)] if axis == "batch" else each
             memory = power(sizes, [point["bytes"] for point in line]) if "bytes" in line[0] else ""
-            lines.append(f"| {axis} | {name} | {power(sizes, seconds)} | {memory} |")
+            powers = f"{power(sizes, seconds)} | {power(sizes[-2:], seconds[-2:])}"
+            lines.append(f"| {axis} | {name} | {powers} | {memory} |")
     return "\n".join(lines)
 
 
@@ -79,19 +81,24 @@ def picture(points: list[dict[str, Any]], path: Path) -> None:
             panel.legend(frameon=False)
             continue
         seconds = {point["value"]: point["forward"] for point in here}
-        panel.set_ylim(0, 2.8)
+        panel.set_ylim(bottom=0)
         if axis in ("tokens", "batch"):
             panel.set_xscale("log", base=2)
             panel.minorticks_off()
-        panel.set_xticks(list(seconds), [f"{value}\n{1000 * bare:.0f} ms" for value, bare in seconds.items()])
+        panel.set_xticks(list(seconds), [f"{value}\n{time(bare)}" for value, bare in seconds.items()])
     _memory(memory, [point for point in points if point["axis"] == "tokens" and "bytes" in point])
     for panel in panels[:, 0]:
         panel.set_ylabel("cost in forward passes")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     where = "A random Llama: 128 tokens, width 512, 8 layers where nothing else is said. One CPU core, float32."
-    figure.supxlabel(f"{where} In ms: one bare forward pass.", fontsize=9, color="#555555")
+    figure.supxlabel(f"{where} Below: one bare forward pass.", fontsize=9, color="#555555")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def time(seconds: float) -> str:
+    """A time to two digits or three: 53 ms, 2.0 s."""
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def _memory(panel: Any, points: Sequence[dict[str, Any]]) -> None:
