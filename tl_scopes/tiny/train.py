@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tl_scopes.tiny.example import Example
@@ -182,23 +184,32 @@ def evaluate(model: LlamaForCausalLM, tokenizer: Any, count: int = 1000, series:
     rows = []
     for task in TASKS:
         test = examples(task, count, seed=2)
-        correct, loss = 0, 0.0
-        for example in test:
-            ids = torch.tensor([tokenizer(example.prompt)["input_ids"]], device=model.device)
-            log_probs = model(ids, use_cache=False).logits[0, -1].double().log_softmax(-1)
-            target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
-            assert len(target) == 1, (example.target, target)
-            correct += int(log_probs.argmax().item() == target[0])
-            loss -= log_probs[target[0]].item()
+        log_probs = _next_log_probs(model, tokenizer, [example.prompt for example in test])
+        targets = [tokenizer(example.target, add_special_tokens=False)["input_ids"] for example in test]
+        assert all(len(target) == 1 for target in targets), targets
+        right = torch.tensor(targets, device=model.device)[:, 0]
         rows.append(
             {
                 "task": task,
-                "accuracy": correct / count,
-                "loss": loss / count,
+                "accuracy": (log_probs.argmax(-1) == right).double().mean().item(),
+                "loss": -log_probs[range(count), right].mean().item(),
                 "order-2 Markov loss": markov_loss(task, test, series=series) if series and task in SERIES else None,
             }
         )
     return rows
+
+
+def _next_log_probs(model: LlamaForCausalLM, tokenizer: Any, prompts: list[str]) -> Float[Tensor, "prompt vocab"]:
+    """What is said after each prompt; prompts of one length go through the model together."""
+    every = [tuple(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    found: dict[tuple[int, ...], Tensor] = {}
+    for length in {len(ids) for ids in every}:
+        some = list(dict.fromkeys(ids for ids in every if len(ids) == length))
+        for start in range(0, len(some), 32):
+            batch = some[start : start + 32]
+            logits = model(torch.tensor(batch, device=model.device), use_cache=False, logits_to_keep=1).logits[:, 0]
+            found |= dict(zip(batch, logits.double().log_softmax(-1), strict=True))
+    return torch.stack([found[ids] for ids in every])
 
 
 def table(rows: list[dict[str, Any]]) -> str:
