@@ -206,7 +206,10 @@ def test_the_live_view(paths: tls.Paths, lin: tls.Linearization) -> None:
     assert_close(shares.sum(0), torch.ones(7, 2), rtol=0, atol=2e-3)
     assert view.props["firstDimensionLabels"] == ["L0", "L1", "L2", "L3", "L4", "L5", "end"]
     assert view.props["secondDimensionLabels"] == ["·keys (2)", "·cabinet (6)"]
-    assert paths._repr_html_() in view._repr_html_()  # where no script runs
+    html = view._repr_html_()
+    assert "heads that move it" in html  # where no script runs
+    assert html.count('class="tl-scopes"') == 1  # in the frame of the other cards
+    assert "which part of a source token's score stands at each token" in html
     with pytest.raises(ValueError, match="this answer, by 'layer' in .* does not know where the influence stands"):
         tls.carried_by(lin, SCOPE, "layer", " keys").show()
 
