@@ -17,6 +17,8 @@ from tests.test_layout import measure
 from tests.zoo import PROMPT
 from tl_scopes.circuits.paths import Passage
 from tl_scopes.models import components
+from tl_scopes.views import component_map
+from tl_scopes.views.palette import Scale
 
 TEXT = "The keys to the old cabinet near the door"
 SCOPE = tls.SemanticScope(" are", versus=" is")
@@ -195,6 +197,13 @@ def test_the_flow_picture(paths: tls.Paths, tmp_path: Any) -> None:
     assert "http" not in html
     assert paths._repr_html_() in html
     assert "from" in paths.to_html(tmp_path / "heads.html", " keys")
+
+
+def test_a_layer_that_stands_apart() -> None:
+    """The first layer of many models answers twenty times faster than the others: it lies over the scale of a map."""
+    shares = torch.tensor([[1.0, 0.8], [0.05, 0.04], [0.02, 0.01], [0.03, 0.02]])
+    assert component_map._scale(shares) == Scale(pytest.approx(0.05), 0.8)  # type: ignore[arg-type]
+    assert component_map._scale(shares[1:]) == Scale(pytest.approx(0.05), 1.0)  # type: ignore[arg-type]
 
 
 def test_the_live_view(paths: tls.Paths, lin: tls.Linearization) -> None:
