@@ -218,7 +218,7 @@ def test_the_live_view(paths: tls.Paths, lin: tls.Linearization) -> None:
     html = view._repr_html_()
     assert "heads that move it" in html  # where no script runs
     assert html.count('class="tl-scopes"') == 1  # in the frame of the other cards
-    assert "which part of a source token's score stands at each token" in html
+    assert "score stands at each token before a layer; red works against it" in html
     with pytest.raises(ValueError, match="this answer, by 'layer' in .* does not know where the influence stands"):
         tls.carried_by(lin, SCOPE, "layer", " keys").show()
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+import tl_scopes as tls
 from tests.browser import Browser
 from tests.pictures import ARE, IS, NASTY, PROBE, SENTENCE, Reader, answer, browse, needs_browser
 from tl_scopes.models import Target, Token
