@@ -17,6 +17,8 @@ from tests.test_layout import measure
 from tests.zoo import PROMPT
 from tl_scopes.circuits.paths import Passage
 from tl_scopes.models import components
+from tl_scopes.views import component_map
+from tl_scopes.views.palette import Scale
 
 TEXT = "The keys to the old cabinet near the door"
 SCOPE = tls.SemanticScope(" are", versus=" is")
@@ -197,6 +199,13 @@ def test_the_flow_picture(paths: tls.Paths, tmp_path: Any) -> None:
     assert "from" in paths.to_html(tmp_path / "heads.html", " keys")
 
 
+def test_a_layer_that_stands_apart() -> None:
+    """The first layer of many models answers twenty times faster than the others: it lies over the scale of a map."""
+    shares = torch.tensor([[1.0, 0.8], [0.05, 0.04], [0.02, 0.01], [0.03, 0.02]])
+    assert component_map._scale(shares) == Scale(pytest.approx(0.05), 0.8)  # type: ignore[arg-type]
+    assert component_map._scale(shares[1:]) == Scale(pytest.approx(0.05), 1.0)  # type: ignore[arg-type]
+
+
 def test_the_live_view(paths: tls.Paths, lin: tls.Linearization) -> None:
     """Depths for layers, source tokens for neurons: the shares of the stream, at each position."""
     view = paths.show()
@@ -206,7 +215,10 @@ def test_the_live_view(paths: tls.Paths, lin: tls.Linearization) -> None:
     assert_close(shares.sum(0), torch.ones(7, 2), rtol=0, atol=2e-3)
     assert view.props["firstDimensionLabels"] == ["L0", "L1", "L2", "L3", "L4", "L5", "end"]
     assert view.props["secondDimensionLabels"] == ["·keys (2)", "·cabinet (6)"]
-    assert paths._repr_html_() in view._repr_html_()  # where no script runs
+    html = view._repr_html_()
+    assert "heads that move it" in html  # where no script runs
+    assert html.count('class="tl-scopes"') == 1  # in the frame of the other cards
+    assert "score stands at each token before a layer; red works against it" in html
     with pytest.raises(ValueError, match="this answer, by 'layer' in .* does not know where the influence stands"):
         tls.carried_by(lin, SCOPE, "layer", " keys").show()
 

@@ -79,6 +79,13 @@ def test_self_contained(tmp_path: Path) -> None:
     assert "<b>" in reader.text
 
 
+def test_signs_are_explained() -> None:
+    """A comparison has no bar of colours: words say what the second colour is."""
+    signed = answer(["a", "b", "c"], [1.0, -0.5, 0.1], scope="RelevanceScope()")
+    assert "its own scale; vermilion: below zero" in Reader(tls.compare({"a": signed, "b": signed}).to_html()).text
+    assert "vermilion" not in Reader(tls.compare({"a": SENTENCE}).to_html()).text
+
+
 def test_too_much_to_draw() -> None:
     several = {str(n): SENTENCE for n in range(1 + 4_000 // len(SENTENCE.scores))}
     with pytest.raises(ValueError, match=r"4,\d+ tokens are too many for a browser"):

@@ -118,7 +118,7 @@ def test_a_notebook_gets_a_frame() -> None:
     found = re.search('<iframe class="tl-scopes" sandbox="allow-scripts" [^>]*srcdoc="([^"]*)"></iframe>$', html)
     assert found
     assert unescape(found[1]) == TWO.to_html()
-    assert "height:4" in html
+    assert "height:600px" in html
     assert "height:900px" in Explorer((prompt_map(["word"] * 300, random(300)),))._repr_html_()
 
 
@@ -286,7 +286,7 @@ def test_scopes_and_signs(browser: Browser, tmp_path: Path) -> None:
     assert float(low) == -float(high)
     assert float(middle) == 0
     browser.choose("value", "score")
-    assert text(browser, "unit").startswith("logit")
+    assert text(browser, "unit").startswith("logit; vermilion: below zero")
 
 
 @needs_browser
@@ -306,6 +306,7 @@ def test_colours(browser: Browser, tmp_path: Path, colour: str) -> None:
         assert alike(grounds(browser), expected(line.tolist(), colour))
     assert text(browser, "ends").split()[-1] == ("2×" if colour == "even" else "40.0%")
     told = text(browser, "unit")
+    assert "vermilion" not in told
     assert told == ("times an even share" if colour == "even" else "share")
 
 
@@ -382,6 +383,75 @@ def test_layers(browser: Browser, tmp_path: Path, tiny: Any) -> None:
     assert "of all tokens" in text(browser, "what")
     browser.choose("layer", -1)
     assert text(browser, "what").startswith("What moves the prediction")
+
+
+@needs_browser
+def test_a_page_with_layers_says_what_it_lists(browser: Browser, tmp_path: Path, tiny: Any) -> None:
+    """The heading over the table goes with what is shown, and what changes nothing cannot be chosen."""
+    paths = tls.carried_by(tls.linearize(tiny, PROMPT), tls.SemanticScope(), by="position")
+    opened(browser, tls.explore(tiny, PROMPT, tls.SemanticScope(), carried=paths), tmp_path)
+    assert text(browser, "order") == "Most influential"
+    browser.choose("column", 1)
+    browser.mouse(token(2))
+    assert text(browser, "order") == "Moved most by ·keys (2)"
+    browser.choose("layer", 0)
+    assert text(browser, "order") == "Where most of it stands"
+    assert text(browser, "top").split()[:2] == ["at", "token"]
+    assert browser.run("document.querySelectorAll('#top tbody tr').length") == 1  # the others hold nothing
+    off = "['scope', 'column', 'bos', 'template'].map(id => document.getElementById(id).disabled)"
+    assert browser.run(off) == [True] * 4
+    browser.choose("layer", -1)
+    assert browser.run(off) == [False] * 4
+
+
+@needs_browser
+def test_no_token_that_counts(browser: Browser, tmp_path: Path) -> None:
+    """Before the first message of a chat all is template: no scale is drawn. BOS is a part of it."""
+    opened(browser, Explorer((prompt_map(WORDS, SCORES, parts=PARTS),), bos=True), tmp_path)
+    assert browser.run("document.getElementById('bos').disabled")
+    browser.mouse(token(1))
+    assert text(browser, "unit") == "no token here has a share"
+    assert text(browser, "order") == ""
+    assert browser.run("document.getElementById('ramp').parentNode.hidden")
+    browser.choose("template", True)
+    assert not browser.run("document.getElementById('bos').disabled")
+    assert not browser.run("document.getElementById('ramp').parentNode.hidden")
+
+
+@needs_browser
+def test_the_pinned_token_is_in_sight(browser: Browser, tmp_path: Path) -> None:
+    """A long prompt scrolls: to the token that a link pins, and to the one that a key goes to."""
+    many = Explorer((prompt_map([f" w{i}" for i in range(300)], random(300)),))
+    seen = (
+        "(() => { const t = document.querySelector('.pinned').getBoundingClientRect(), "
+        "b = document.getElementById('text').getBoundingClientRect(); "
+        "return t.top >= Math.max(0, b.top - 1) && t.bottom <= Math.min(innerHeight, b.bottom + 1) })()"
+    )
+    opened(browser, many, tmp_path, "#pin=290", height=400)
+    assert browser.run(seen)
+    for key in ("Home", "End"):
+        browser.press(key)
+        assert browser.run(seen), key
+    browser.press("ArrowDown")  # one scope: the page may scroll
+    assert "scope" not in browser.run("location.hash")
+
+
+@needs_browser
+def test_the_heading_is_not_covered(browser: Browser, tmp_path: Path) -> None:
+    """The frame around the text, which a key shows, stays below the line over it."""
+    opened(browser, TWO, tmp_path)
+    browser.run("document.getElementById('text').focus()")
+    browser.press("End")
+    gap, frame = browser.run(
+        "(e => [e.getBoundingClientRect().top - document.getElementById('what').getBoundingClientRect().bottom, "
+        "parseFloat(getComputedStyle(e).outlineOffset) + 2])(document.getElementById('text'))"
+    )
+    assert gap >= frame
+
+
+def test_the_title_spells_no_bytes() -> None:
+    """Tokens that are bytes of one character are that character in the title."""
+    assert "🎉" in Explorer((prompt_map(["<0xF0>", "<0x9F>", "<0x8E>", "<0x89>"], random(4)),)).to_html()[:900]
 
 
 @needs_browser

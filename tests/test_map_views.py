@@ -128,6 +128,22 @@ def test_a_slice_draws_what_it_holds(rows: int, columns: int) -> None:
         assert (side == "x" and columns <= 16) or all(end <= start + 0.5 for (_, end), (start, _) in pairwise(spans))
 
 
+@pytest.mark.parametrize("size", [60, 120])
+def test_a_large_map_fits_a_page(size: int) -> None:
+    """Its bar of colours is in sight, on a page of 1,100 pixels: what is cut off at the right nobody misses."""
+    figure = prompt_map([" word"] * size, random(size)).plot()
+    assert 96 * figure.get_size_inches()[0] <= 1050
+
+
+def test_nothing_but_a_sink_above_an_even_share() -> None:
+    scores = torch.full((8, 8), 0.01).index_fill(1, torch.tensor([0]), 1.0)
+    values = map_views._values(prompt_map(WORDS, scores), "even")
+    scale = map_views._scale(values, "even")
+    assert scale.end > 1
+    assert scale.strength(values[-1, 0].item()) > 0.9
+    assert scale.strength(values[-1, 1].item()) == 0
+
+
 @pytest.mark.parametrize("shown", [MAP, SIGNED], ids=["shares", "signed"])
 @pytest.mark.parametrize("colors", ["linear", "even"])
 def test_colors_of_a_map(shown: tls.AttributionMap, colors: Any) -> None:

@@ -298,4 +298,10 @@ def test_pictures(tiny: Any) -> None:
     bars, line = figure.axes[0], figure.axes[-1]
     assert [patch.get_height() for patch in bars.patches] == pytest.approx(by_number.scores.tolist())
     assert list(line.lines[0].get_ydata()) == list(by_number.numbers)
+    figure.draw_without_rendering()
+    box = bars.yaxis.label.get_window_extent()  # the long unit is not cut
+    assert box.y0 >= 0
+    assert box.y1 <= figure.bbox.height
+    assert line.get_ylabel() == "series (line)"
+    assert figure.axes[1].get_xlabel() == "probability"
     assert by_number._repr_png_().startswith(b"\x89PNG")

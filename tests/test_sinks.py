@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
+from html import unescape
 from typing import Any
 
 import pytest
@@ -410,6 +412,13 @@ def test_as_a_table(report: tls.SinkReport) -> None:
     assert table["sink_heads"].tolist() == [1, 3, 1, 0]
     assert table["value_norm"].isna().tolist() == [False, False, False, True]
     assert_close(torch.tensor(table["attention"].values), report.mass[..., :4].mean((0, 1)).double())
+
+
+def test_names_of_scopes_do_not_widen_the_card(report: tls.SinkReport) -> None:
+    """They stand in several lines: the table would be cut at the right."""
+    cells = re.findall(r'<td style="([^"]*)">([^<]*)</td>', report._repr_html_())
+    assert all(("white-space:normal" in style) for style, text in cells if unescape(text) in report.answers)
+    assert {unescape(text) for _, text in cells} >= set(report.answers)
 
 
 def test_card(report: tls.SinkReport) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+import tl_scopes as tls
 from tests.browser import Browser
 from tests.pictures import ARE, IS, NASTY, PROBE, SENTENCE, Reader, answer, browse, needs_browser
 from tl_scopes.models import Target, Token
@@ -121,6 +122,29 @@ def test_colors_that_let_few_tokens_stand_out() -> None:
     assert sum(strength > 0.1 for strength in card.strengths(long, "even")[1:]) == 10
     assert card.strengths(answer(["a", "b"], [0.5, 0.5]), "even") == [0.0, 0.0]
     assert card.strengths(answer(["a", "b"], [0.0, 0.0]), "even") == [0.0, 0.0]
+
+
+def test_a_scale_of_sinks_alone() -> None:
+    """Where nothing else is above an even share, the scale ends with the largest and not below an even share."""
+    sink = answer(["a"] * 8, [0.9, *[0.02] * 7])
+    assert card.scale_of(sink, "even") == Scale(pytest.approx(0.9), 1.0, pytest.approx(1.04 / 8), 1.0)  # type: ignore[arg-type]
+    assert card.strengths(sink, "even") == [1.0, *[0.0] * 7]
+
+
+def test_hops_that_bring_nothing_are_one_row() -> None:
+    """The trace of a long answer has a row for what comes after the last hop that a number shows."""
+    hops = torch.zeros(40, 7)
+    hops[:3, 0] = torch.tensor([0.5, 0.3, 0.1999])
+    told = Reader(tls.Traced(hops, 0.0, SENTENCE).to_html()).text
+    assert "320.0%4 to 400.0%" in told
+    assert "33" not in told.partition("What arrives")[2]
+    assert " to " not in Reader(tls.Traced(hops[:3], 0.0, SENTENCE).to_html()).text.partition("What arrives at the")[2]
+
+
+def test_too_many_tokens_to_show() -> None:
+    assert answer(["a"] * 4_000, [1.0] * 4_000).show()
+    with pytest.raises(ValueError, match="4,001 tokens are too many for a browser.*or the static picture"):
+        answer(["a"] * 4_001, [1.0] * 4_001).show()
 
 
 @pytest.mark.parametrize("colors", ["root", "linear", "even"])

@@ -118,7 +118,7 @@ class LinearityReport:
             f"{steepest} along the steepest direction, {random} at random, {swap} towards other tokens ({self.unit}; "
             f"medians of {len(self.positions)} tokens).",
             f"All tokens together: {', '.join(f'{r:.2g}' for r in self.joint_radius.tolist())}.",
-            f"The nearest other token is {_median(self.nearest_distance):.2g} away; the picture reaches it for "
+            f"The nearest other token is {_median(self.nearest_distance):.2g} away; the first order holds that far for "
             f"{int(self.reaches_a_token.sum())} of them.",
         ]
         if self.predicted_radius[0].isfinite().any():

@@ -398,7 +398,11 @@ class Attribution:
         return saved(card.page(self, colors=colors), path)
 
     def show(self) -> LiveView:
-        """circuitsvis' coloured tokens, for a live notebook; its script comes from the installed package."""
+        """circuitsvis' coloured tokens, for a live notebook; its script comes from the installed package.
+
+        Raises:
+            ValueError: for more than 4,000 tokens, which a browser draws slowly: see `to_html`, or set tokens aside.
+        """
         return card.colored_tokens(self)
 
     def _repr_html_(self) -> str:

@@ -48,7 +48,11 @@ def traced_page(traced: "Traced") -> Html:
 
 def traced_fragment(traced: "Traced") -> Html:
     """The prompt coloured by what arrives at each token, and how much arrives at each hop."""
-    lines = [([str(hop + 1)], weight) for hop, weight in enumerate(traced.hops.sum(1).tolist())]
+    weights = traced.hops.sum(1).tolist()
+    # The last hops of a long answer bring nothing that a number shows.
+    shown = max((hop for hop, weight in enumerate(weights, start=1) if abs(weight) >= 0.0005), default=len(weights))
+    lines = [([str(hop)], weight) for hop, weight in enumerate(weights[:shown], start=1)]
+    lines += [([f"{shown + 1} to {len(weights)}"], sum(weights[shown:]))] if len(weights) > shown + 1 else []
     lines += [(["left in the answer"], traced.left)] if traced.left else []
     return attribution.fragment(
         traced.answer, table("What arrives at the prompt", ("hop", "weight"), lines, color(1.0))

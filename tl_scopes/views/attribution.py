@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tl_scopes.views import bars, markup
 from tl_scopes.views.figure import shortened
-from tl_scopes.views.live import LiveView, Written, as_html
+from tl_scopes.views.live import MOST_TOKENS, LiveView, Written, as_html, require_drawable
 from tl_scopes.views.markup import Cell, Html, boxed, chip, joined, rows, table, tag, visible
 from tl_scopes.views.palette import COLORS, Colors, Scale, color, require_colors
 
@@ -55,7 +55,12 @@ def fragment(attribution: "Attribution", *tables: Html, colors: Colors = "root")
 
 
 def colored_tokens(attribution: "Attribution") -> LiveView:
-    """circuitsvis' coloured tokens for a live notebook, as the static card draws them; a tooltip tells the score."""
+    """circuitsvis' coloured tokens for a live notebook, as the static card draws them; a tooltip tells the score.
+
+    Raises:
+        ValueError: for more than 4,000 tokens.
+    """
+    require_drawable(len(attribution.scores), MOST_TOKENS, "tokens")
     return replace(
         live_text(attribution), frame=lambda live: _card(attribution, live), about=f"ColoredTokens: {attribution!r}"
     )

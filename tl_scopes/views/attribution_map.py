@@ -101,7 +101,7 @@ def card(prompt_map: "AttributionMap", picture: Html, colors: Colors = "root") -
     last = prompt_map.answers[-1]
     legend = f"score in {last.unit}; colour: {COLORS[colors].format('share')}"
     if _scale(_values(prompt_map, colors), colors).top < 1:
-        legend += ", the darkest is over the scale"
+        legend += ", the strongest is over the scale"
     return _framed(prompt_map, picture, legend, "max-content")
 
 
@@ -200,7 +200,10 @@ def _scale(values: Float[Tensor, "position token"], colors: Colors = "root") -> 
     rest = sizes[:, means.indices[sinks(means.values.tolist()) :]]
     rest = rest[rest.isfinite()].sort(descending=True).values
     end = rest[len(rest) // 50].item()
-    top = 0.8 if values.abs().nan_to_num().max().item() > end else 1.0
+    most = values.abs().nan_to_num().max().item()
+    if colors == "even" and end <= 1:  # nothing but sinks is above an even share
+        end = most
+    top = 0.8 if most > end else 1.0
     return Scale(end, top, 1.0 if colors == "even" else 0.0, 0.5 if colors == "root" else 1.0)
 
 

@@ -30,7 +30,7 @@ def bars(
         names: what the bars and the values are.
         title: written over the bars.
     """
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     width, height = min(max(0.22 * len(values), 2.0), 12.0), 2.2
     with default_style():
@@ -40,8 +40,8 @@ def bars(
         axes.axhline(0, color=_RIM, linewidth=0.8)
         axes.set_xlim(-0.6, len(values) - 0.4)
         label_ticks(axes, (), labels, (height, width), turned=90)
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
         axes.tick_params(axis="y", labelsize=8, color=MUTED)
         axes.tick_params(axis="x", length=0)
         axes.spines[["top", "right"]].set_visible(False)

@@ -41,6 +41,8 @@ def _card(comparison: "Comparison", *texts: Html, colors: Colors = "root") -> Ht
     answers = comparison.answers.values()
     places = dict.fromkeys(card.about(answer) for answer in answers)
     notes = dict.fromkeys(note for answer in answers for note in answer.notes)
+    legend = f"colour: {COLORS[colors].format('score')}, each answer on its own scale"
+    legend += "; vermilion: below zero" if any((answer.scores < 0).any() for answer in answers) else ""
     lines: list[Html] = []
     for (name, answer), text in zip(comparison.answers.items(), texts, strict=True):
         lines.append(tag("div", "font-weight:600;font-size:13px", name))
@@ -49,7 +51,7 @@ def _card(comparison: "Comparison", *texts: Html, colors: Colors = "root") -> Ht
         f"{len(answers)} answer{'s' * (len(answers) > 1)} about {_prompts(comparison)}",
         *(tag("div", SMALL, place) for place in places if len(places) == 1),
         tag("div", "margin:14px 0 6px", *lines),
-        tag("div", SMALL, f"colour: {COLORS[colors].format('score')}, each answer on its own scale"),
+        tag("div", SMALL, legend),
         _most_influential(comparison, say_where=len(places) > 1, colors=colors),
         notes=notes,
     )

@@ -2,10 +2,13 @@
 
 from typing import TYPE_CHECKING
 
+from jaxtyping import Float
+from torch import Tensor
+
 from tl_scopes.views import heat_map, markup
 from tl_scopes.views.figure import embedded, shortened
 from tl_scopes.views.markup import SMALL, Html, tag
-from tl_scopes.views.palette import Scale
+from tl_scopes.views.palette import Scale, sinks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,12 +24,19 @@ def plot(found: "ComponentMap", title: str | None = None) -> "Figure":
     shares = values / (values.max().item() or 1.0)
     return heat_map.heat_map(
         shares,
-        Scale.of(shares.flatten().tolist()),
+        _scale(shares),
         [f"L{layer}" for layer in found.layers],
         columns,
         names=("layer", found.axis_names[1], "part of the largest"),
         title=found.question if title is None else title,
     )
+
+
+def _scale(shares: Float[Tensor, "layer column"]) -> Scale:
+    """A scale that ends below layers that stand apart, as the first does in many models: it would wash out the rest."""
+    rows = shares.abs().amax(1).sort(descending=True)
+    count = sinks(rows.values.tolist())
+    return Scale(rows.values[count].item(), 0.8 if count else 1.0)
 
 
 def page(found: "ComponentMap") -> Html:

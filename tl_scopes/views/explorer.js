@@ -44,8 +44,8 @@ const sinks = sizes => {
   return widest;
 };
 const scaleOf = amounts => {
-  const sizes = amounts.map(Math.abs).sort((a, b) => b - a), over = sinks(sizes);
-  const floor = view.colour === "even" ? 1 : 0;
+  const sizes = amounts.map(Math.abs).sort((a, b) => b - a), floor = view.colour === "even" ? 1 : 0;
+  const apart = sinks(sizes), over = sizes[apart] > floor ? apart : 0;
   return {end: sizes[over] || 0, top: over ? 0.8 : 1, floor, signed: amounts.some(a => a < 0)};
 };
 const wholeScale = () => {  // of all scores of the map: one in fifty may lie over it
@@ -121,6 +121,8 @@ const table = (place, head, found, bars) => {
 };
 
 const drawLegend = (scale, unit) => {
+  $("ramp").parentNode.hidden = !scale.end;
+  if (!scale.end) return $("unit").textContent = "no token here has a share";
   const bar = $("ramp"), low = scale.signed ? -1 : 0, wide = 1 - low, told = shapes[view.colour][1];
   bar.replaceChildren();
   for (let i = 0; i < 24; i++) paint(make(bar, "span"), scale.top * (low + wide * (i + 0.5) / 24));
@@ -132,7 +134,8 @@ const drawLegend = (scale, unit) => {
   $("ends").replaceChildren();
   [low, (low + 1) / 2, 1].forEach(t => make($("ends"), "span", number(t)));
   const what = view.colour === "even" ? "times an even share" : view.value === "share" ? "share" : unit;
-  $("unit").textContent = what + (scale.top < 1 ? "; the strongest lies over the scale" : "");
+  $("unit").textContent = what + (scale.signed ? "; vermilion: below zero" : "") +
+    (scale.top < 1 ? "; the strongest lies over the scale" : "");
 };
 
 const draw = () => {
@@ -163,8 +166,11 @@ const draw = () => {
   $("told").textContent = cell
     ? `${named(hovered)}: ${brief(cell.score)} ${unit}, share ${percent(cell.share)}` : pinned
     ? "pinned; click again or Escape to unpin" : "hover a token; with Shift for what it moves; click to pin";
-  const top = [...kept].sort(([a], [b]) => Math.abs(amount(b)) - Math.abs(amount(a))).slice(0, 8);
-  table($("top"), ["", column ? "after token" : "token", "score", "share"],
+  const top = kept.filter(([cell]) => cell.score)
+    .sort(([a], [b]) => Math.abs(amount(b)) - Math.abs(amount(a))).slice(0, 8);
+  $("order").textContent = !top.length ? "" : layered ? "Where most of it stands"
+    : column ? `Moved most by ${after}` : "Most influential";
+  table($("top"), ["", layered ? "at token" : column ? "after token" : "token", "score", "share"],
     top.map(([cell, i]) => [i, [tokens[i][0], ""], brief(cell.score), percent(cell.share)]),
     top.map(([cell]) => amount(cell)));
   const place = layered ? carried.position : focus, next = data.next[place] ?? [];
@@ -176,6 +182,9 @@ const draw = () => {
   $("scope").value = view.scope;
   for (const name of ["value", "colour", "column"]) $(name).value = view[name];
   for (const name of ["bos", "template"]) $(name).checked = view[name];
+  // What changes nothing here: with a layer, all that is about the maps; and BOS while it is out with the template.
+  for (const name of ["scope", "column", "bos", "template"]) $(name).disabled = layered;
+  $("bos").disabled ||= data.parts[0] === "template" && !view.template;
   $("layer").value = view.layer;
   $("layer-name").textContent = layered ? carried.names[view.layer] : "off";
   $("notes").textContent = map.notes.join("\n");
@@ -193,6 +202,7 @@ const save = () => {
   $("link").href = hash;
   try { history.replaceState(null, "", hash); } catch { /* a page inside of a notebook has no address */ }
 };
+const reveal = () => spans[view.pin]?.scrollIntoView({block: "nearest"});  // a long prompt scrolls
 const restore = () => {
   const found = new URLSearchParams(location.hash.slice(1));
   for (const name in view) {
@@ -205,6 +215,7 @@ const restore = () => {
   }
   lines = {}; whole = null;
   draw();
+  reveal();
 };
 const set = changes => {
   Object.assign(view, changes);
@@ -245,9 +256,10 @@ document.addEventListener("keydown", event => {
     Home: {pin: 0}, End: {pin: n - 1}, Escape: {pin: -1}, s: {column: 1 - view.column},
     ArrowUp: {scope: Math.max(0, view.scope - 1)}, ArrowDown: {scope: Math.min(maps.length - 1, view.scope + 1)},
   };
-  if (!(event.key in keys)) return;
+  if (!(event.key in keys) || event.key.match(/Up|Down/) && maps.length < 2) return;
   event.preventDefault();
   set(keys[event.key]);
+  reveal();
 });
 window.addEventListener("hashchange", restore);
 $("app").hidden = false;

@@ -39,7 +39,7 @@ _BODY = """<div id="app" hidden>
 <div><h2 id="what" aria-live="polite"></h2><div id="text" tabindex="0" role="group" aria-label="the tokens"></div>
 <div class="legend"><div><div id="ramp"></div><div id="ends"></div></div><div class="small" id="unit"></div></div>
 <div class="small" id="told"></div></div>
-<div><h2 id="after"></h2><table id="next"></table><h2>Most influential</h2><table id="top"></table></div>
+<div><h2 id="after"></h2><table id="next"></table><h2 id="order"></h2><table id="top"></table></div>
 </div>
 <div class="small" id="notes"></div>
 </div>"""
@@ -91,8 +91,9 @@ def fragment(explored: "Explorer") -> Html:
 
     The frame has no access to the page around it. It follows the colours of the notebook's theme.
     """
-    lines = sum(map(len, explored.str_tokens)) / 60
-    height = f"{min(900, 470 + 30 * lines):.0f}px"
+    lines = sum(map(len, explored.str_tokens)) / 45
+    # Above and below stand controls and notes, and beside the text two tables.
+    height = f"{min(900, 190 + max(410, 70 + 31 * lines)):.0f}px"
     style = f"width:100%;height:{height};border:1px solid #d8dee4;border-radius:8px;resize:vertical"
     frame = (
         f'<iframe class="tl-scopes" sandbox="allow-scripts" title="{escape(_title(explored))}" style="{style}" '
@@ -168,7 +169,7 @@ def _carried(paths: "Paths") -> dict[str, Any]:
 
 
 def _title(explored: "Explorer") -> str:
-    text = "".join(explored.str_tokens)
+    text = "".join(shown for shown in explored.maps[0].answers[-1].shown_tokens if shown != "⋯")
     return f"tl_scopes: {text if len(text) <= 80 else text[:79] + '…'!r}"
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
+_LARGEST = 8.4
+"""How many inches wide and high a map is at most: 60 rows of it can all be labelled."""
 _VOID = "#f3f5f7"  # not white, which is a score of zero
 _RIM = "#d8dee4"
 
@@ -44,8 +46,8 @@ def heat_map(
     """
     size = max(len(rows), len(columns))
     annotated = size <= 16
-    # Of a slice the few rows are as high as ever, however many columns there are.
-    width, height = (count * (0.36 if annotated else min(0.2, 0.2 * LEGIBLE / count)) for count in values.shape[::-1])
+    # A large map is made to fit into a page, its colour bar too: cells shrink, down or across, as they become many.
+    width, height = (count * (0.36 if annotated else min(0.2, _LARGEST / count)) for count in values.shape[::-1])
     tall = min(max(height, 1.2), 2.4)
     with default_style():
         figure, (axes, bar) = axes_at((0.0, 0.0, width, height), (width + 0.2, height - tall, 0.13, tall))

@@ -195,7 +195,8 @@ def table(title: str, head: Sequence[str], lines: Sequence[tuple[Sequence[str], 
     if not lines:
         return Html()
     longest = max((abs(part) for _, part in lines)) or 1.0
-    styles = [_TOKEN_CELL if name == "token" else "text-align:right" for name in head]
+    words = {"token": _TOKEN_CELL, "component": "text-align:left", "at": "text-align:left"}
+    styles = [words.get(name, "text-align:right") for name in head]
     drawn = [[Cell(name, f"{style};color:{MUTED}") for name, style in zip(head, styles, strict=True)]]
     for cells, part in lines:
         bar = f"width:{72 * abs(part) / longest:.0f}px;height:9px;background-color:{hue if part >= 0 else color(-1.0)}"

@@ -106,8 +106,9 @@ class Scale(NamedTuple):
     def of(cls, scores: Iterable[float], colors: Colors = "root") -> "Scale":
         """A scale that ends below the sinks, on which most influence tends to rest: they would wash out the others."""
         sizes = sorted(map(abs, scores), reverse=True) or [0.0]
-        count = sinks(sizes)
         floor = sum(sizes) / len(sizes) if colors == "even" else 0.0
+        # Where nothing but the sinks is above an even share, the scale is theirs.
+        count = n if sizes[n := sinks(sizes)] > floor else 0
         return cls(sizes[count], 0.8 if count else 1.0, floor, 0.5 if colors == "root" else 1.0)
 
     def strength(self, score: float) -> float:

@@ -87,6 +87,11 @@ def flow(paths: "Paths", column: int) -> Html:
     A number says how many percent of the score stand at a position there; behind each row stand the heads of that
     layer that move a notable part, and where they write it.
     """
+    return _card(paths, column, _flow(paths, column))
+
+
+def _flow(paths: "Paths", column: int) -> Html:
+    """The rows of the flow picture, and what they say."""
     assert paths.stream is not None
     score = paths.scores[column].item() or 1.0
     shares = paths.stream[..., column] / score
@@ -99,16 +104,17 @@ def flow(paths: "Paths", column: int) -> Html:
     scale = Scale(1.0)
     style = f"{_NUMBER};color:{MUTED}"
     lines = [[Cell("", _LABEL), *(Cell(text, style) for text in texts), Cell("heads that move it", _side())]]
-    names = [*(f"L{layer}" for layer in paths.stream_layers[:-1]), "end"]
+    names = _depths(paths.stream_layers)
     for layer, name, line in zip(paths.stream_layers, names, values.tolist(), strict=True):
         told = [f"before {name}, at {text}: {share * score:.3g}" for text, share in zip(texts, line, strict=True)]
         cells = [_number(share, scale, title) for share, title in zip(line, told, strict=True)]
         lines.append([Cell(name, _LABEL), *cells, Cell(_movers(paths, column, layer), _side())])
     legend = (
         "rows: the residual stream before each layer; numbers: percent of the score that stand at a position there, "
-        "vermilion ones work against it; heads write at the position named"
+        f"vermilion ones work against it; heads: at most three of a layer that carry {_NOTABLE:.0%} or more, and where "
+        "they write"
     )
-    return _card(paths, column, _scrolled(markup.rows(lines)), tag("div", SMALL, legend))
+    return markup.joined(_scrolled(markup.rows(lines)), tag("div", SMALL, legend))
 
 
 def live_flow(paths: "Paths") -> LiveView:
@@ -129,11 +135,20 @@ def live_flow(paths: "Paths") -> LiveView:
         "activations": [[[round(one, 4) for one in line] for line in rows] for rows in shares.tolist()],
         "firstDimensionName": "before layer",
         "secondDimensionName": "from token",
-        "firstDimensionLabels": [*(f"L{layer}" for layer in paths.stream_layers[:-1]), "end"],
+        "firstDimensionLabels": _depths(paths.stream_layers),
         "secondDimensionLabels": [f"{visible(paths.str_tokens[i])} ({i})" for i in paths.positions],
     }
     about = f"TextNeuronActivations: where the influence of {len(paths.positions)} tokens stands before each layer"
-    return LiveView("TextNeuronActivations", props, flow(paths, paths.column()), about=about)
+    column = paths.column()
+    legend = "colour: which part of a source token's score stands at each token before a layer; red works against it"
+    static = markup.joined(_from(paths, column), _flow(paths, column))
+    return LiveView(
+        "TextNeuronActivations",
+        props,
+        static,
+        lambda live: _framed(paths, live, tag("div", SMALL, legend)),
+        about,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,17 +156,25 @@ def live_flow(paths: "Paths") -> LiveView:
 
 
 def _card(paths: "Paths", column: int, *parts: str) -> Html:
+    return _framed(paths, _from(paths, column), *parts)
+
+
+def _from(paths: "Paths", column: int) -> Html:
+    """The source token and its score."""
     position = paths.positions[column]
     source = markup.chip(paths.str_tokens[position])
-    about = tag(
+    return tag(
         "div",
         "margin:6px 0 10px",
         "from ",
         source,
         f" at position {position}: score {paths.scores[column].item():.3g} {paths.unit}",
     )
+
+
+def _framed(paths: "Paths", *parts: str) -> Html:
     ends = tag("div", SMALL, f"{paths.model} · {paths.dtype} · {paths.wrt} → {paths.of} · by {paths.by}")
-    return markup.card(paths.question, ends, about, *parts, notes=paths.notes, width="max-content")
+    return markup.card(paths.question, ends, *parts, notes=paths.notes, width="max-content")
 
 
 def _scrolled(table: Html) -> Html:
@@ -189,7 +212,8 @@ def _first(paths: "Paths", column: int) -> Html:
     """The components that carry most, as a table."""
     rows = paths.top(8, token=paths.positions[column])
     lines = [((row.name, "" if row.at is None else visible(row.at), f"{row.value:.3g}"), row.share) for row in rows]
-    return markup.table("carried most", ("component", "at", "value", "share"), lines, color(1.0))
+    heading = "Where most of it stands" if paths.by == "position" else "Carried most"
+    return markup.table(heading, ("component", "at", "value", "share"), lines, color(1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,11 +235,18 @@ def _grid(paths: "Paths", column: int) -> _Grid | None:
         return None
     shares = (paths.values[..., column] / (paths.scores[column].item() or 1.0)).flatten(1)
     labels: Sequence[str]
+    names = [f"L{layer}" for layer in paths.layers]
     if paths.by == "position":
         labels, what = [shortened(text, 10) for text in paths.str_tokens], "position"
+        names = _depths(paths.layers)
     else:
         size = paths.values.shape[1:-1]
         places = [tuple(int(j) for j in torch.unravel_index(torch.tensor(i), size)) for i in range(size.numel())]
         labels = [paths.name(0, *place).removeprefix("L0").strip() for place in places]
         what = " ".join(paths.axis_names[1:-1])
-    return _Grid(shares, [f"L{layer}" for layer in paths.layers], list(labels), ("layer", what))
+    return _Grid(shares, names, list(labels), ("before layer" if paths.by == "position" else "layer", what))
+
+
+def _depths(layers: Sequence[int]) -> list[str]:
+    """The layers before which the stream stands, and "end" behind the last one; a layer by itself has its name."""
+    return [*(f"L{layer}" for layer in layers[:-1]), "end"] if len(layers) > 1 else [f"L{layers[0]}"]

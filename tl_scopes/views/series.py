@@ -1,5 +1,6 @@
 """Pictures of a time series: what moves its next number, what is said to come, and how well."""
 
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from tl_scopes.views.figure import default_style, drawable, new_figure
@@ -27,11 +28,13 @@ def influence(found: "SeriesInfluence", forecast: "Forecast | None", truth: int 
         at = range(len(found))
         scores = found.scores.tolist()
         bars.bar(at, scores, width=0.9, color=[color(0.6 if score >= 0 else -0.6) for score in scores])
-        bars.set_ylabel(found.answer.unit, fontsize=8, color=MUTED)
+        # A long unit stands in two lines, or it would be cut.
+        bars.set_ylabel("\n".join(wrap(found.answer.unit, 30)), fontsize=8, color=MUTED)
         bars.set_xlabel("number", fontsize=8, color=MUTED)
         line = bars.twinx()
         line.plot(at, found.numbers, color=INK, linewidth=1, marker=".", markersize=3)
         line.set_ylim(0, 100)
+        line.set_ylabel("series (line)", fontsize=8, color=MUTED)
         if truth is not None:
             line.plot([len(found)], [truth], color="#d55e00", marker="o", markersize=4, linestyle="")
         titles, style = drawable([found.answer.question])
@@ -43,6 +46,7 @@ def influence(found: "SeriesInfluence", forecast: "Forecast | None", truth: int 
             if truth is not None:
                 beside.axhline(truth, color="#d55e00", linewidth=1)
             beside.set_title("next number", loc="left", fontsize=8, color=INK)
+            beside.set_xlabel("probability", fontsize=8, color=MUTED)
             _plain(beside)
         return figure
 
@@ -69,9 +73,11 @@ def neighbors(found: "NeighborTest") -> "Figure":
     with default_style():
         figure = new_figure(figsize=(5, 2.6), layout="constrained")
         axes = figure.subplots()
-        axes.hist(found.null.tolist(), bins=40, color=color(0.4))
-        axes.axvline(found.statistic, color="#d55e00", linewidth=1.5)
-        axes.set_xlabel(f"statistic; p = {found.p:.3f}", fontsize=8, color=MUTED)
+        axes.hist(found.null.tolist(), bins=40, color=color(0.4), label="permuted")
+        axes.axvline(found.statistic, color="#d55e00", linewidth=1.5, label=f"found, p = {found.p:.3f}")
+        axes.set_xlabel("statistic", fontsize=8, color=MUTED)
+        axes.set_ylabel("permutations", fontsize=8, color=MUTED)
+        axes.legend(fontsize=7, frameon=False)
         _plain(axes)
         return figure
 

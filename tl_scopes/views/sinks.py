@@ -99,6 +99,8 @@ def _table(report: "SinkReport") -> Html:
     right, muted = "text-align:right", f"color:{MUTED}"
     centred = f"text-align:center;{muted};border-bottom:1px solid #d8dee4"
     shares, changes = list(report.answers), list(_CHANGES)
+    # The name of a scope stands in several lines, or it would push the last columns out of sight.
+    named = f"{right};white-space:normal;overflow-wrap:anywhere;min-width:90px"
     names = ["position", "token", "heads with a sink", "value norm", "attention", "uniform", *shares, *changes]
     styles = ["text-align:left" if i == 1 else right for i in range(len(names))]
     groups = [
@@ -108,7 +110,10 @@ def _table(report: "SinkReport") -> Html:
     ]
     lines = [
         [group for group in groups if group.columns],
-        [Cell(name, f"{style};{muted}") for name, style in zip(names, styles, strict=True)],
+        [
+            Cell(name, f"{named if name in shares else style};{muted};vertical-align:bottom")
+            for name, style in zip(names, styles, strict=True)
+        ],
     ]
     for row in report.to_dataframe().to_dict("records"):
         i = row["position"]
