@@ -281,6 +281,27 @@ def test_a_sure_prediction_meets_any_tolerance() -> None:
     assert_close(answer.scores, tls.FisherScope(exact=True)(lin).scores, **EXACT)
 
 
+def test_a_leading_direction_is_known_up_to_rounding(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with F that are off by 1e-5, as those of a large vocabulary in float32 are, do not keep it from ending."""
+    lin = tls.linearize(tiny, examples("agreement", 1)[0].prompt)
+    exact = fisher_root(lin)[0]
+    d = len(exact)
+    wrong = torch.randn(d, d, generator=generator(), dtype=torch.float64) * 1e-5 * float(exact.square().sum()) / d**0.5
+    products, count = fisher_information_module.fisher_products, 0
+
+    def rounded(lin: tls.Linearization, tangents: Tensor) -> Tensor:
+        nonlocal count
+        count += len(tangents)
+        return products(lin, tangents) + tangents @ wrong
+
+    monkeypatch.setattr(fisher_information_module, "fisher_products", rounded)
+    found = fisher_information_module.leading_root(lin, 1)
+    assert found is not None
+    assert count < 40
+    ((root,), _) = found
+    assert_close(root * (root @ exact).sign(), exact, rtol=0, atol=1e-4 * float(exact.norm()))
+
+
 # -- the sketch -------------------------------------------------------------------------------------------------------
 
 
