@@ -282,7 +282,7 @@ def test_a_sure_prediction_meets_any_tolerance() -> None:
 
 
 def test_a_leading_direction_is_known_up_to_rounding(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products with F that are off by 1e-5, as those of a large vocabulary in float32 are, do not keep it from ending."""
+    """Products with F that are off by 1e-5, as with a large vocabulary in float32, do not keep it from ending."""
     lin = tls.linearize(tiny, examples("agreement", 1)[0].prompt)
     exact = fisher_root(lin)[0]
     d = len(exact)
