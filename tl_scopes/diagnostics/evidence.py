@@ -196,22 +196,18 @@ class Evidence:
         if bends is None:
             return None
         slopes = q.slopes(steepest)
-        size = slopes.norm(dim=-1, keepdim=True)
-        predicted = curvature_radius(size, bends[:, None], TOLERANCE)
+        size = slopes.norm(dim=-1)
+        predicted = curvature_radius(size[:, None], bends[:, None], TOLERANCE)
         # Near an inflection the second order says nothing, however far it is followed: so the change is measured, at
-        # the predicted radii, or at the nearest token where they lie beyond it.
-        steps = torch.minimum(predicted, distance.to(predicted)).unique()
-        steps = steps[steps > 0]
-        if not len(steps):
-            return Reach(predicted.cpu(), distance, "predicted", f"2 backward passes, {len(top)} Hessian products")
-        error = relative_error(q.residuals(steepest, slopes, steps)[:, None], size, steps, TOLERANCE)
+        # the predicted radius of each token, or at the nearest token where that lies beyond it.
+        step = torch.minimum(predicted, distance.to(predicted))
+        error = q.residuals(steepest, slopes, step[:, None])[:, 0] / (size * step)  # NaN for a token that does not move
         # A measured error a little above the tolerance is what the prediction says; a larger one cuts it short.
-        measured = radius(steps, error, 2 * TOLERANCE)
-        cut = measured < predicted
-        found = torch.where(cut, radius(steps, error, TOLERANCE), predicted)
+        cut = error > 2 * TOLERANCE
+        found = torch.where(cut, step * TOLERANCE / error, predicted)
         how = "predicted, and cut short by a measured change" if bool(cut.any()) else "predicted, and measured there"
-        passes = 1 + len(top) * len(steps)
-        return Reach(found.cpu(), distance, how, f"{passes} forward, 2 backward passes, {len(top)} Hessian products")
+        cost = f"{1 + len(top)} forward, 2 backward passes, {len(top)} Hessian products"
+        return Reach(found.cpu(), distance, how, cost)
 
     def _stepped_reach(self, top: list[int], distance: Tensor, nearest: Tensor) -> Reach:
         q = self.q
@@ -219,7 +215,7 @@ class Evidence:
         away = self._rays(top, nearest - self.lin.embeddings[top])
         slopes = q.slopes(away)
         step = TOLERANCE * distance.median().to(slopes)[None]
-        residuals = q.residuals(away, slopes, step)
+        residuals = q.residuals(away, slopes, step[None])
         error = relative_error(residuals[:, None], slopes.norm(dim=-1, keepdim=True), step, TOLERANCE)
         # Where the step is within the tolerance, what lies beyond it is not known.
         found = radius(step, error, TOLERANCE).clamp(max=float(step)).cpu()

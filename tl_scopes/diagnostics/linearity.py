@@ -116,7 +116,7 @@ def linearity(
     rays, kind = _rays(q, chosen, others[nearest], directions, draw)
     groups, of_kinds = (len(chosen) + 1, len(kind)), [kind == k for k in range(len(KINDS))]
     slopes, curvatures = q.slopes(rays), q.curvatures(rays)
-    residuals = q.residuals(rays, slopes, steps).reshape(*groups, -1)
+    residuals = q.residuals(rays, slopes, steps[None]).reshape(*groups, -1)
     slope = slopes.norm(dim=-1).reshape(groups)
     bend = slope.new_full(groups, torch.nan) if curvatures is None else curvatures.reshape(groups)
     rounding = q.rounding(_ROUNDING_DRAWS, draw)

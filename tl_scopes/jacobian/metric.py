@@ -110,20 +110,21 @@ class LocalMetric:
         return self.values(with_replaced(self.lin.embeddings, positions, embedding))
 
     def residuals(
-        self, rays: Rays, slopes: Float[Tensor, "ray m"], sizes: Float[Tensor, " size"]
+        self, rays: Rays, slopes: Float[Tensor, "ray m"], sizes: Float[Tensor, "#ray size"]
     ) -> Float[Tensor, "ray size"]:
-        """‖q(x + su) − q(x) − s Ju‖ for every direction u and every size s.
+        """‖q(x + su) − q(x) − s Ju‖ for every direction u and every size s; each direction may have its own sizes.
 
         Cost: one forward pass per direction and size.
         """
         x, found = self.lin.embeddings, []
         origin = self.values(x[None])
-        every = torch.arange(len(rays) * len(sizes), device=x.device)
+        steps = sizes.expand(len(rays), -1)
+        every = torch.arange(steps.numel(), device=x.device)
         for some in every.split(self.batch):
-            ray, step = some // len(sizes), sizes[some % len(sizes)][:, None]
+            ray, step = some // steps.shape[1], steps.flatten()[some][:, None]
             moved = self.values(x + step[..., None].to(x) * rays.dense(ray))
             found.append((moved - origin - step * slopes[ray]).norm(dim=-1))
-        return torch.cat(found).reshape(len(rays), len(sizes))
+        return torch.cat(found).reshape(steps.shape)
 
     def rounding(self, draws: int, generator: torch.Generator) -> float:
         """How much q changes (root mean square) when the last digits of the embeddings, and of what q reads, change.
