@@ -23,22 +23,22 @@ SEEN = "saw liked found sold bought needed wanted forgot".split()
 
 def sentence_with_verb(rng: random.Random, task: str, phrases: int) -> Example:
     """A sentence up to its verb: a noun, then so many phrases; the verb agrees with the noun."""
-
-    def noun_phrase(plural: bool, words: Sequence[str], cause: bool = False) -> str:
-        noun = rng.choice(words) + ("s" if plural else "")
-        adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.4 else ""
-        return f"the {adjective}" + (f"⟦{noun}⟧" if cause else noun)
-
     plural = rng.random() < 0.5
-    subject = noun_phrase(plural, NOUNS, cause=True)
+    subject = _noun_phrase(rng, plural, NOUNS, cause=True)
     for _ in range(phrases):
-        subject += f" {rng.choice(PREPOSITIONS)} {noun_phrase(rng.random() < 0.5, NOUNS)}"
+        subject += f" {rng.choice(PREPOSITIONS)} {_noun_phrase(rng, rng.random() < 0.5, NOUNS)}"
     if rng.random() < 0.2:
-        subject += f" that {noun_phrase(rng.random() < 0.5, PEOPLE)} {rng.choice(SEEN)}"
+        subject += f" that {_noun_phrase(rng, rng.random() < 0.5, PEOPLE)} {rng.choice(SEEN)}"
     past = rng.random() < 0.25
     marked = f"⟦Yesterday⟧ {subject}" if past else "T" + subject[1:]
     verbs = (" was", " were") if past else (" is", " are")
     return marked_example(task, marked, verbs[plural], verbs[not plural], f" {rng.choice(STATES)}.")
+
+
+def _noun_phrase(rng: random.Random, plural: bool, words: Sequence[str], cause: bool = False) -> str:
+    noun = rng.choice(words) + ("s" if plural else "")
+    adjective = rng.choice(ADJECTIVES) + " " if rng.random() < 0.4 else ""
+    return f"the {adjective}" + (f"⟦{noun}⟧" if cause else noun)
 
 
 def agreement(rng: random.Random) -> Example:
@@ -160,38 +160,26 @@ def translation(rng: random.Random) -> Example:
     The target is one content word of the English sentence, and its cause is the German word of the same meaning.
     """
 
-    def noun_phrase(case: str) -> list[_Word]:
-        noun, gender, english = rng.choice(GERMAN_NOUNS)
-        article = _ARTICLES[case][gender]
-        words: list[_Word] = [(article, "the", [])]
-        for adjective, meaning in rng.sample(GERMAN_ADJECTIVES, rng.choice([0, 1, 1, 2])):
-            words.append((adjective + ("en" if article == "den" else "e"), meaning, [a[1] for a in GERMAN_ADJECTIVES]))
-        return [*words, (noun, english, [n[2] for n in GERMAN_NOUNS])]
-
-    subject, object_ = noun_phrase("nominative"), noun_phrase("accusative")
+    subject, object_ = _german_noun_phrase(rng, "nominative"), _german_noun_phrase(rng, "accusative")
     verb = rng.choice(GERMAN_VERBS)
-
-    def verb_form(form: int) -> list[_Word]:
-        return [(verb[form], verb[form + 3], [v[form + 3] for v in GERMAN_VERBS])]
-
     when, meaning = rng.choice(GERMAN_ADVERBS)
     adverb: list[_Word] = [(when, meaning, [a[1] for a in GERMAN_ADVERBS])]
     german: list[_Word]
     english: list[_Word]
     match rng.choice(["present", "present", "adverb", "perfect", "modal", "clause"]):
         case "present":
-            german = english = [*subject, *verb_form(0), *object_]
+            german = english = [*subject, *_verb_form(verb, 0), *object_]
         case "adverb":  # the verb stays second, so the German subject moves behind it
-            word = verb_form(0)
+            word = _verb_form(verb, 0)
             german, english = [*adverb, *word, *subject, *object_], [*adverb, *subject, *word, *object_]
         case "perfect":
-            word, has = verb_form(1), ("hat", "has", list[str]())
+            word, has = _verb_form(verb, 1), ("hat", "has", list[str]())
             german, english = [*subject, has, *object_, *word], [*subject, has, *word, *object_]
         case "modal":
-            word, wants = verb_form(2), ("will", "wants to", list[str]())
+            word, wants = _verb_form(verb, 2), ("will", "wants to", list[str]())
             german, english = [*subject, wants, *object_, *word], [*subject, wants, *word, *object_]
         case _:
-            word, know = verb_form(0), ("ich weiß, dass", "I know that", list[str]())
+            word, know = _verb_form(verb, 0), ("ich weiß, dass", "I know that", list[str]())
             german, english = [know, *subject, *object_, *word], [know, *subject, *word, *object_]
 
     at = rng.choice([i for i, (_, _, others) in enumerate(english) if others])
@@ -204,6 +192,19 @@ def translation(rng: random.Random) -> Example:
     return marked_example(
         "translation", f"German: {source}. English:{before}", f" {chosen[1]}", f" {foil}", f"{after}.", key
     )
+
+
+def _german_noun_phrase(rng: random.Random, case: str) -> list[_Word]:
+    noun, gender, english = rng.choice(GERMAN_NOUNS)
+    article = _ARTICLES[case][gender]
+    words: list[_Word] = [(article, "the", [])]
+    for adjective, meaning in rng.sample(GERMAN_ADJECTIVES, rng.choice([0, 1, 1, 2])):
+        words.append((adjective + ("en" if article == "den" else "e"), meaning, [a[1] for a in GERMAN_ADJECTIVES]))
+    return [*words, (noun, english, [n[2] for n in GERMAN_NOUNS])]
+
+
+def _verb_form(verb: Sequence[str], form: int) -> list[_Word]:
+    return [(verb[form], verb[form + 3], [v[form + 3] for v in GERMAN_VERBS])]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
