@@ -176,6 +176,24 @@ def test_what_cannot_be_kept(tiny: Any, out: Path, options: dict[str, Any], mess
     assert not out.exists()
 
 
+@pytest.mark.parametrize("scope", [tls.RelevanceScope(), tls.PathIntegratedScope(steps=4)], ids=str)
+def test_scopes_without_parts(tiny: Any, out: Path, scope: tls.Scope) -> None:
+    with pytest.raises(TypeError, match="carried_by takes scopes whose scores are norms of cᵀJ"):
+        ask(TEXTS, out, scope, model=tiny, carried_by="head")
+    assert not out.exists()
+
+
+def test_pictures_that_a_corpus_does_not_keep(tiny: Any, out: Path) -> None:
+    paths = ask(TEXTS[:1], out, model=tiny, carried_by="head", strongest=1)[0]
+    with pytest.raises(ValueError, match="paths of a corpus, which does not keep it, call carried_by for the prompt"):
+        paths.flow()
+
+
+def test_the_batch_size_does_not_matter_one_by_one(tiny: Any, out: Path) -> None:
+    ask(TEXTS, out, model=tiny, predictions="every")
+    ask(TEXTS, out, model=tiny, predictions="every", batch_size=4)
+
+
 def test_every_prediction_of_one_answer(tiny: Any, out: Path) -> None:
     """Comparisons are errors of their rows."""
     rows = [{"prompt": TEXTS[0], "answer": " are old", "foil": " is"}, {"prompt": TEXTS[1], "answer": " is", "foil": 5}]

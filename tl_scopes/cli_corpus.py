@@ -66,8 +66,8 @@ and if you like "id", "answer", "target" and "foil"."""
 _COLUMN = "What a column is called, prompt=question say; target= for one that means another thing. Repeat it."
 _PREDICTIONS = """"last" explains what comes after each prompt, "every" each prediction in it, or each token of its
 answer."""
-_CARRIED = "Also keep how much of each score runs through which part of the network."
-_STRONGEST = "With --carried-by: only the N tokens with the largest scores."
+_CARRIED = "Keep how much of each score runs through each part of the network."
+_STRONGEST = "With --carried-by: split the N largest scores alone."
 _PART = "How many prompts a file holds: as many are computed again after an interruption."
 
 

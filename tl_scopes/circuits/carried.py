@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.circuits.cut import PARTS, By, Carried, Mode, backward, forward
 from tl_scopes.circuits.paths import Paths
-from tl_scopes.circuits.question import Question, question_of
+from tl_scopes.circuits.question import Question, question_of, require_norms
 from tl_scopes.circuits.source_tokens import as_positions
 from tl_scopes.circuits.traced import Traced, traced
 from tl_scopes.jacobian import pullback
@@ -122,6 +122,15 @@ def carried_by(
         rules=None if lin.rules is None else str(lin.rules),
         notes=(*lin.notes, *scope.notes(lin)),
     )
+
+
+def require_parts(scope: Scope) -> None:
+    """Refuse a scope whose scores `carried_by` cannot split.
+
+    Raises:
+        TypeError: with the scopes that it can.
+    """
+    require_norms(scope.scope if isinstance(scope, FrozenAttentionScope) else scope, "carried_by")
 
 
 def _found(of: Traced, by: By, question: Question, sources: Sequence[int]) -> dict[str, Any]:

@@ -370,6 +370,11 @@ class Paths:
         return card.live_flow(self)
 
     def _require_stream(self) -> None:
+        if self.stream is None and self.by == "head" and self.mode == "forward":
+            raise ValueError(
+                "where the influence stands was not kept, or something goes around the stream of this model: for "
+                "paths of a corpus, which does not keep it, call carried_by for the prompt."
+            )
         if self.stream is None:
             raise ValueError(
                 f"this answer, by {self.by!r} in {self.mode} mode, does not know where the influence stands: ask "

@@ -55,9 +55,23 @@ def question_of(scope: Scope, lin: Linearization, asking: str) -> Question:
     Raises:
         TypeError: for a scope whose scores are something else than norms.
     """
+    require_norms(scope, asking)
     if isinstance(scope, FisherScope):
         directions, draws = scope.all_cotangents(lin)
         return Question(torch.cat([directions, draws]), len(directions), squared=True)
+    assert isinstance(scope, JacobianScope)
+    cotangents = scope.joint_cotangents(lin)
+    return Question(cotangents, len(cotangents), squared=False)
+
+
+def require_norms(scope: Scope, asking: str) -> None:
+    """Refuse a scope whose scores are not made of the norms of gradients.
+
+    Raises:
+        TypeError: with the scopes that can be asked.
+    """
+    if isinstance(scope, FisherScope):
+        return
     own = ["measure"]
     if isinstance(scope, JacobianScope):
         methods = ("measure", "measure_many", "combine")
@@ -68,5 +82,3 @@ def question_of(scope: Scope, lin: Linearization, asking: str) -> Question:
             f"its own `{own[0]}`): take SemanticScope, DirectionScope, TemperatureScope, MetricScope, FisherScope, or "
             "a JacobianScope of your own."
         )
-    cotangents = scope.joint_cotangents(lin)
-    return Question(cotangents, len(cotangents), squared=False)

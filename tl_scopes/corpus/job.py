@@ -19,7 +19,7 @@ from tl_scopes.models import Answer, LinearRules, Model, Prompt, ReadPrompt
 from tl_scopes.progress import no_progress
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
-from tl_scopes.scopes.scope import Scope, as_written
+from tl_scopes.scopes.scope import Scope
 
 Found: TypeAlias = Attribution | AttributionMap | AnswerMap | Paths
 """What may be known of a prompt."""
@@ -77,7 +77,7 @@ class Asked(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What is the same for all batches of a call: an `Attribution` for each prompt, of its last prediction."""
+    """It answers each prompt with an `Attribution` of its last prediction, and holds what is the same for all."""
 
     model: Model
     settings: Settings
@@ -199,8 +199,8 @@ class EveryPrediction(Alone):
             return AttributionMap(tuple(scope.ask(lins)))
         if prompt.against is not None:
             raise ValueError(
-                f"{as_written(scope)} compares with {prompt.against.text!r} here, and every prediction is asked about "
-                "one answer: leave foils and `versus` out."
+                f"its answer is compared with {prompt.against.text!r}, and every prediction is asked about one answer: "
+                "leave foils and `versus` out."
             )
         (whole,) = linearize_answers(
             self.model,
@@ -227,7 +227,7 @@ class CarriedBy(Alone):
         """The paths of the prompt's score."""
         (lin,) = self.linearized([prompt])
         tokens = None
-        if self.strongest is not None:
+        if self.strongest is not None and self.strongest < lin.scored:
             (answer,) = self.settings.scope.ask([lin])
             tokens = sorted(one.position for one in answer.top(self.strongest))
         return carried_by(lin, self.settings.scope, self.by, tokens)

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, get_args
@@ -57,7 +58,8 @@ def attribute_corpus(
     with its error, and is not tried again. Where every prediction is asked about, each has a row, with two columns
     more: position, and answer_token, its text. Where paths are asked for, scores are those of the source tokens, and
     there are three columns more: positions, where these stand, parts, the names of the components, and values, for each
-    component what it carries of each score.
+    component what it carries of each score; value, quantity and standard_error are empty then, and what goes around the
+    parts stands in the record.
 
     Args:
         prompts: the path of a file in JSON lines (.jsonl), CSV or Parquet, or of a folder of Parquet files; or an
@@ -78,10 +80,13 @@ def attribute_corpus(
             last of them.
         predictions: "last" explains the prediction after the prompt, or the answer as a whole. "every" explains every
             prediction of the prompt, as `attribution_map` does, or every token of the answer where the row has one, as
-            `answer_map` does. Prompts then go through the model one by one.
-        carried_by: also through which parts of the network the score runs, as `carried_by(lin, scope, by)`: "head",
-            "qkv", "layer", "neuron" or "position". Prompts then go through the model one by one.
-        strongest: with `carried_by`, how many source tokens: those with the largest scores; None is all of them.
+            `answer_map` does; a target of the row's own counts as its answer. Prompts then go through the model one by
+            one, whatever the batch_size.
+        carried_by: keeps how much of each score runs through each part of the network, as `carried_by(lin, scope, by)`
+            does: "head", "qkv", "layer", "neuron" or "position". Prompts then go through the model one by one, whatever
+            the batch_size.
+        strongest: with `carried_by`, how many tokens' scores are split, those with the largest; None is all of them. It
+            takes the scope once more to know which, so that it saves time where prompts are long.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         engine: "local" computes in this process. "ray" computes in actors of Ray's, each with a model of its own, on
             this machine or on a cluster (`ray.init(address="auto")` before); it takes the package Ray
@@ -97,8 +102,9 @@ def attribute_corpus(
         the weights, the prompts and the parts that are there. Memory for one part, and for the ids.
 
     Raises:
-        TypeError: for something that is not a scope, a table where there must be rows; for an option that is not a
-            bool; for a scope with an option whose contents cannot be read.
+        TypeError: for something that is not a scope, or a scope whose scores `carried_by` cannot split; for a table where
+            there must be rows; for an option that is not a bool; for a scope with an option whose contents cannot be
+            read.
         ValueError: for another `predictions` or `carried_by`, for both together, for `strongest` without the latter;
             for a scope that names a target of several tokens, or score_answer, where every prediction is asked about;
             for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
@@ -135,6 +141,8 @@ def attribute_corpus(
         strongest=None if strongest is None else models.as_count(strongest, "strongest must be at least 1"),
     )
     _require_one_kind(options)
+    if options.kind != "prediction":
+        options = replace(options, batch_size=1)
     count = None if actors is None else models.as_count(actors, "actors must be at least 1")
     source = Source.of(prompts, columns or {})
     # Better before hours of work than after them.

@@ -201,7 +201,8 @@ class Evidence:
         # Near an inflection the second order says nothing, however far it is followed: so the change is measured, at
         # the predicted radius of each token, or at the nearest token where that lies beyond it.
         step = torch.minimum(predicted, distance.to(predicted))
-        error = q.residuals(steepest, slopes, step[:, None])[:, 0] / (size * step)  # NaN for a token that does not move
+        first = size * step
+        error = (q.residuals(steepest, slopes, step[:, None])[:, 0] / first).where(first > 0, 0.0)
         # A measured error a little above the tolerance is what the prediction says; a larger one cuts it short.
         cut = error > 2 * TOLERANCE
         found = torch.where(cut, step * TOLERANCE / error, predicted)

@@ -105,7 +105,8 @@ def leading_root(lin: Linearization, count: int) -> tuple[Float[Tensor, "directi
     """The `count` first rows of `fisher_root`, and the trace of F, without forming F: by a block Krylov space.
 
     The space grows until F u = λ u holds for each of them but for rounding, of which the asymmetry of the products with
-    F tells the size: on SmolLM2-135M in float32 it is 2e-5 of the largest eigenvalue.
+    F tells the size: on SmolLM2-135M in float32 it is 2e-5 of the largest eigenvalue, and by as much the direction may
+    be off.
 
     Returns:
         None where all of F is not much dearer, or where the space would have to grow too far, since directions are

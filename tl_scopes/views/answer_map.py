@@ -51,8 +51,9 @@ def traced_fragment(traced: "Traced") -> Html:
     weights = traced.hops.sum(1).tolist()
     # The last hops of a long answer bring nothing that a number shows.
     shown = max((hop for hop, weight in enumerate(weights, start=1) if abs(weight) >= 0.0005), default=len(weights))
+    shown = len(weights) if shown == len(weights) - 1 else shown
     lines = [([str(hop)], weight) for hop, weight in enumerate(weights[:shown], start=1)]
-    lines += [([f"{shown + 1} to {len(weights)}"], sum(weights[shown:]))] if len(weights) > shown + 1 else []
+    lines += [([f"{shown + 1} to {len(weights)}"], sum(weights[shown:]))] if len(weights) > shown else []
     lines += [(["left in the answer"], traced.left)] if traced.left else []
     return attribution.fragment(
         traced.answer, table("What arrives at the prompt", ("hop", "weight"), lines, color(1.0))
