@@ -102,9 +102,9 @@ def attribute_corpus(
         the weights, the prompts and the parts that are there. Memory for one part, and for the ids.
 
     Raises:
-        TypeError: for something that is not a scope, or a scope whose scores `carried_by` cannot split; for a table where
-            there must be rows; for an option that is not a bool; for a scope with an option whose contents cannot be
-            read.
+        TypeError: for something that is not a scope, or a scope whose scores `carried_by` cannot split; for a table
+            where there must be rows; for an option that is not a bool; for a scope with an option whose contents cannot
+            be read.
         ValueError: for another `predictions` or `carried_by`, for both together, for `strongest` without the latter;
             for a scope that names a target of several tokens, or score_answer, where every prediction is asked about;
             for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
