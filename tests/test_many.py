@@ -358,3 +358,8 @@ def test_a_prompt_that_does_not_fit(model: Any, monkeypatch: pytest.MonkeyPatch)
         first, second = tls.attribute_many(model, [[1, 2], [3] * 24], tls.SemanticScope(3))
     assert first is not None
     assert second is None
+
+
+def test_prepend_bos_is_a_bool(tiny: Any, no_type_checks: None) -> None:
+    with pytest.raises(TypeError, match="prepend_bos"):
+        tls.attribute_many(tiny, ["The keys"], tls.SemanticScope(), prepend_bos="yes")  # type: ignore[arg-type]

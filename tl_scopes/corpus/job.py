@@ -16,6 +16,7 @@ from tl_scopes.circuits.paths import Paths
 from tl_scopes.jacobian.linearization import Linearization, linearize_places
 from tl_scopes.jacobian.span import Exchange, linearize_answers
 from tl_scopes.models import Answer, LinearRules, Model, Prompt, ReadPrompt
+from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
@@ -40,6 +41,23 @@ class Settings:
     rules: LinearRules | None
     batch_size: int
     prepend_bos: bool | None
+
+    @staticmethod
+    def checked(**given: Any) -> dict[str, Any]:
+        """The options that both calls on many prompts share, each of its type.
+
+        Raises:
+            TypeError: for an option that is not a bool.
+            ValueError: for a batch_size below 1, and unknown rules.
+        """
+        bos = given["prepend_bos"]
+        return given | {
+            "score_answer": as_flag(given["score_answer"], "score_answer"),
+            "checkpoint": as_flag(given["checkpoint"], "checkpoint"),
+            "rules": LinearRules.read(given["rules"]),
+            "batch_size": models.as_count(given["batch_size"], "batch_size must be at least 1"),
+            "prepend_bos": None if bos is None else as_flag(bos, "prepend_bos"),
+        }
 
 
 class Asked(NamedTuple):

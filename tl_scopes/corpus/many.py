@@ -8,7 +8,7 @@ from typing import Any, Literal, SupportsIndex
 from tl_scopes import models
 from tl_scopes.corpus.job import Asked, Job, Settings
 from tl_scopes.failures import Failures
-from tl_scopes.models import Answer, LinearRules, Model, Prompt, Rules
+from tl_scopes.models import Answer, Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.results.attribution import Attribution
@@ -84,16 +84,8 @@ def attribute_many(
     """
     require_scope(scope)
     models.check_model(model)
-    settings = Settings(
-        scope=scope,
-        wrt=wrt,
-        of=of,
-        score_answer=as_flag(score_answer, "score_answer"),
-        checkpoint=as_flag(checkpoint, "checkpoint"),
-        rules=LinearRules.read(rules),
-        batch_size=models.as_count(batch_size, "batch_size must be at least 1"),
-        prepend_bos=prepend_bos,
-    )
+    options = {"score_answer": score_answer, "checkpoint": checkpoint, "rules": rules, "batch_size": batch_size}
+    settings = Settings(scope=scope, wrt=wrt, of=of, **Settings.checked(**options, prepend_bos=prepend_bos))
     failures, progress = Failures("attribute_many", on_error), as_flag(progress, "progress")
     asked = _AllAsked.of(models.each_prompt(prompts), answers, targets, foils)
     if asked.foils is not None and not scope.compares:

@@ -16,7 +16,7 @@ from tl_scopes.corpus.parts import Parts
 from tl_scopes.corpus.saved import Corpus, read_corpus
 from tl_scopes.corpus.source import Source
 from tl_scopes.corpus.worker import Computed, Loader, Options, Part, Worker, loader
-from tl_scopes.models import LinearRules, Model, Prompt, Rules
+from tl_scopes.models import Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.scopes.fingerprint import identity
@@ -126,16 +126,13 @@ def attribute_corpus(
     """
     require_scope(scope)
     progress = as_flag(progress, "progress")
+    given = {"score_answer": score_answer, "checkpoint": checkpoint, "rules": rules, "batch_size": batch_size}
     options = Options(
         scope=scope,
         wrt=wrt,
         of=of,
-        score_answer=as_flag(score_answer, "score_answer"),
-        checkpoint=as_flag(checkpoint, "checkpoint"),
-        rules=LinearRules.read(rules),
-        batch_size=models.as_count(batch_size, "batch_size must be at least 1"),
+        **Options.checked(**given, prepend_bos=prepend_bos),
         part_size=models.as_count(part_size, "part_size must be at least 1"),
-        prepend_bos=None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos"),
         predictions=predictions,
         carried_by=carried_by,
         strongest=None if strongest is None else models.as_count(strongest, "strongest must be at least 1"),
