@@ -413,11 +413,8 @@ class Linearization:
 
     @property
     def unembeds_together(self) -> bool:
-        """Whether several cotangents may go back through the unembedding as one batch.
-
-        The user's backward hooks could neither read nor keep the tensors that torch.vmap would hand them.
-        """
-        return not (self.trace.hooked or models.has_backward_hooks(self.model))
+        """Whether several cotangents may go back through the unembedding as one batch."""
+        return not self.trace.meets_backward_hooks
 
     # -- private ------------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """One forward pass, with the graph from one hook to another."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from tl_scopes.models.hooks import (
     attached,
     check_divided,
     check_perturbed,
-    has_backward_hooks,
     hook_point,
     hook_points,
     is_readout,
@@ -62,6 +61,8 @@ class Trace:
     """Whether other values than the model's own were put at a `wrt` hook."""
     hooked: bool = False
     """Whether backward hooks of the user's are in the graph."""
+    points: tuple[Any, ...] = ()
+    """The model's hook points, each once, which take a bridge some time to list."""
     checkpointed: bool = False
     """Whether its blocks are run again in the backward pass."""
     rules: LinearRules | None = None
@@ -75,6 +76,14 @@ class Trace:
     def root(self) -> Tensor:
         """The end of the graph: the logits, or where it ends before them, `output`."""
         return self.output if self.logits is None else self.logits
+
+    @property
+    def meets_backward_hooks(self) -> bool:
+        """Whether the user's backward hooks are in the graph, or on the model now, where what is run again meets them.
+
+        They could neither read nor keep the tensors of torch.vmap, by which several cotangents would go back at once.
+        """
+        return self.hooked or any(point.bwd_hooks for point in self.points)
 
     @cached_property
     def slope(self) -> Float[Tensor, "row vocab"]:
@@ -138,19 +147,28 @@ def trace(
     """
     places = as_places(tokens, places)
 
-    def run(some: Tensor, checkpoint: bool) -> None:
-        """A pass over the first tokens of the first prompts, with the same share of its places, and back again."""
-        share = some.shape[1] / tokens.shape[1]
-        chosen = {(entry, int(position * share)) for entry in range(len(some)) for at, position in places if at == 0}
-        found = _trace(model, some, wrt, of, sorted(chosen), checkpoint, keep=keep, rules=rules)
-        leaves = tuple(found.perturbations.values())
-        with undisturbed(found):
-            torch.autograd.grad(found.output, leaves, torch.ones_like(found.output), allow_unused=True)
-
     with one_at_a_time:
-        require_memory(model, tokens, checkpoint, run)
+        sample = partial(_sample, model, tokens, places, wrt=wrt, of=of, keep=keep, rules=rules)
+        require_memory(model, tokens, checkpoint, sample)
         with told(device_of(model), next(model.parameters()).dtype, tuple(tokens.shape), checkpoint):
             return _trace(model, tokens, wrt, of, places, checkpoint, values, keep, rules)
+
+
+def _sample(
+    model: Model,
+    tokens: Int[Tensor, "batch token"],
+    places: Sequence[tuple[int, int]],
+    some: Int[Tensor, "_ _"],
+    checkpoint: bool,
+    **options: Any,
+) -> None:
+    """A pass over some of the first tokens of some prompts, with the same share of its places, and back again."""
+    share = some.shape[1] / tokens.shape[1]
+    chosen = {(entry, int(position * share)) for entry in range(len(some)) for at, position in places if at == 0}
+    found = _trace(model, some, places=sorted(chosen), checkpoint=checkpoint, **options)
+    leaves = tuple(found.perturbations.values())
+    with undisturbed(found):
+        torch.autograd.grad(found.output, leaves, torch.ones_like(found.output), allow_unused=True)
 
 
 def _trace(
@@ -166,54 +184,7 @@ def _trace(
     check_rules: bool = True,
 ) -> Trace:
     """`trace`, however much memory that takes; without a check it does not matter what the rules do not know."""
-    inputs: dict[str, Tensor] = {}
-    perturbations: dict[str, Tensor] = {}
-    outputs: list[Tensor] = []
-    readout: list[Tensor] = []
-    unembedded: list[Tensor] = []
-    read_once: list[bool] = []
-    moved: list[bool] = []
-    kept: dict[str, Tensor] = {}
-    replacements = values or {}
-    entries, positions = (list(numbers) for numbers in zip(*places, strict=True))
-
-    def perturb(name: str) -> Callable[..., Tensor]:
-        def hook_function(value: Tensor, hook: Any) -> Tensor:
-            stream = as_stream(name, value, tokens)
-            if name in replacements:
-                instead = replacements[name].to(value).reshape(value.shape)
-                moved.append(not torch.equal(instead, value))
-                value = instead
-            if name not in perturbations:  # a block that is run again for its backward pass has them already
-                # A zero leaf, rather than requires_grad on the value, works whether parameters are frozen or not, and
-                # where the hook hands out a view.
-                perturbations[name] = torch.zeros_like(stream, requires_grad=True)
-                inputs[name] = value.detach().reshape(stream.shape)
-            return value + perturbations[name].reshape(value.shape)
-
-        return hook_function
-
-    def retain(name: str) -> Callable[..., Tensor]:
-        def hook_function(value: Tensor, hook: Any) -> Tensor:
-            if perturbations and not read_once:  # a block that is run again comes after the reading
-                kept.setdefault(name, value)
-            return value  # where a bridge converts the value, it goes on with what is returned
-
-        return hook_function
-
-    def read(value: Tensor, hook: Any) -> Tensor:
-        chosen = as_stream(of, value, tokens)[entries, positions]
-        if not read_once:  # a block that is run again has been read already
-            outputs.append(chosen)
-        read_once.append(True)
-        if not is_readout(of):
-            raise StopForward
-        readout.append(chosen)
-        return chosen[:, None]  # the unembedding runs at the places only
-
-    def read_unembedded(value: Tensor, hook: Any) -> None:
-        unembedded.append(value)
-
+    met = _Met(tokens, of, *(list(numbers) for numbers in zip(*places, strict=True)), values or {})
     logits = None
     known, parameters = hook_points(model), parameters_of(run_by(model))
     points = {name: hook_point(known, name) for name in (*wrt, of, *keep)}
@@ -229,46 +200,41 @@ def _trace(
         stack.enter_context(weights)
         stack.callback(_let_go, model)
         for name in wrt:
-            stack.enter_context(attached(points[name], perturb(name)))
+            stack.enter_context(attached(points[name], partial(met.perturb, name)))
         for name in keep:
-            stack.enter_context(attached(points[name], retain(name)))
-        stack.enter_context(attached(points[of], read))
-        stack.enter_context(attached(known["unembed.hook_out"], read_unembedded))
+            stack.enter_context(attached(points[name], partial(met.retain, name)))
+        stack.enter_context(attached(points[of], met.read))
+        stack.enter_context(attached(known["unembed.hook_out"], met.read_unembedded))
         stack.enter_context(gradients_pass(model, parameters, whole=EMBEDDING in wrt and is_readout(of)))
         options = stack.enter_context(checkpointed(model, weights)) if checkpoint else {}
         with suppress(StopForward):
             logits = model(tokens, return_type="logits", **options)[:, -1]
 
-    if not outputs:
+    output, unembedded, kept = met.handed_over()
+    if output is None:
         raise ValueError(f"the hook {of!r} never fired: this model does not run it, or an option switches it off.")
-    silent = [name for name in wrt if name not in perturbations]
+    silent = [name for name in wrt if name not in met.perturbations]
     if silent:
         raise ValueError(
             f"the hook {silent[0]!r} did not fire before {of!r}: wrt must come before of, and not be switched off."
         )
-    if not outputs[0].requires_grad:
+    if not output.requires_grad:
         raise independence(wrt, of)
-    leaf, last = (values[0] if values else None for values in (readout, unembedded))
-    output = outputs[0]
-    between = dict(kept)
-    # A block that is to be run again keeps the hooks above; what these keep must not lead back to its graph.
-    for seen in (outputs, readout, unembedded, kept):
-        seen.clear()
-    hooked = any(point.bwd_hooks for point in known.values())
     found = Trace(
         tuple(places),
-        inputs,
-        perturbations,
+        met.inputs,
+        met.perturbations,
         output,
-        leaf,
+        output if is_readout(of) else None,
         logits,
-        last,
+        unembedded,
         state,
-        moved=any(moved),
-        hooked=hooked,
+        moved=met.moved,
+        hooked=any(point.bwd_hooks for point in known.values()),
+        points=tuple({id(point): point for point in known.values()}.values()),
         checkpointed=checkpoint,
         rules=rules,
-        kept=between,
+        kept=kept,
     )
     if rules is not None and check_rules and uncovered(found.root, rules) is not None:
         with named_graph(model):
@@ -277,12 +243,72 @@ def _trace(
     return found
 
 
-def goes_back_together(model: Model, trace: Trace) -> bool:
-    """Whether several cotangents may go back through the graph of this pass as one batch.
+@dataclass(eq=False)
+class _Met:
+    """The hook functions of one pass, and what they have met; a block that is run again meets them again."""
 
-    Backward hooks of the user's would be handed tensors of torch.vmap's, which they can neither read nor keep.
-    """
-    return batches_cotangents(model) and not trace.hooked and not has_backward_hooks(model)
+    tokens: Int[Tensor, "batch token"]
+    of: str
+    entries: list[int]
+    positions: list[int]
+    replacements: Mapping[str, Float[Tensor, "batch token d_model"]]
+    """What is put in place of the activation, by the name of the hook."""
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    perturbations: dict[str, Tensor] = field(default_factory=dict)
+    moved: bool = False
+    has_read: bool = False
+    output: Tensor | None = None
+    unembedded: Tensor | None = None
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+    def perturb(self, name: str, value: Tensor, hook: Any) -> Tensor:
+        """Put the replacement of a `wrt` hook there, and add the zero leaf."""
+        stream = as_stream(name, value, self.tokens)
+        if name in self.replacements:
+            instead = self.replacements[name].to(value).reshape(value.shape)
+            self.moved |= not torch.equal(instead, value)
+            value = instead
+        if name not in self.perturbations:  # a block that is run again for its backward pass has them already
+            # A zero leaf, rather than requires_grad on the value, works whether parameters are frozen or not, and
+            # where the hook hands out a view.
+            self.perturbations[name] = torch.zeros_like(stream, requires_grad=True)
+            self.inputs[name] = value.detach().reshape(stream.shape)
+        return value + self.perturbations[name].reshape(value.shape)
+
+    def retain(self, name: str, value: Tensor, hook: Any) -> Tensor:
+        """Keep the value of a hook between both ends."""
+        if self.perturbations and not self.has_read:  # a block that is run again comes after the reading
+            self.kept.setdefault(name, value)
+        return value  # where a bridge converts the value, it goes on with what is returned
+
+    def read(self, value: Tensor, hook: Any) -> Tensor:
+        """Read the places at the `of` hook, which alone go on to the unembedding."""
+        chosen = as_stream(self.of, value, self.tokens)[self.entries, self.positions]
+        if not self.has_read:
+            self.output = chosen
+        self.has_read = True
+        if not is_readout(self.of):
+            raise StopForward
+        return chosen[:, None]
+
+    def read_unembedded(self, value: Tensor, hook: Any) -> None:
+        """Read what the unembedding gives out."""
+        self.unembedded = value
+
+    def handed_over(self) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        """The output, what was unembedded, and what was kept, all of which this object lets go.
+
+        A block that is to be run again keeps its hooks; what these keep must not lead back to its graph.
+        """
+        found = self.output, self.unembedded, self.kept
+        self.output, self.unembedded, self.kept = None, None, {}
+        return found
+
+
+def goes_back_together(model: Model, trace: Trace) -> bool:
+    """Whether several cotangents may go back through the graph of this pass as one batch."""
+    return batches_cotangents(model) and not trace.meets_backward_hooks
 
 
 def as_places(tokens: Tensor, places: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:

@@ -5,6 +5,7 @@ This is a file of its own since everything else here looks at hook points.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,17 +41,11 @@ def gradients_pass(model: Model, parameters: Sequence[nn.Parameter], whole: bool
     blocked: list[str] = []
     handles = []
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if torch.is_grad_enabled() and _takes(inputs) and not _takes(output) and _is_value(output):
-                blocked.append(f"{name} ({type(module).__name__})")
-
-        return module.register_forward_hook(hook)
-
     try:
         for name, module in model.named_modules():
             if not any(True for _ in module.children()) and isinstance(getattr(module, "weight", None), Tensor):
-                handles.append(watch(name.replace("._original_component", ""), module))
+                shown = name.replace("._original_component", "")
+                handles.append(module.register_forward_hook(partial(_note_blocked, blocked, shown)))
         yield
     finally:
         for handle in handles:
@@ -63,6 +58,12 @@ def gradients_pass(model: Model, parameters: Sequence[nn.Parameter], whole: bool
         )
     if whole:
         _passed[model] = known
+
+
+def _note_blocked(blocked: list[str], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    """Add a module to a list if a graph leads into it and does not lead out; a hook on that module."""
+    if torch.is_grad_enabled() and _takes(inputs) and not _takes(output) and _is_value(output):
+        blocked.append(f"{name} ({type(module).__name__})")
 
 
 @contextmanager

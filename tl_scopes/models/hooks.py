@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tl_scopes.models.supported import Model
-from tl_scopes.models.threads import one_at_a_time, only_here, put_back
+from tl_scopes.models.threads import OnlyHere, one_at_a_time, put_back
 
 EMBEDDING = "hook_embed"
 """The hook behind the token embedding: the paper's inputs x."""
@@ -114,7 +114,7 @@ def attached(point: Any, function: Callable[..., Tensor | None]) -> Iterator[Non
 
     `model.hooks(...)` would not do: in compatibility mode it calls the function once for every alias of the point.
     """
-    act = only_here(function)
+    act = OnlyHere(function)
     with put_back() as afterwards:
         afterwards(_detach, point, act)
         point.add_hook(act)

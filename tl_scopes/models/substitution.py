@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, no_type_check
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -20,12 +20,14 @@ class Substitution(TorchFunctionMode):
         super().__init__()
         self.pairs = {id(own): (own, other) for own, other in pairs}
 
+    @no_type_check  # nothing here has a type, and looking for one at each operation would double the time of the tests
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Every operation of the pass comes by here, so that a call of `other` for each argument would be felt.
         pairs = self.pairs
         args = [pairs[id(a)][1] if id(a) in pairs else self.other(a) if type(a) in (list, tuple) else a for a in args]
         return func(*args, **{name: self.other(value) for name, value in kwargs.items()}) if kwargs else func(*args)
 
+    @no_type_check
     def other(self, value: Any) -> Any:
         """What stands in the place of a value, which is the value itself as a rule; lists are looked through."""
         if type(value) in (list, tuple):

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 one_at_a_time = threading.RLock()
@@ -41,14 +42,15 @@ class _Here(threading.local):
 here = _Here()
 
 
-def only_here(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook function that acts in this thread, and lets the values of all others pass."""
-    maker = here.maker
+class OnlyHere:
+    """A hook function that acts in the thread that makes it, and lets the values of all others pass."""
 
-    def act(value: Any, hook: Any) -> Any:
-        return function(value, hook) if here.maker is maker else None
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function, self.maker = function, here.maker
 
-    return act
+    def __call__(self, value: Any, hook: Any) -> Any:
+        """What the function makes of a value; None in another thread."""
+        return self.function(value, hook) if here.maker is self.maker else None
 
 
 @contextmanager
@@ -59,9 +61,9 @@ def put_back() -> Iterator[Callable[..., None]]:
     undone. A step that finds nothing to put back must do nothing.
     """
     with ExitStack() as again, ExitStack() as first:
+        yield partial(_twice, again, first)
 
-        def afterwards(step: Callable[..., object], *args: Any) -> None:
-            again.callback(step, *args)
-            first.callback(step, *args)
 
-        yield afterwards
+def _twice(again: ExitStack, first: ExitStack, step: Callable[..., object], *args: Any) -> None:
+    again.callback(step, *args)
+    first.callback(step, *args)

@@ -277,14 +277,14 @@ def token_text(model: Model, id: int) -> str:
 
 def readable(text: str) -> str:
     """A text in which bytes that stand side by side, as <0xE8><0xAF><0xB7>, are the characters they make up."""
+    return re.sub("(?:<0x[0-9A-F]{2}>)+", _decoded, text)
 
-    def decoded(found: re.Match[str]) -> str:
-        try:
-            return bytes.fromhex(found[0].replace("<0x", "").replace(">", "")).decode()
-        except UnicodeDecodeError:
-            return found[0]
 
-    return re.sub("(?:<0x[0-9A-F]{2}>)+", decoded, text)
+def _decoded(found: re.Match[str]) -> str:
+    try:
+        return bytes.fromhex(found[0].replace("<0x", "").replace(">", "")).decode()
+    except UnicodeDecodeError:
+        return found[0]
 
 
 @cache

@@ -263,18 +263,13 @@ class FisherScope(Scope):
             none = [models.precise(lin.readout).new_zeros(len(lin.tokens)) for lin in lins]
             return [None] * len(lins), none, [0] * len(lins)
 
-        def leading(count: int) -> tuple[list[Seen], list[Tensor]]:
-            given = zip(lins, generators, strict=True)
-            parts = [fisher_information.leading_part(lin, count, random) for lin, random in given]
-            return parts, vjps(lins, [part.L for part in parts])
-
-        parts, pulled = leading(count)
+        parts, pulled = _leading(lins, count, generators)
         scores = [_squares(of_one).sum(0) for of_one in pulled]
         spent = [2 * len(part.L) for part in parts]
         try:
             further = fisher_information.pulled_further(lins, parts, pulled)
         except NoSecondDerivativeError:
-            parts, pulled = leading(min(passes) // 4)
+            parts, pulled = _leading(lins, min(passes) // 4, generators)
             return list(parts), [_squares(of_one).sum(0) for of_one in pulled], [len(part.L) for part in parts]
         norms = squared_norms(lins, [part.L for part in further])
         scores = [one + of_one.sum(0) for one, of_one in zip(scores, norms, strict=True)]
@@ -326,6 +321,15 @@ class FisherScope(Scope):
 
 def _squares(pulled: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe token"]:
     return models.precise(pulled).square().sum(-1)
+
+
+def _leading(
+    lins: Sequence[Linearization], count: int, generators: Sequence[torch.Generator]
+) -> tuple[list[Seen], list[Float[Tensor, "_ token d_model"]]]:
+    """Leading directions of each F, and their vector-Jacobian products."""
+    given = zip(lins, generators, strict=True)
+    parts = [fisher_information.leading_part(lin, count, random) for lin, random in given]
+    return parts, vjps(lins, [part.L for part in parts])
 
 
 class Draws:
