@@ -184,7 +184,7 @@ def _trace(
     check_rules: bool = True,
 ) -> Trace:
     """`trace`, however much memory that takes; without a check it does not matter what the rules do not know."""
-    met = _Met(tokens, of, *(list(numbers) for numbers in zip(*places, strict=True)), values or {})
+    met = _Met(tokens, of, places, values or {})
     logits = None
     known, parameters = hook_points(model), parameters_of(run_by(model))
     points = {name: hook_point(known, name) for name in (*wrt, of, *keep)}
@@ -249,8 +249,8 @@ class _Met:
 
     tokens: Int[Tensor, "batch token"]
     of: str
-    entries: list[int]
-    positions: list[int]
+    places: Sequence[tuple[int, int]]
+    """Where the value at `of` is read: entry of the batch, position."""
     replacements: Mapping[str, Float[Tensor, "batch token d_model"]]
     """What is put in place of the activation, by the name of the hook."""
 
@@ -284,7 +284,8 @@ class _Met:
 
     def read(self, value: Tensor, hook: Any) -> Tensor:
         """Read the places at the `of` hook, which alone go on to the unembedding."""
-        chosen = as_stream(self.of, value, self.tokens)[self.entries, self.positions]
+        entries, positions = (list(numbers) for numbers in zip(*self.places, strict=True))
+        chosen = as_stream(self.of, value, self.tokens)[entries, positions]
         if not self.has_read:
             self.output = chosen
         self.has_read = True
