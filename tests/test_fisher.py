@@ -12,6 +12,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
+from tl_scopes import models
 from tl_scopes.jacobian import fisher_information as fisher_information_module
 from tl_scopes.jacobian import pullback, randomness
 from tl_scopes.jacobian.fisher_information import (
@@ -90,6 +91,26 @@ def test_leading_directions_without_all_of_them(tiny: Any, monkeypatch: pytest.M
         assert answer.trace_share == pytest.approx(whole.trace_share, rel=1e-5)
         assert answer.score_share == pytest.approx(whole.score_share, rel=0.25)
         assert answer.backward_passes == whole.backward_passes == 3 + 8
+
+
+def test_trace(lin: tls.Linearization, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trace of F from the weights of the unembedding is that of F, and that by products where these say nothing."""
+    assert models.unembedding(lin.model, lin.trace, lin.row) is not None
+    expected = float(fisher_information(lin).trace())
+    assert fisher_information_module.fisher_trace(lin) == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setattr(models, "unembedding", lambda model, trace, row: None)
+    assert fisher_information_module.fisher_trace(lin) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_weights_of_the_unembedding_do_not_say_what_a_hook_does(tiny: Any) -> None:
+    """Under a hook that changes the logits the trace is found by products, which go through it."""
+    lin = tls.linearize(tiny, PROMPT)
+    with tiny.hooks([("unembed.hook_out", lambda logits, hook: 2 * logits)]):
+        doubled = tls.linearize(tiny, PROMPT)
+        assert models.unembedding(tiny, doubled.trace, doubled.row) is None
+        expected = float(fisher_information(doubled).trace())
+        assert fisher_information_module.fisher_trace(doubled) == pytest.approx(expected, rel=1e-4)
+    assert models.unembedding(tiny, lin.trace, lin.row) is not None
 
 
 def test_rank(lin: tls.Linearization) -> None:

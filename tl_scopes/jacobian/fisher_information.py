@@ -112,7 +112,7 @@ def leading_root(lin: Linearization, count: int) -> tuple[Float[Tensor, "directi
         None where all of F is not much dearer, or where the space would have to grow too far, since directions are
         almost equally steep.
 
-    Cost: some ten products with the unembedding per direction, and one per dimension of y for the trace.
+    Cost: some ten products with the unembedding per direction, and that of `fisher_trace`.
 
     Raises:
         ValueError: when the linearisation does not end at the readout.
@@ -140,14 +140,22 @@ def leading_root(lin: Linearization, count: int) -> tuple[Float[Tensor, "directi
         rounding = (inner - inner.T).norm().to(error) / 2
         floor = torch.maximum(tolerance * eigenvalues[0], rounding)
         if error <= floor and eigenvalues[-1] > floor:
-            return eigenvalues[:, None].sqrt() * u, _trace(lin)
+            return eigenvalues[:, None].sqrt() * u, fisher_trace(lin)
         block = product
     return None
 
 
-def _trace(lin: Linearization) -> float:
-    """tr F = Σ_i e_iᵀ F e_i, one product with the unembedding per dimension of y."""
+def fisher_trace(lin: Linearization) -> float:
+    """tr F = Σ_v p_v ‖a_v − Σ_w p_w a_w‖², a_v = ∂z_v/∂y, with a_v from the weights of the unembedding.
+
+    Where they do not say it, tr F = Σ_i e_iᵀ F e_i, one product with the unembedding per dimension of y.
+    """
     p = lin.log_probs.exp()
+    W = models.unembedding(lin.model, lin.trace, lin.row)
+    if W is not None:
+        some = list(zip(p.split(4096), lin.trace.slope[lin.row].split(4096), W.split(4096), strict=True))
+        mean = sum((q * slope) @ models.precise(w) for q, slope, w in some)
+        return sum(float(q @ (slope[:, None] * models.precise(w) - mean).square().sum(-1)) for q, slope, w in some)
     basis = torch.eye(len(lin.readout), device=lin.readout.device)
     return sum(float((p * deviations(p, lin.logits_jvp(some)).square()).sum()) for some in basis.split(128))
 

@@ -37,7 +37,7 @@ from tl_scopes.models.prompts import (
     where_they_meet,
 )
 from tl_scopes.models.provenance import Provenance
-from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph, rows_are_apart
+from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph, rows_are_apart, unembedding
 from tl_scopes.models.state import ModelState
 from tl_scopes.models.supported import Model, architecture, autocast_of, model_name
 from tl_scopes.models.tokens import (
@@ -136,6 +136,7 @@ __all__ = [
     "tokenizer_of",
     "trace",
     "undisturbed",
+    "unembedding",
     "user_hooks",
     "vocabulary_size",
     "where_they_meet",

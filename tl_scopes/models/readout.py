@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.models.forward import Trace
+from tl_scopes.models.substitution import in_use
 from tl_scopes.models.supported import Model
 from tl_scopes.models.threads import one_at_a_time
 from tl_scopes.models.weights import fetched
@@ -47,6 +48,24 @@ def readout_graph(
     trace.graphs.clear()
     trace.graphs[tuple(rows)] = leaf, logits
     return leaf, logits
+
+
+def unembedding(model: Model, trace: Trace, row: int) -> Float[Tensor, "vocab d_of"] | None:
+    """W with ∂z_v/∂y = `trace.slope[row, v]` W_v, read from the weights without a copy.
+
+    It is None where they do not say it: a hook changes what is unembedded, weights are packed or offloaded, or an
+    adapter adds to them. That is found out by one product.
+    """
+    assert trace.logits is not None
+    shape = trace.logits.shape[1], trace.output.shape[1]
+    weights = [in_use(weight).detach() for weight in model.unembed.parameters()]
+    for weight in (one for own in weights if own.is_floating_point() and own.ndim == 2 for one in (own, own.T)):
+        if weight.shape == shape and not weight.is_meta:
+            product = (trace.probe(row) * trace.slope[row]).to(weight) @ weight
+            expected = trace.probed[row]
+            if torch.allclose(product.to(expected), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+                return weight
+    return None
 
 
 def rows_are_apart(model: Model, trace: Trace) -> bool:
