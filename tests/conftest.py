@@ -38,12 +38,23 @@ def golden_model(request: pytest.FixtureRequest) -> Any:
     return zoo.llama(zoo.GOLDEN, request.param)
 
 
+def _without_type_checks() -> Iterator[None]:
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
 @pytest.fixture
 def no_type_checks() -> Iterator[None]:
     """As users run it: the type checks that all other tests run under would be faster than our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    yield from _without_type_checks()
+
+
+@pytest.fixture(scope="module")
+def no_type_checks_here() -> Iterator[None]:
+    """For what is made once for all tests of a file, and would take too long under type checks."""
+    yield from _without_type_checks()
 
 
 @pytest.fixture(scope="module")

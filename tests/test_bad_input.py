@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -21,13 +20,7 @@ from tl_scopes.models import tokens
 from tl_scopes.tiny import FOLDER
 from tl_scopes.tiny.tasks import examples
 
-
-@pytest.fixture(autouse=True)
-def _no_type_checks() -> Iterator[None]:
-    """As users run it: the type checks that all other tests run under would be faster than our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("no_type_checks")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -151,13 +150,10 @@ def test_attached_sae(hooked: Any, sae: Any) -> None:
         (torch.ones(16, device="meta"), ValueError, "a direction must have values, got a tensor on the meta device"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_bad_directions(direction: Any, error: type[Exception], message: str) -> None:
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        with pytest.raises(error, match=message):
-            tls.DirectionScope(direction, HOOK)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    with pytest.raises(error, match=message):
+        tls.DirectionScope(direction, HOOK)
 
 
 @pytest.mark.usefixtures("no_type_checks")

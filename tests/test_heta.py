@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -394,14 +393,7 @@ def test_own_hooks_act(llama: Any) -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _no_type_checks() -> Iterator[None]:
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -419,7 +411,7 @@ def test_options(options: dict[str, Any], message: str) -> None:
         tls.HetaScope(**options)
 
 
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -446,7 +438,7 @@ def test_middle_of_the_network(llama: Any) -> None:
         tls.HetaScope()(tls.linearize(llama, PROMPT, wrt="blocks.0.hook_mlp_out"))
 
 
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 def test_masks(llama: Any, tiny: Any) -> None:
     lin = tls.linearize(llama, PROMPT)
     with pytest.raises(ValueError, match='a mask is "zero", "mean" or a token of the vocabulary: mask 99 is outside'):
@@ -487,7 +479,7 @@ def test_training_mode(llama: Any) -> None:
         llama.eval()
 
 
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 def test_generator_of_another_device(llama: Any) -> None:
     class Elsewhere(torch.Generator):
         device = torch.device("cuda:0")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -467,13 +466,6 @@ def test_plot(report: tls.LinearityReport, tmp_path: Path) -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _no_type_checks() -> Iterator[None]:
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 class Opaque(tls.Scope):
     """A scope that is the slope of nothing."""
 
@@ -512,7 +504,7 @@ class Infinite(Directions):
         return lambda readout, logits: logits.sum() / 0
 
 
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -558,7 +550,7 @@ def test_refusals(options: dict[str, Any], error: type[Exception], message: str)
         linearity(model, **arguments)
 
 
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 def test_a_generator_on_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
     class Elsewhere(torch.Generator):
         device = torch.device("cuda:0")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -256,15 +255,7 @@ def test_half_precision() -> None:
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _no_type_checks() -> Iterator[None]:
-    """As users run it."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -286,7 +277,7 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         tls.PathIntegratedScope(**options)
 
 
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,9 +1,7 @@
 """Spectral Scope: singular values of every token's Jacobian beside a dense SVD; the sketch, its bounds and errors."""
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
-import jaxtyping
 import pytest
 import torch
 from torch.testing import assert_close
@@ -370,15 +368,7 @@ def test_all_directions_there_are(lin: tls.Linearization) -> None:
 # -- refusals ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _no_type_checks() -> Iterator[None]:
-    """As users run it: the type checks that all other tests run under would be faster than our own messages."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -394,7 +384,7 @@ def test_options(options: dict[str, Any], message: str) -> None:
         tls.SpectralScope(**options)
 
 
-@pytest.mark.usefixtures("_no_type_checks")
+@pytest.mark.usefixtures("no_type_checks")
 def test_asked_wrongly(keys: tls.Linearization) -> None:
     with pytest.raises(ValueError, match="rank=129 is more than the 128 dimensions of the readout: leave it out"):
         tls.SpectralScope(rank=129)(keys)

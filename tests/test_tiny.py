@@ -3,12 +3,10 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch.testing import assert_close
@@ -24,20 +22,12 @@ TOKENIZER = AutoTokenizer.from_pretrained(FOLDER)
 
 
 @pytest.fixture(scope="module")
-def _unchecked() -> Iterator[None]:
-    """Hundreds of thousands of small documents: checking the types of each would take most of the time of all tests."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="module")
 def plain() -> Any:
     return AutoModelForCausalLM.from_pretrained(FOLDER).eval()
 
 
 @pytest.fixture(scope="module")
-def table(plain: Any, _unchecked: None) -> dict[str, dict[str, Any]]:
+def table(plain: Any, no_type_checks_here: None) -> dict[str, dict[str, Any]]:
     return {row["task"]: row for row in train.evaluate(plain, TOKENIZER, 200, series=0)}
 
 
@@ -55,7 +45,7 @@ def test_held_out_accuracy(table: dict[str, dict[str, Any]], task: str, accuracy
     assert table[task]["accuracy"] >= accuracy
 
 
-@pytest.mark.usefixtures("_unchecked")
+@pytest.mark.usefixtures("no_type_checks_here")
 @pytest.mark.parametrize(("task", "ratio"), [("logistic", 0.6), ("lorenz", 0.6), ("brownian", 0.97)])
 def test_series_beat_a_markov_chain(table: dict[str, dict[str, Any]], task: str, ratio: float) -> None:
     """They beat it by far, but for the random walk, of which only the size of its steps can be learned."""
@@ -157,7 +147,7 @@ def held_out_prompts() -> tuple[str, ...]:
     return tuple(e.prompt for task in TASKS if task != "translation" for e in examples(task, 200))
 
 
-@pytest.mark.usefixtures("_unchecked")
+@pytest.mark.usefixtures("no_type_checks_here")
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_training_never_sees_the_held_out(mixture: Mixture) -> None:
     """No document of the training corpus begins with a held-out prompt, none has a held-out German sentence."""

@@ -63,7 +63,8 @@ class FisherScope(Scope):
     Unit: nat per squared unit of embedding norm.
     Cost: about 0.6 of a forward pass per backward pass, of which a double backward pass takes 1.2. Memory for the
         gradients of 16 draws. `exact` needs all of F: two products with the unembedding per dimension of the
-        readout; `rank` one, and where the readout has fewer than 16 dimensions per direction, two.
+        readout; `rank` some ten products per direction, or where the readout has fewer than 16 dimensions per
+        direction, all of F.
     Raises: ValueError for a linearisation that does not end at the readout; for numbers out of range; for a generator
         on another device. TypeError for a generator that is not a torch.Generator, and for an `exact` that is not a
         bool.
