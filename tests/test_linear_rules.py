@@ -195,9 +195,7 @@ def test_ways_through(specimen: Specimen) -> None:
     pushed = torch.einsum("dtk,tk->d", lin.as_matrix(), tangent[0])
     assert_close(lin.jvp(tangent)[0], pushed, **EXACT)
     for names in (None, "linear", "lookup") if "mamba" not in type(specimen.plain).__name__.lower() else ():
-        plain, saved = (
-            tls.linearize(model, PROMPT, rules=names, checkpoint=checkpoint) for checkpoint in (False, True)
-        )
+        plain, saved = (tls.linearize(model, PROMPT, rules=names, checkpoint=keep) for keep in (False, True))
         expected, dual = (tls.carried_by(one, tls.SemanticScope(TARGET), "position", 2) for one in (plain, saved))
         assert_close(dual.values, expected.values, rtol=1e-8, atol=1e-9)
     spans = tls.answer_map(model, PROMPT[:5], PROMPT[5:7], tls.SemanticScope(), rules="linear")

@@ -95,7 +95,8 @@ class ComponentMap:
     @property
     def summed(self) -> Float[Tensor, "layer *head"]:
         """The score of each component as a whole, √Σ over the positions of the squares; by Fisher the sum."""
-        return self.scores.sum(-1) if self.is_squared else self.scores.square().sum(-1).sqrt()
+        exact = self.scores.double()  # whose squares float32 may not hold
+        return (exact.sum(-1) if self.is_squared else exact.square().sum(-1).sqrt()).to(self.scores)
 
     def top(self, count: int | SupportsIndex = 5) -> tuple[Place, ...]:
         """The components and positions with the largest scores; where two are equal, the earlier one first.
