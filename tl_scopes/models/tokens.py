@@ -158,8 +158,8 @@ def read_target(model: Model, target: Any, vocab: int | None = None, what: str =
         return Target(tuple(dict.fromkeys(found)), any_of=len(set(found)) > 1)
     if isinstance(target, str):
         return Target(tuple(_tokens_of_text(model, target, vocab, what)))
-    several = isinstance(target, Sequence) or hasattr(target, "__len__")
-    if several and getattr(target, "ndim", 1) and not isinstance(target, bytes | bytearray | Mapping):
+    is_list = isinstance(target, Sequence) or hasattr(target, "__len__")
+    if is_list and not isinstance(target, bytes | bytearray | Mapping) and getattr(target, "ndim", 1) != 0:
         ids = list(target.tolist() if hasattr(target, "tolist") else target)
         if not ids:
             raise ValueError(f"the {what} is empty: give at least one token.")
