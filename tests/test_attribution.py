@@ -353,3 +353,13 @@ def test_signatures_can_be_read(kind: Any) -> None:
     """Python shows a bare `SupportsIndex` as `<class 'SupportsIndex'>`."""
     for _, function in [("", kind), *inspect.getmembers(kind, inspect.isfunction)]:
         assert "<class" not in str(inspect.signature(function))
+
+
+def test_scores_whose_squares_or_sum_float32_cannot_hold(tiny: Any) -> None:
+    answer = tls.attribute(tiny, PROMPT, tls.SemanticScope(3))
+    n = len(answer.scores)
+    for size in (1e-30, 1e-22, 1e30):
+        words = dataclasses.replace(answer, scores=torch.full((n,), size)).by([(0, 4)])
+        assert float(words.scores[0]) == pytest.approx(2 * size, rel=1e-6)
+    large = dataclasses.replace(answer, scores=torch.full((n,), 3e38))
+    torch.testing.assert_close(large.share, torch.full((n,), 1 / n))

@@ -17,6 +17,7 @@ from tests import zoo
 from tests.zoo import CONTEXT, PROMPT, VOCAB
 from tl_scopes import models
 from tl_scopes.models import tokens
+from tl_scopes.scopes.baselines import LeaveOneOut
 from tl_scopes.tiny import FOLDER
 from tl_scopes.tiny.tasks import examples
 
@@ -795,6 +796,19 @@ def test_measure_gives_a_measurement(lin: tls.Linearization, monkeypatch: pytest
 @pytest.mark.parametrize("target", [torch.tensor(3), np.int64(3), 3])
 def test_targets_are_shown_as_numbers(lin: tls.Linearization, target: Any) -> None:
     assert tls.SemanticScope(target)(lin).scope == "SemanticScope(target=3)"
+
+
+@pytest.mark.parametrize("target", [torch.tensor([3, 4]), np.array([3, 4]), [3, 4]])
+def test_targets_of_several_ids_are_shown_as_numbers(lin: tls.Linearization, target: Any) -> None:
+    assert tls.SemanticScope(target)(lin).scope == "SemanticScope(target=(3, 4))"
+    left_out = LeaveOneOut(quantity="log_prob", target=target)
+    torch.testing.assert_close(left_out(lin).scores, LeaveOneOut(quantity="log_prob", target=[3, 4])(lin).scores)
+
+
+@pytest.mark.parametrize("target", [b" are", bytearray(b"ab"), {3: "a"}])
+def test_bytes_and_mappings_are_no_lists_of_ids(lin: tls.Linearization, target: Any, no_type_checks: None) -> None:
+    with pytest.raises(TypeError, match=r"a target is a token as text or as id, got"):
+        tls.SemanticScope(target)(lin)
 
 
 INTEGERS: list[Any] = [np.int64(4), np.uint8(4), torch.tensor(4)]

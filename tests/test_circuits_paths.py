@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,34 @@ def test_a_head_map(scope: Any) -> None:
         assert_close(found.scores[1, 2, 7], expected, rtol=1e-5, atol=1e-9)
     whole = found.scores.sum(-1) if isinstance(scope, tls.FisherScope) else found.scores.square().sum(-1).sqrt()
     assert_close(found.summed, whole)
+
+
+@dataclass(frozen=True, eq=False)
+class FisherScopeOfMine(tls.JacobianScope):
+    """A scope whose scores are norms, whatever its name."""
+
+    def cotangents(self, lin: tls.Linearization) -> torch.Tensor:
+        return torch.eye(len(lin.readout), dtype=torch.float64)[:2]
+
+    def unit(self, lin: tls.Linearization) -> str:
+        return "readout"
+
+
+class Information(tls.FisherScope):
+    """The same as a FisherScope, by another name."""
+
+
+def test_a_map_of_a_scope_of_ones_own_is_summed_as_its_scores_are(tiny: Any) -> None:
+    found = tls.layer_map(tiny, TEXT, FisherScopeOfMine())
+    assert_close(found.summed, found.scores.square().sum(-1).sqrt())
+    found = tls.layer_map(tiny, TEXT, Information(8))
+    assert_close(found.summed, found.scores.sum(-1))
+
+
+def test_autocast_is_reported(tiny: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        lin = tls.linearize(tiny, TEXT)
+        assert {tls.head_map(tiny, TEXT, SCOPE).dtype, tls.carried_by(lin, SCOPE).dtype} == {"bfloat16"}
 
 
 def test_a_map_in_other_forms(tiny: Any, tmp_path: Any) -> None:

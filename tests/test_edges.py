@@ -1,6 +1,8 @@
 """What a careful reviewer tried first: sure predictions, odd tokenizers, odd vocabularies, hooks and threads."""
 
+import copy
 import dataclasses
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -265,3 +267,13 @@ def test_attn_out_and_resid_post(model: Any) -> None:
         mid = tls.linearize(hooked, PROMPT, wrt="blocks.1.hook_resid_mid").as_matrix()
         out = tls.linearize(bridge, PROMPT, wrt="blocks.1.hook_attn_out").as_matrix()
     assert_close(out, mid, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pickled_or_copied_answer_map_leaves_its_model_behind(tiny: Any) -> None:
+    rows = tls.answer_map(tiny, "The keys to the old cabinet near the door", " are new.", tls.SemanticScope())
+    for one in (rows, rows.by("word")):
+        for copied in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
+            assert (copied.to_json(), repr(copied)) == (one.to_json(), repr(one))
+            with pytest.raises(ValueError, match="this map was read back, and has no model to ask again"):
+                copied[0:2]
+    assert len(rows[0:2].scores) == 10

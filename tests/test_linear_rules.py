@@ -194,6 +194,10 @@ def test_ways_through(specimen: Specimen) -> None:
     tangent = torch.randn(1, *lin.embeddings.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     pushed = torch.einsum("dtk,tk->d", lin.as_matrix(), tangent[0])
     assert_close(lin.jvp(tangent)[0], pushed, **EXACT)
+    for names in (None, "linear", "lookup") if "mamba" not in type(specimen.plain).__name__.lower() else ():
+        plain, saved = (tls.linearize(model, PROMPT, rules=names, checkpoint=keep) for keep in (False, True))
+        expected, dual = (tls.carried_by(one, tls.SemanticScope(TARGET), "position", 2) for one in (plain, saved))
+        assert_close(dual.values, expected.values, rtol=1e-8, atol=1e-9)
     spans = tls.answer_map(model, PROMPT[:5], PROMPT[5:7], tls.SemanticScope(), rules="linear")
     log_prob = tls.SemanticScope(PROMPT[6], quantity="log_prob")
     assert_close(spans[1].scores[:5], tls.attribute(model, PROMPT[:6], log_prob, rules="linear").scores[:5], **EXACT)
@@ -401,6 +405,47 @@ def test_an_operation_without_a_rule_is_named() -> None:
     assert not any("named_graph" in repr(hook) for module in model.modules() for hook in module._forward_hooks.values())
 
 
+@pytest.mark.parametrize("kind", [*(["hooked"] if zoo.HookedTransformer else []), "bridge"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rule", "hook"), [("pattern_value", "hook_z"), ("query_key", "hook_attn_scores")])
+def test_each_product_of_attention_has_a_rule_of_its_own(kind: Any, dtype: torch.dtype, rule: str, hook: str) -> None:
+    """Also where what is done to the pattern on its way, another precision or a mask, makes a new tensor of it."""
+    model = tls.load_tiny(kind, dtype=dtype)
+
+    def half(value: Tensor, hook: Any) -> Tensor:
+        return value.detach() + 0.5 * (value - value.detach()).nan_to_num()  # scores ahead are minus infinity
+
+    found = tls.attribute(model, KEYS, tls.SemanticScope(" are"), rules=(rule,)).scores
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.{hook}", half) for layer in range(model.cfg.n_layers)]):
+        expected = tls.attribute(model, KEYS, tls.SemanticScope(" are")).scores
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.03, "atol": 0.01}
+    assert_close(found, expected, **close)
+
+
+def test_parameters_of_a_users_hook_are_constants(tiny: Any) -> None:
+    """A probe's or an autoencoder's, which may be trained: their products with the stream are not gated products."""
+    width = tiny.cfg.d_model
+    scale, identity, linear = nn.Parameter(torch.ones(width)), nn.Parameter(torch.eye(width)), nn.Linear(width, width)
+    with torch.no_grad():
+        linear.weight.copy_(identity)
+        linear.bias.zero_()
+    expected = tls.attribute(tiny, KEYS, tls.RelevanceScope(" are"), rules="linear")
+    for act in (
+        lambda value: value * scale,
+        lambda value: scale * scale * value,
+        lambda value: torch.addmm(linear.bias, value[0], identity)[None],
+        lambda value: value @ identity,
+        lambda value: torch.einsum("bpd, de -> bpe", value, identity),
+        linear,
+    ):
+        with tiny.hooks(fwd_hooks=[("blocks.2.hook_resid_post", lambda value, hook, act=act: act(value))]):
+            answer = tls.attribute(tiny, KEYS, tls.RelevanceScope(" are"), rules="linear")
+        assert_close(answer.scores, expected.scores)
+        assert answer.biases == pytest.approx(expected.biases, abs=1e-4)
+    assert scale.requires_grad
+    assert linear.weight.requires_grad
+
+
 def test_a_hook_of_the_users_without_a_rule(tiny: Any) -> None:
     with (
         tiny.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda value, hook: Cube.apply(value))]),
@@ -436,7 +481,7 @@ def test_what_does_not_add_up_has_a_gap(tiny: Any) -> None:
     ):
         answer = tls.attribute(tiny, KEYS, scope, rules=names, score_answer=False)
         assert "biases" not in answer.details
-        assert math.isfinite(answer.gap)
+        assert float(answer.scores.sum()) + answer.gap == pytest.approx(answer.value, rel=1e-5)
 
 
 def test_a_baseline_of_the_prompt(tiny: Any) -> None:
@@ -452,6 +497,18 @@ def test_a_baseline_of_the_prompt(tiny: Any) -> None:
     alike = tls.attribute(tiny, [5, 5, 5, 5], tls.RelevanceScope(" are", versus=" is", baseline="prompt"))
     assert_close(alike.scores, torch.zeros(4), rtol=0, atol=1e-5)
     assert tls.attribute(tiny, [5], tls.RelevanceScope(" are", baseline="prompt")).scores.isfinite().all()
+
+
+def test_the_baseline_leaves_out_an_answer_without_scores(tiny: Any) -> None:
+    """Of two answers, of different length, nothing that is said is among the prompt's other tokens."""
+    scope = tls.RelevanceScope(" are old", versus=" is", baseline="prompt")
+    lin = scope.with_answer(tls.linearize(tiny, KEYS))
+    n, answer = lin.scored, scope(lin)
+    g = lin.vjp(lin.cotangent(scope.function(lin))[None])[0, :n]
+    x = lin.embeddings[:n]
+    others = torch.stack([torch.cat([x[:t], x[t + 1 :]]).mean(0) for t in range(n)])
+    assert_close(answer.scores, (g * (x - others)).sum(-1), rtol=1e-4, atol=1e-4)
+    assert float(answer.scores.sum()) + answer.gap == pytest.approx(answer.value, rel=1e-5)
 
 
 def test_another_baseline(no_type_checks: None) -> None:

@@ -303,6 +303,16 @@ def test_bad_questions(one: tls.Linearization, options: dict[str, Any], message:
         tls.PathIntegratedScope(**options)(one)
 
 
+def test_under_rules(one: tls.Linearization) -> None:
+    """Their derivative is another function's, whose change the contributions would sum to."""
+    for scope in (tls.PathIntegratedScope(TARGET), baselines.IntegratedGradients(TARGET, steps=3)):
+        message = f"{type(scope).__name__} adds up the model's own derivative along a line, and that of linear rules"
+        with pytest.raises(ValueError, match=message):
+            scope(one.under("linear"))
+        with pytest.raises(ValueError, match=message):
+            tls.UnderRulesScope(scope)(one)
+
+
 @pytest.mark.parametrize("baseline", ["mean", 3])
 def test_baselines_of_the_embedding(baseline: Any) -> None:
     late = tls.linearize(zoo.specimen("bridge llama").model, PROMPT, wrt="blocks.1.hook_resid_pre")

@@ -68,7 +68,7 @@ class AnswerMap:
             of the answer, which are the rows. A unit is a token, but for what `by` returns.
         prompt_length: how many of the units, and so of the columns, are of the prompt.
         answer_texts: the text of each row.
-        scope: the question; None in a map that was read back.
+        scope: the question; None in a map that was read back, from JSON or a pickle, and in a copy.
         lin: the linearised answer; None in a map that was read back.
     """
 
@@ -112,6 +112,10 @@ class AnswerMap:
             f"AnswerMap({self.text!r} from {self.answers[0].question}: {len(self)} {tokens} of the answer, "
             f"{self.prompt_length} of the prompt)"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled and copied: the rows, as in JSON, and neither the model nor the graph of its pass."""
+        return {**vars(self), "scope": None, "lin": None}
 
     def __len__(self) -> int:
         return len(self.answers)

@@ -118,7 +118,7 @@ def carried_by(
         wrt=lin.wrt,
         of=lin.of,
         model=models.model_name(lin.model),
-        dtype=str(lin.readout.dtype).removeprefix("torch."),
+        dtype=lin.computed_in,
         rules=None if lin.rules is None else str(lin.rules),
         notes=(*lin.notes, *scope.notes(lin)),
     )

@@ -58,6 +58,8 @@ class ComponentMap:
         dtype: the precision of the model.
         rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the scores should know.
+        is_squared: whether scores are sums of squares, as those of a FisherScope, so that those of several positions
+            add up; else they are norms.
     """
 
     scores: Float[Tensor, "layer *head position"]
@@ -74,6 +76,7 @@ class ComponentMap:
     dtype: str
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
+    is_squared: bool = False
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.scores.shape))
@@ -92,7 +95,8 @@ class ComponentMap:
     @property
     def summed(self) -> Float[Tensor, "layer *head"]:
         """The score of each component as a whole, √Σ over the positions of the squares; by Fisher the sum."""
-        return self.scores.sum(-1) if self._is_squared else self.scores.square().sum(-1).sqrt()
+        exact = self.scores.double()  # whose squares float32 may not hold
+        return (exact.sum(-1) if self.is_squared else exact.square().sum(-1).sqrt()).to(self.scores)
 
     def top(self, count: int | SupportsIndex = 5) -> tuple[Place, ...]:
         """The components and positions with the largest scores; where two are equal, the earlier one first.
@@ -130,10 +134,6 @@ class ComponentMap:
         name = f"L{self.layers[place[0]]}" + "".join(f"H{head}" for head in place[1:])
         score = self.scores.flatten()[flat].item()
         return Place(name, self.str_tokens[position], score, position)
-
-    @property
-    def _is_squared(self) -> bool:
-        return self.scope.startswith("FisherScope")
 
 
 def layer_map(
@@ -244,7 +244,8 @@ def _map(
         unit=scope.unit(replace(lin, wrt=hook.replace(f".{traced.sites[0].component.layer}.", ".N.", 1))),
         of=lin.of,
         model=models.model_name(model),
-        dtype=str(lin.readout.dtype).removeprefix("torch."),
+        dtype=lin.computed_in,
         rules=None if lin.rules is None else str(lin.rules),
         notes=(*lin.notes, *scope.notes(lin)),
+        is_squared=question.squared,
     )

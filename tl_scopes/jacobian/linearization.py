@@ -125,6 +125,11 @@ class Linearization:
         return "unit of embedding norm" if self.wrt == models.EMBEDDING else f"unit of norm at {self.wrt}"
 
     @property
+    def computed_in(self) -> str:
+        """The precision that the model computed in, by its name: that of torch.autocast inside of it."""
+        return str(self.trace.state.autocast or self.readout.dtype).removeprefix("torch.")
+
+    @property
     def rules(self) -> LinearRules | None:
         """The rules that J was taken under; None where it is the model's own derivative."""
         return self.trace.rules

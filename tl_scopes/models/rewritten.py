@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 SHARED = "shared"
@@ -34,7 +35,7 @@ class Rewritten(TorchFunctionMode):
         if {"norms", "activations"} & rules:
             chosen |= dict.fromkeys(("pow", "__pow__", "square"), _power)
         if {"gates", "activations"} & rules:
-            chosen |= dict.fromkeys(("mul", "multiply", "__mul__", "__rmul__"), _product)
+            chosen |= dict.fromkeys(_TIMES, _product)
         if "patterns" in rules:
             chosen["softmax"] = _constant
         if {"pattern_value", "query_key"} & rules:
@@ -47,8 +48,12 @@ class Rewritten(TorchFunctionMode):
         self.chosen = chosen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = self.chosen.get(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {})) if rule is None else rule(self, func, args, kwargs or {})
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in _WITH_FACTORS:
+            fixed = _fixed if name in _FACTORS_ALONE else _fixed_matrix
+            args, kwargs = tuple(map(fixed, args)), {key: fixed(value) for key, value in kwargs.items()}
+        rule = self.chosen.get(name)
+        return func(*args, **kwargs) if rule is None else rule(self, func, args, kwargs)
 
 
 _DENOMINATORS = tuple("rsqrt sqrt reciprocal norm vector_norm linalg_vector_norm std var __rdiv__ __rtruediv__".split())
@@ -59,10 +64,14 @@ _ACTIVATIONS = tuple(
     "silu gelu relu relu6 leaky_relu elu celu selu mish hardswish tanh expm1 hardtanh softsign softshrink clamp clip "
     "clamp_min clamp_max abs".split()
 )
+_TIMES = ("mul", "multiply", "__mul__", "__rmul__")
 _MATRIX_PRODUCTS = tuple("matmul __matmul__ bmm einsum baddbmm".split())
+_FACTORS_ALONE = frozenset((*_TIMES, *_MATRIX_PRODUCTS))
+_WITH_FACTORS = frozenset((*_FACTORS_ALONE, "linear", "conv1d", "addmm"))
+"""Functions that multiply, those alone, and those that may add a bias as well."""
 _KEEPING_PATTERNS = tuple(
-    "to type_as dropout float half bfloat16 type __getitem__ nan_to_num reshape view contiguous transpose permute "
-    "expand".split()
+    "to type_as dropout float half bfloat16 double type __getitem__ nan_to_num where masked_fill reshape view "
+    "contiguous transpose permute expand flatten unflatten squeeze unsqueeze clone".split()
 )
 """Functions of an attention pattern that give an attention pattern."""
 
@@ -79,11 +88,24 @@ def _has(value: Any, what: str) -> bool:
     return hasattr(value, what)
 
 
+def _fixed(value: Any) -> Any:
+    """A parameter as a constant. The model's are frozen, and those of a user's hook, of a linear probe say, are not;
+    in their products with the stream there is one factor that the input moves, and nothing to share out."""
+    return value.detach() if isinstance(value, Parameter) and value.requires_grad else value
+
+
+def _fixed_matrix(value: Any) -> Any:
+    """The same, but for a bias."""
+    return _fixed(value) if isinstance(value, Parameter) and value.ndim > 1 else value
+
+
 def _moves(value: Any) -> bool:
-    """Whether a value carries a derivative, backward or forward."""
+    """Whether a value carries a derivative: a tangent in forward mode, which keeps no graph, and else a graph."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
-    return value.requires_grad or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None)
+    if value.requires_grad and torch.is_grad_enabled():
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
 
 
 def _still(value: Any) -> Any:
@@ -171,7 +193,7 @@ def _matrix_product(mode: Rewritten, func: Any, args: Any, kwargs: Any) -> Any:
     factors = [one for one in args if _moves(one)]
     if len(factors) < 2:
         return out
-    rule = "pattern_value" if _has(factors[0], _PATTERN) else "query_key"
+    rule = "pattern_value" if any(_has(one, _PATTERN) for one in factors) else "query_key"
     return _shared_out(out, factors) if {rule, "patterns"} & mode.rules else out
 
 
@@ -188,7 +210,7 @@ def _marked_softmax(mode: Rewritten, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _marked(mode: Rewritten, func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
-    if args and getattr(args[0], "_is_pattern", False) and isinstance(out, Tensor):
+    if isinstance(out, Tensor) and any(_has(one, _PATTERN) for one in args):
         _mark(out, _PATTERN)
     return out
 

@@ -1,7 +1,7 @@
 """Tokens, ids and positions: what a text or a number means, and how a token is shown."""
 
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -158,7 +158,8 @@ def read_target(model: Model, target: Any, vocab: int | None = None, what: str =
         return Target(tuple(dict.fromkeys(found)), any_of=len(set(found)) > 1)
     if isinstance(target, str):
         return Target(tuple(_tokens_of_text(model, target, vocab, what)))
-    if getattr(target, "ndim", 1) and (isinstance(target, Sequence) or hasattr(target, "__len__")):
+    is_list = isinstance(target, Sequence) or hasattr(target, "__len__")
+    if is_list and not isinstance(target, bytes | bytearray | Mapping) and getattr(target, "ndim", 1) != 0:
         ids = list(target.tolist() if hasattr(target, "tolist") else target)
         if not ids:
             raise ValueError(f"the {what} is empty: give at least one token.")

@@ -179,6 +179,9 @@ class Attribution:
             scores = scores * torch.tensor(self._counted, device="cpu")
         # Without a copy where none is needed, because the sum of a copy may be rounded otherwise.
         total = (scores.abs() if (scores < 0).any() else scores).sum()
+        if total.isinf():
+            exact = scores.double()
+            return (exact / exact.abs().sum()).to(scores)
         return scores / total if total != 0 else torch.zeros_like(scores)
 
     @property
@@ -312,10 +315,10 @@ class Attribution:
         """
         assert self.grouping is not None
         combined = {
-            "norm": lambda: torch.stack([self.scores[g.start : g.stop].norm() for g in groups]),
+            "norm": lambda: torch.stack([self.scores[g.start : g.stop].double().norm() for g in groups]),
             "sum": lambda: torch.stack([self.scores[g.start : g.stop].sum() for g in groups]),
             "signed": lambda: torch.stack([self.details["signed"][g.start : g.stop].sum().abs() for g in groups]),
-        }[self.grouping]()
+        }[self.grouping]().to(self.scores)
         details = {name: value for name, value in self.details.items() if not isinstance(value, Tensor)}
         if self.grouping == "signed":
             details["signed"] = torch.stack([self.details["signed"][g.start : g.stop].sum() for g in groups])

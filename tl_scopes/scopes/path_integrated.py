@@ -66,8 +66,8 @@ class PathIntegratedScope(TargetScope):
         prompt if it is larger (whole, also where `linearize` had checkpoint=True).
     Raises: ValueError for what `SemanticScope` refuses; for a baseline of another shape, complex, NaN or infinite, for
         one that is an unknown word, or a token that is unknown or several; for steps below 1; for a start that is not a
-        number in [0, 1); when the model's hooks or weights have changed since it was linearised. TypeError for a
-        baseline or steps of another type.
+        number in [0, 1); under rules; when the model's hooks or weights have changed since it was linearised. TypeError
+        for a baseline or steps of another type.
     Source: Liu et al. 2026 (arXiv:2601.16407), appendix A.5, equations 9 and 10; integrated gradients: Sundararajan et
         al. 2017 (arXiv:1703.01365). `profile` is what the paper's figure 15 draws.
     Departure: s = 0.01, as in the paper's code. A network with norms and without biases hardly sees the scale of its
@@ -117,6 +117,11 @@ class PathIntegratedScope(TargetScope):
             )
 
     def measure(self, lin: Linearization) -> Measurement:
+        if lin.rules is not None:
+            raise ValueError(
+                f"{type(self).__name__} adds up the model's own derivative along a line, and that of {lin.rules} rules "
+                "would sum to another change than the model's: ask it of lin.under(None), or ask RelevanceScope."
+            )
         f = self.function(lin)
         x = models.precise(lin.embeddings)
         x_s = torch.lerp(self._baseline(lin).to(x), x, self.start)

@@ -30,7 +30,8 @@ class RelevanceScope(TargetScope):
             target of several tokens, the parts do not add up under any rules.
         baseline: what an input is counted from. "zero" counts all of it. "prompt" takes the mean b_t of the prompt's
             other tokens, score_t = g_t · (x_t − b_t): what a token says more than these would in its place. It leaves
-            out what all tokens of the prompt share, and finds more causes, but its parts do not add up.
+            out what all tokens of the prompt share, and finds more causes, but its parts do not add up. The tokens of
+            an answer are among them where they get scores too (`score_answer`).
 
     Unit: logit (nat for a log-probability). `answer.biases` is what no token brings, under rules that make the network
         linear: the biases of the model, and learned positions. Otherwise `answer.gap` is what is left to `answer.value`
@@ -75,16 +76,17 @@ class RelevanceScope(TargetScope):
         found = []
         for lin, gradient in zip(lins, gradients, strict=True):
             x = models.precise(lin.embeddings)
-            scores = (models.precise(gradient[0]) * (x - self._baseline(x))).sum(-1)
+            scores = (models.precise(gradient[0]) * (x - self._baseline(x, lin.scored))).sum(-1)
+            scores[lin.scored :] = 0  # an answer that is given, and gets no scores
             left = float(self.value(lin) or 0.0) - float(scores.sum())
             found.append(Measurement(scores, {"biases" if self._adds_up(lin) else "gap": left}))
         return found
 
-    def _baseline(self, x: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
-        """What is subtracted from each input; of a prompt of one token nothing."""
-        if self.baseline == "zero" or len(x) < 2:
+    def _baseline(self, x: Float[Tensor, "token d_model"], scored: int) -> Float[Tensor, "token d_model"]:
+        """What is subtracted from each of the inputs that get scores; where there is one alone, nothing."""
+        if self.baseline == "zero" or scored < 2:
             return torch.zeros_like(x)
-        return (x.sum(0) - x) / (len(x) - 1)
+        return (x[:scored].sum(0) - x) / (scored - 1)
 
     def _adds_up(self, lin: Linearization) -> bool:
         """Whether the quantity is linear in the embeddings, biases aside."""

@@ -332,7 +332,7 @@ class Scope(ABC):
             wrt=lin.wrt,
             of=lin.of,
             model=models.model_name(lin.model),
-            dtype=str(lin.trace.state.autocast or lin.readout.dtype).removeprefix("torch."),
+            dtype=lin.computed_in,
             notes=(*lin.notes, *self.notes(lin)),
             parts=(*lin.parts, *["answer"] * scored)[:scored] if lin.parts else (),
             grouping=self.grouping,
@@ -497,8 +497,8 @@ class TargetScope(Scope):
             value = getattr(self, name)
             if isinstance(value, Set):
                 object.__setattr__(self, name, frozenset(value))
-            elif (isinstance(value, Tensor) and value.ndim) or isinstance(value, list):
-                object.__setattr__(self, name, tuple(value.tolist() if isinstance(value, Tensor) else value))
+            elif getattr(value, "ndim", 0) or isinstance(value, list):  # of torch or NumPy
+                object.__setattr__(self, name, tuple(value if isinstance(value, list) else value.tolist()))
             elif value is not None and not isinstance(value, str | tuple):
                 with suppress(TypeError):  # a number of NumPy or torch is shown as the number that it is
                     object.__setattr__(self, name, models.as_int(value, name))
@@ -697,7 +697,7 @@ def as_written(scope: Scope) -> str:
     if not is_dataclass(scope):
         return repr(scope)
     values = {f.name: (getattr(scope, f.name), f.default) for f in fields(scope) if f.repr}
-    given = {n: value for n, (value, default) in values.items() if isinstance(value, Tensor) or value != default}
+    given = {n: value for n, (value, default) in values.items() if getattr(value, "ndim", 0) or value != default}
     return f"{type(scope).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in given.items())})"
 
 
