@@ -188,7 +188,7 @@ def _marked_softmax(mode: Rewritten, func: Any, args: Any, kwargs: Any) -> Any:
 
 def _marked(mode: Rewritten, func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
-    if args and getattr(args[0], "_is_pattern", False) and isinstance(out, Tensor):
+    if args and _has(args[0], _PATTERN) and isinstance(out, Tensor):
         _mark(out, _PATTERN)
     return out
 
