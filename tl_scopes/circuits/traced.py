@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
-from tl_scopes.jacobian.linearization import Linearization, linearize_places
+from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.models import Component, Model, Part, Prompt, Rules, Trace
 
 
@@ -135,13 +135,10 @@ def linearize_with(
     Raises: as `linearize` does; and a ValueError for a model without these components, in the layers that J spans.
     """
     models.check_model(model)
-    tokens, notes, *_ = models.read_prompt(model, prompt, prepend_bos)
-    tokens = tokens[: models.as_position(position, len(tokens)) + 1]
-    texts = tuple(models.token_text(model, id) for id in tokens.tolist())
+    read = models.read_prompt(model, prompt, prepend_bos).up_to(position)
     wanted = _wanted(model, parts)
     ruled = models.LinearRules.read(rules)
-    (lin,) = linearize_places(model, tokens[None], [texts], wrt, of, rules=ruled, notes=[notes], keep=list(wanted))
-    lin.require_finite()
+    lin = linearize_prompt(model, read, wrt, of, rules=ruled, keep=list(wanted))
     return _traced(lin, lin.trace, wanted, parts)
 
 

@@ -43,6 +43,7 @@ from tl_scopes.models.supported import Model, architecture, autocast_of, model_n
 from tl_scopes.models.tokens import (
     Target,
     Token,
+    as_batch,
     context_length,
     output_size,
     padding_token,
@@ -52,6 +53,7 @@ from tl_scopes.models.tokens import (
     starts_with_bos,
     token,
     token_text,
+    token_texts,
     tokenizer_of,
     vocabulary_size,
 )
@@ -81,6 +83,7 @@ __all__ = [
     "absent",
     "activation_patching",
     "architecture",
+    "as_batch",
     "as_count",
     "as_flag",
     "as_int",
@@ -132,6 +135,7 @@ __all__ = [
     "sum_dtype",
     "token",
     "token_text",
+    "token_texts",
     "tokenize",
     "tokenizer_of",
     "trace",

@@ -1,14 +1,14 @@
 """From text, a chat, ids or what a tokenizer returned to the token ids of a prompt, with notes on what looks odd."""
 
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_scopes.models.arguments import as_int
+from tl_scopes.models.arguments import as_int, as_position
 from tl_scopes.models.chats import is_chat, read_chat
 from tl_scopes.models.generation import Generated
 from tl_scopes.models.supported import Model, device_of
@@ -39,6 +39,14 @@ class ReadPrompt(NamedTuple):
     """Sentences about it that a reader of the scores should know."""
     parts: tuple[str, ...] = ()
     """Of a chat: for each token whose it is, "user" say, or "template" for what the chat's template puts around."""
+
+    def up_to(self, position: SupportsIndex) -> "ReadPrompt":
+        """The prompt as far as a position, whose token is its last one.
+
+        Raises: as `as_position` does.
+        """
+        length = as_position(position, len(self.tokens)) + 1
+        return self._replace(tokens=self.tokens[:length], parts=self.parts[:length])
 
 
 def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> ReadPrompt:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_scopes.models.arguments import as_int
 from tl_scopes.models.supported import Model
@@ -273,6 +274,17 @@ def token_text(model: Model, id: int) -> str:
     if piece.startswith("▁") and not text.startswith(" "):  # decoding a single piece drops its space
         return " " + text
     return text or piece
+
+
+def token_texts(model: Model, ids: Int[Tensor, "token"]) -> tuple[str, ...]:
+    """Each of these tokens as text."""
+    return tuple(token_text(model, id) for id in ids.tolist())
+
+
+def as_batch(prompts: Sequence[Int[Tensor, " _"]]) -> Int[Tensor, "batch token"]:
+    """Prompts as a batch: shorter ones are filled up on the right, where nothing matters to a causal model."""
+    filling = int(prompts[0][0])  # it must be a token that the model knows
+    return pad_sequence(list(prompts), batch_first=True, padding_value=filling)
 
 
 def readable(text: str) -> str:
