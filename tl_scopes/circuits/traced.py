@@ -47,10 +47,7 @@ class Traced:
     @property
     def size(self) -> int:
         """How many products with the Jacobian of all components go in one batch."""
-        if not models.goes_back_together(self.lin.model, self.trace):
-            return 1
-        work = models.Work.CURVATURE
-        return models.at_once(self.lin.model, len(self.lin.tokens), work, size=self.leaf.element_size())
+        return pullback.batch_size(self.lin.model, self.trace, self.leaf, models.Work.CURVATURE)
 
     def of(self, *parts: Part) -> list[Site]:
         """The components of these kinds, in the order of the layers."""

@@ -17,6 +17,7 @@ from tl_scopes.models.tokens import (
     context_length,
     read_target,
     require_text,
+    special_id,
     token_text,
     tokenizer_of,
     vocabulary_size,
@@ -107,8 +108,9 @@ def read_answer(model: Model, answer: Any, tokens: Int[Tensor, "token"]) -> tupl
         raise ValueError("the answer is empty: give at least one character.")
     if isinstance(answer, Mapping):
         answer = _of_mapping(answer)
-        bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
-        answer = answer[1:] if answer[:1] == [bos] else answer  # which tokenizers put in front of every text
+        answer = (
+            answer[1:] if answer[:1] == [special_id(model, "bos")] else answer
+        )  # which tokenizers put in front of every text
     elif not isinstance(answer, str | Generated):
         answer = _ids(answer, what="an answer")
         if not answer:
@@ -188,7 +190,7 @@ def _of_text(model: Model, prompt: str, prepend_bos: bool | None, notes: list[st
     require_text(prompt, "prompt")
     tokenizer = tokenizer_of(model)
     ids: list[int] = model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)[0].tolist()
-    bos = getattr(tokenizer, "bos_token_id", None)
+    bos = special_id(model, "bos")
     if bos is not None and ids[:2] == [bos, bos] and prompt.startswith(str(tokenizer.bos_token)):
         notes.append(f"the text begins with {tokenizer.bos_token!r}, so that no second one was put in front")
         del ids[0]
@@ -217,7 +219,7 @@ def _of_mapping(prompt: Mapping[str, Any]) -> list[int]:
 def _about_ids(model: Model, ids: list[int]) -> list[str]:
     """Notes on ids that look as if they were not meant so."""
     tokenizer: Any = getattr(model, "tokenizer", None)
-    bos, pad = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad"))
+    bos, eos, pad = special_id(model, "bos"), special_id(model, "eos"), special_id(model, "pad")
     notes = []
     if bos is not None and ids[:2] == [bos, bos]:
         notes.append(f"the ids begin with {tokenizer.bos_token!r} twice")
@@ -225,8 +227,7 @@ def _about_ids(model: Model, ids: list[int]) -> list[str]:
         padding = [id == pad for id in ids]
         before = padding.index(False) if False in padding else len(ids)
         behind = padding[::-1].index(False) if False in padding else 0
-        special = {bos, getattr(tokenizer, "eos_token_id", None)}
-        least = 2 if pad in special else 1  # a single one may be meant
+        least = 2 if pad in (bos, eos) else 1  # a single one may be meant
         for count, place in ((before, "begin"), (behind, "end")):
             if count >= least:
                 notes.append(
