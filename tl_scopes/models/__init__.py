@@ -4,7 +4,7 @@ Everything that depends on the kind of model stands in this folder. The rest of 
 tensors that `trace` returns.
 """
 
-from tl_scopes.models.arguments import as_count, as_flag, as_int, as_number, as_position
+from tl_scopes.models.arguments import as_count, as_int, as_number, as_position
 from tl_scopes.models.attention import AttentionLayer, attention_layers
 from tl_scopes.models.causality import check_model
 from tl_scopes.models.components import Component, Part, absent, components
@@ -85,7 +85,6 @@ __all__ = [
     "architecture",
     "as_batch",
     "as_count",
-    "as_flag",
     "as_int",
     "as_number",
     "as_position",

@@ -171,7 +171,7 @@ def _matrix_product(mode: Rewritten, func: Any, args: Any, kwargs: Any) -> Any:
     factors = [one for one in args if _moves(one)]
     if len(factors) < 2:
         return out
-    rule = "pattern_value" if _has(factors[0], _PATTERN) else "query_key"
+    rule = "pattern_value" if any(_has(one, _PATTERN) for one in factors) else "query_key"
     return _shared_out(out, factors) if {rule, "patterns"} & mode.rules else out
 
 

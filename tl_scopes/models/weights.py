@@ -113,6 +113,7 @@ def sample(model: Model) -> str | None:
             return None
         weight = in_use(parameter).detach()
         try:
+            # The ends of each axis are taken in turn: flattening a whole weight might copy it.
             row = weight if weight.ndim else weight[None]
             while row.ndim > 1:
                 row = row[[0, -1]].flatten(0, 1) if row.ndim > 2 else row[[0, -1], :8].flatten()

@@ -1,6 +1,5 @@
 """Scopes around another scope, which correct it for where a token stands, or take another Jacobian."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, SupportsIndex
@@ -121,9 +120,10 @@ class PositionCorrectedScope(Around):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if models.as_count(self.shuffles, "shuffles is a number, 2 at least") < 2:
-            raise ValueError(f"shuffles is a number, 2 at least, got {self.shuffles!r}.")
-        object.__setattr__(self, "shuffles", operator.index(self.shuffles))
+        rule = "shuffles is a number, 2 at least"
+        object.__setattr__(self, "shuffles", models.as_count(self.shuffles, rule))
+        if self.shuffles < 2:
+            raise ValueError(f"{rule}, got {self.shuffles}.")
 
     @property
     def runs_again(self) -> Literal["prompt"]:

@@ -96,8 +96,6 @@ class Scope(ABC):
 
     def value(self, lin: Linearization) -> float | None:
         """The number that the scores are about, where `metric` is one: a logit, a log-probability."""
-        if type(self).metric in (Scope.metric, JacobianScope.metric):
-            return None
         metric = self.metric(lin)
         logits = lin.readout[:0] if lin.trace.logits is None else lin.logits
         found = None if metric is None else metric(models.precise(lin.readout), models.precise(logits))
@@ -406,6 +404,10 @@ class JacobianScope(Scope):
         """c·y for every cotangent c, with the cotangents of this point."""
         cotangents = self.joint_cotangents(lin)
         return lambda readout, logits: cotangents.to(readout) @ readout
+
+    def value(self, lin: Linearization) -> float | None:
+        """None where no metric is given: c·y changes with the prompt as the cotangents c do, and is not a quantity."""
+        return None if type(self).metric is JacobianScope.metric else super().value(lin)
 
     def combine(self, lin: Linearization, squared_norms: Float[Tensor, "probe token"]) -> Measurement:
         """√(Σ_c ‖cᵀJ_t‖²)."""
