@@ -87,7 +87,7 @@ def linearize(
         Span(' are old' after position 9; ln_final wrt hook_embed, 2 tokens after 10, tiny)
     """
     models.check_model(model)
-    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
+    checkpoint, ruled = as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)
     read = models.read_prompt(model, prompt, prepend_bos).up_to(position)
     exchange = None
     if answer is not None:
@@ -138,7 +138,7 @@ def attribute(
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
+    checkpoint, ruled = as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)
     read = models.read_prompt(model, prompt, prepend_bos).up_to(position)
     exchange = _exchange(model, scope, read, answer)
     return scope(_linearized(model, read, exchange, wrt, of, as_flag(score_answer, "score_answer"), checkpoint, ruled))
@@ -177,7 +177,7 @@ def attribution_map(
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
+    checkpoint, ruled = as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)
     if target not in ("likeliest", "next"):
         raise ValueError(f'target is "likeliest" or "next", got {target!r}: a token is named in the scope.')
     require_one_token(model, scope)
@@ -235,7 +235,7 @@ def answer_map(
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
+    checkpoint, ruled = as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)
     read = models.read_prompt(model, prompt, prepend_bos)
     if scope.named_targets(model, models.output_size(model))[1] is not None:
         raise ValueError(
@@ -281,7 +281,7 @@ def generate(
         ' are new.'
     """
     models.check_model(model)
-    read = models.read_prompt(model, prompt, _options(prepend_bos, False, None)[0])
+    read = models.read_prompt(model, prompt, prepend_bos)
     count = models.as_count(max_new_tokens, "max_new_tokens must be at least 1")
     return Generated.of(model, models.generate(model, read.tokens, count, **options))
 
@@ -343,8 +343,3 @@ def _asked(scope: Scope, lins: Sequence[Linearization]) -> tuple[Attribution, ..
     answers = scope.ask(lins)
     warn(scope, answers)
     return tuple(answers)
-
-
-def _options(prepend_bos: object, checkpoint: object, rules: Rules) -> tuple[bool | None, bool, LinearRules | None]:
-    bos = None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos")
-    return bos, as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)

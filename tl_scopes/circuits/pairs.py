@@ -18,7 +18,6 @@ from tl_scopes.circuits.traced import Traced, linearize_with
 from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import LinearRules, Model, Part, PatchingSite, Prompt, ReadPrompt, Rules, Target
-from tl_scopes.models.arguments import as_flag
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
@@ -104,9 +103,8 @@ class PromptPair:
         Cost: two forward passes.
         """
         models.check_model(self.model)
-        bos = None if self.prepend_bos is None else as_flag(self.prepend_bos, "prepend_bos")
         clean, corrupted = (
-            self._linearized(models.read_prompt(self.model, p, bos)) for p in (self.clean, self.corrupted)
+            self._linearized(models.read_prompt(self.model, p, self.prepend_bos)) for p in (self.clean, self.corrupted)
         )
         return clean, corrupted
 

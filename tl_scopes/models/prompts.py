@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_scopes.models.arguments import as_int, as_position
+from tl_scopes.models.arguments import as_flag, as_int, as_position
 from tl_scopes.models.chats import is_chat, read_chat
 from tl_scopes.models.generation import Generated
 from tl_scopes.models.supported import Model, device_of
@@ -61,12 +61,13 @@ def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -
     Raises:
         ValueError: for an empty prompt, several prompts, ids out of range, a prompt longer than the context, text where
             the model has no tokenizer, text that is not valid Unicode, a chat that `read_chat` refuses.
-        TypeError: for anything that is not a prompt.
+        TypeError: for anything that is not a prompt; for a `prepend_bos` that is neither a bool nor None.
     """
+    bos = None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos")
     notes: list[str] = []
     parts: tuple[str, ...] = ()
     if isinstance(prompt, str):
-        ids = _of_text(model, prompt, prepend_bos, notes)
+        ids = _of_text(model, prompt, bos, notes)
     elif is_chat(prompt):
         ids, parts = read_chat(model, prompt)
     else:
