@@ -185,7 +185,8 @@ def _points(
 ) -> Iterator[Float[Tensor, "alpha token d_model"]]:
     """The points of the line at some α, in groups of this size."""
     step = lin.embeddings.to(begin) - begin
-    for some in torch.as_tensor(alphas, dtype=begin.dtype, device=begin.device).split(size):
+    for i in range(0, len(alphas), size):
+        some = torch.as_tensor(alphas[i : i + size], dtype=begin.dtype, device=begin.device)
         yield begin + some[:, None, None] * step
 
 
