@@ -650,6 +650,8 @@ def test_flags(model: Any, flag: Any) -> None:
         if flag is not None:
             with pytest.raises(TypeError, match=f"prepend_bos is True or False, got {flag!r}"):
                 ask(model, PROMPT, prepend_bos=flag)
+            with pytest.raises(TypeError, match=f"prepend_bos is True or False, got {flag!r}"):
+                tls.head_map(model, PROMPT, tls.SemanticScope(3), prepend_bos=flag)
     with pytest.raises(TypeError, match=f"checkpoint is True or False, got {flag!r}"):
         tls.attribution_map(model, PROMPT, tls.SemanticScope(3), checkpoint=flag)
     with pytest.raises(TypeError, match=f"thorough is True or False, got {flag!r}"):

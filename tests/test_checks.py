@@ -374,6 +374,7 @@ def test_effects_are_those_of_replacement(some_specimen: Specimen) -> None:
         (tls.SemanticScope(), "not applicable", "nothing was estimated"),
         (tls.FisherScope(probes=3), "look", "is not known: give the scope more probes"),
         (tls.FisherScope(rank=1), "look", "of the scores"),
+        (tls.FrozenAttentionScope(tls.FisherScope(rank=1)), "look", "of the scores"),
         (tls.SpectralScope(rank=1), "look", "(distance to its upper bound)"),
         (tls.SpectralScope("frobenius", rank=1), "look", "(frobenius error)"),
     ],

@@ -51,6 +51,8 @@ def test_a_metric_is_a_scope(species: str) -> None:
             "MetricScope(name='difference')",
             "difference per unit of embedding norm",
         )
+        assert answer.quantity == "difference"
+        assert answer.value == pytest.approx(difference(lin.logits[None, None]).item())
         assert_close(
             tls.carried_by(lin, tls.MetricScope(difference), tokens=2).values,
             tls.carried_by(lin, tls.SemanticScope(7, versus=3), tokens=2).values,

@@ -64,6 +64,11 @@ def test_a_file_or_its_folder(file: Path) -> None:
     assert_close(answers[0].scores, answers[1].scores, rtol=0, atol=0)
 
 
+def test_called(file: Path) -> None:
+    """A model from a GGUF file has the name that it was given, as any other."""
+    assert models.model_name(models.load(file, called="letters")) == "letters"
+
+
 def test_the_command(file: Path, capsys: Any) -> None:
     from typer.testing import CliRunner
 

@@ -14,6 +14,7 @@ from tests import zoo
 from tests.test_attention import MORE
 from tests.test_left_as_found import failing, unchanged
 from tests.zoo import PROMPT, WIDTH, Specimen
+from tl_scopes import models
 from tl_scopes.jacobian.curvature import block_norms
 from tl_scopes.jacobian.linearization import linearize_places
 from tl_scopes.jacobian.randomness import prompt_generator
@@ -146,8 +147,8 @@ def test_several_places_change_no_number(llama: Any) -> None:
     """Prompts of several lengths, and positions of one prompt, that share a forward pass."""
     tokens = torch.tensor([PROMPT[:5], [*PROMPT[1:4], 0, 0]])
     places = [(0, 2), (1, 2), (0, 4)]
-    texts = [tuple("abcde"), tuple("bcdef")]
-    lins = linearize_places(llama, tokens, texts, "hook_embed", "ln_final", places=places)
+    prompts = [models.read_prompt(llama, ids) for ids in (PROMPT[:5], PROMPT[1:4])]
+    lins = linearize_places(llama, prompts, "hook_embed", "ln_final", places)
     scope = tls.HetaScope(TARGET, probes=3)
     for answer, (entry, position) in zip(scope.ask(lins), places, strict=True):
         alone = scope(tls.linearize(llama, tokens[entry], position))

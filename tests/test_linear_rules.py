@@ -113,6 +113,12 @@ def test_products() -> None:
     def attention(x: Tensor) -> Tensor:
         return torch.softmax(x.T @ (x @ W), -1) @ x.T
 
+    def turned(x: Tensor) -> Tensor:
+        return (x @ torch.softmax(x.T @ (x @ W), -1).transpose(0, 1)).transpose(0, 1)
+
+    def cast(x: Tensor) -> Tensor:
+        return F.dropout(torch.softmax(x.T @ (x @ W), -1, dtype=torch.float32).to(x.dtype), 0.1, False) @ x.T
+
     def fused(x: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(x.T[None], (x @ W).T[None], x.T[None], scale=1.0)
 
@@ -130,8 +136,10 @@ def test_products() -> None:
         (("pattern_value", "query_key"), (0.5, 0.5, 1)),
         ("patterns", (1, 1, 0)),
     ):
-        for function in (attention, fused):
+        for function in (attention, turned, fused):
             assert_close(derivative(function, X, names), by_hand(X, *shares), **EXACT)
+        # A pattern in float32 that is cast to the model's precision, as Hugging Face models do, is still a pattern.
+        assert_close(derivative(cast, X, names), by_hand(X, *shares), rtol=1e-6, atol=1e-6)
 
 
 # -- laws on every kind of model --------------------------------------------------------------------------------------

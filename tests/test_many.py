@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
+from tl_scopes import models
 from tl_scopes.jacobian.linearization import cotangents_of, linearize_places
 from tl_scopes.tiny.tasks import examples
 
@@ -118,9 +119,7 @@ def test_a_map_keeps_few_copies_of_the_logits() -> None:
 
     model, places = zoo.specimen("bridge llama").model, [(0, position) for position in range(len(PROMPT))]
     before = held()
-    lins = linearize_places(
-        model, torch.tensor([PROMPT]), [tuple(map(str, PROMPT))], "hook_embed", "ln_final", places=places
-    )
+    lins = linearize_places(model, [models.read_prompt(model, PROMPT)], "hook_embed", "ln_final", places)
     forward = held() - before
     tls.SemanticScope(quantity="log_prob").ask(lins)
     slope = 8 * len(PROMPT) * zoo.VOCAB  # bytes, of the logits' scale or soft-cap

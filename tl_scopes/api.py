@@ -6,7 +6,7 @@ from typing import Any, Literal, SupportsIndex
 
 from tl_scopes import models
 from tl_scopes.answers import AnswerMap
-from tl_scopes.jacobian.linearization import Linearization, linearize_places, linearize_tokens
+from tl_scopes.jacobian.linearization import Linearization, linearize_places, linearize_prompt
 from tl_scopes.jacobian.span import Exchange, Span, linearize_answers
 from tl_scopes.models import Answer, Generated, LinearRules, Model, Prompt, ReadPrompt, Rules, Target
 from tl_scopes.models.arguments import as_flag
@@ -87,8 +87,8 @@ def linearize(
         Span(' are old' after position 9; ln_final wrt hook_embed, 2 tokens after 10, tiny)
     """
     models.check_model(model)
-    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
-    read = _read(model, prompt, position, prepend_bos)
+    checkpoint, ruled = as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)
+    read = models.read_prompt(model, prompt, prepend_bos).up_to(position)
     exchange = None
     if answer is not None:
         said, notes = models.read_answer(model, answer, read.tokens)
@@ -138,8 +138,8 @@ def attribute(
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
-    read = _read(model, prompt, position, prepend_bos)
+    checkpoint, ruled = as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)
+    read = models.read_prompt(model, prompt, prepend_bos).up_to(position)
     exchange = _exchange(model, scope, read, answer)
     return scope(_linearized(model, read, exchange, wrt, of, as_flag(score_answer, "score_answer"), checkpoint, ruled))
 
@@ -177,34 +177,23 @@ def attribution_map(
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
+    checkpoint, ruled = as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)
     if target not in ("likeliest", "next"):
         raise ValueError(f'target is "likeliest" or "next", got {target!r}: a token is named in the scope.')
     require_one_token(model, scope)
-    read = _read(model, prompt, -1, prepend_bos)
+    read = models.read_prompt(model, prompt, prepend_bos)
     if target == "next":
         if len(read.tokens) < 2:
             raise ValueError('the text is one token, behind which nothing stands: target="next" needs two at least.')
         said = Target(tuple(models.token(model, id) for id in read.tokens[1:].tolist()))
-        first = read._replace(tokens=read.tokens[:1], parts=read.parts[:1])
+        first = read.up_to(0)
         whole = _linearized(model, first, Exchange.of(model, first, said), wrt, of, False, checkpoint, ruled)
         assert isinstance(whole, Span)
         rows = [replace(whole.part(k, k + 1), parts=read.parts[: k + 1], of_answer=False) for k in range(len(said))]
         return AttributionMap(_asked(scope, rows))
-    texts = tuple(models.token_text(model, id) for id in read.tokens.tolist())
     places = [(0, position) for position in range(len(read.tokens))]
-    lins = linearize_places(
-        model,
-        read.tokens[None],
-        [texts],
-        wrt,
-        of,
-        places=places,
-        checkpoint=checkpoint,
-        rules=ruled,
-        notes=[read.notes],
-    )
-    return AttributionMap(_asked(scope, [replace(lin, parts=read.parts[: lin.position + 1]) for lin in lins]))
+    lins = linearize_places(model, [read], wrt, of, places, checkpoint=checkpoint, rules=ruled)
+    return AttributionMap(_asked(scope, lins))
 
 
 def answer_map(
@@ -246,8 +235,8 @@ def answer_map(
     """
     require_scope(scope)
     models.check_model(model)
-    prepend_bos, checkpoint, ruled = _options(prepend_bos, checkpoint, rules)
-    read = _read(model, prompt, -1, prepend_bos)
+    checkpoint, ruled = as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)
+    read = models.read_prompt(model, prompt, prepend_bos)
     if scope.named_targets(model, models.output_size(model))[1] is not None:
         raise ValueError(
             f"{as_written(scope)} compares, and a map has a row for each token of one answer: leave `versus` out, or "
@@ -292,19 +281,12 @@ def generate(
         ' are new.'
     """
     models.check_model(model)
-    read = _read(model, prompt, -1, _options(prepend_bos, False, None)[0])
+    read = models.read_prompt(model, prompt, prepend_bos)
     count = models.as_count(max_new_tokens, "max_new_tokens must be at least 1")
     return Generated.of(model, models.generate(model, read.tokens, count, **options))
 
 
 # -- private ----------------------------------------------------------------------------------------------------------
-
-
-def _read(model: Model, prompt: Prompt, position: int | SupportsIndex, prepend_bos: bool | None) -> ReadPrompt:
-    """The prompt, up to the position."""
-    read = models.read_prompt(model, prompt, prepend_bos)
-    length = models.as_position(position, len(read.tokens)) + 1
-    return read._replace(tokens=read.tokens[:length], parts=read.parts[:length])
 
 
 def _linearized(
@@ -325,12 +307,11 @@ def _linearized(
     if exchange is None:
         if score_answer:
             raise ValueError("score_answer=True scores the tokens of an answer, and none is given: give answer=.")
-        lin = linearize_tokens(model, read.tokens, wrt, of, checkpoint=checkpoint, rules=rules, notes=read.notes)
-    else:
-        options: dict[str, Any] = {"score_answer": score_answer, "checkpoint": checkpoint, "rules": rules}
-        (lin,) = linearize_answers(model, [exchange], wrt, of, **options)
-        lin.require_finite()
-    return replace(lin, parts=read.parts) if read.parts else lin
+        return linearize_prompt(model, read, wrt, of, checkpoint=checkpoint, rules=rules)
+    options: dict[str, Any] = {"score_answer": score_answer, "checkpoint": checkpoint, "rules": rules}
+    (lin,) = linearize_answers(model, [exchange], wrt, of, **options)
+    lin.require_finite()
+    return lin
 
 
 def _exchange(model: Model, scope: Scope, read: ReadPrompt, answer: Answer | None) -> Exchange | None:
@@ -362,8 +343,3 @@ def _asked(scope: Scope, lins: Sequence[Linearization]) -> tuple[Attribution, ..
     answers = scope.ask(lins)
     warn(scope, answers)
     return tuple(answers)
-
-
-def _options(prepend_bos: object, checkpoint: object, rules: Rules) -> tuple[bool | None, bool, LinearRules | None]:
-    bos = None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos")
-    return bos, as_flag(checkpoint, "checkpoint"), LinearRules.read(rules)

@@ -14,7 +14,7 @@ from tl_scopes.circuits.cut import steepest
 from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.source_tokens import Sources, as_positions
 from tl_scopes.jacobian import pullback
-from tl_scopes.jacobian.linearization import Linearization, linearize_places
+from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
 from tl_scopes.models import Model, Prompt, Rules, Work
 from tl_scopes.models.arguments import require_name
@@ -344,15 +344,12 @@ def feature_map(
                 f"{features!r} have no decoder, so that it is not known what they give to the prediction: give the "
                 "rows, Features(..., decoder=), or ask without a scope."
             )
-    tokens, notes, *_ = models.read_prompt(model, prompt, prepend_bos)
-    texts = tuple(models.token_text(model, id) for id in tokens.tolist())
+    read = models.read_prompt(model, prompt, prepend_bos)
+    texts = models.token_texts(model, read.tokens)
     where = as_positions(at, texts)
     hook = features.hook
     ruled = models.LinearRules.read(rules)
-    (lin,) = linearize_places(
-        model, tokens[None], [texts], wrt, models.READOUT, rules=ruled, notes=[notes], keep=[hook]
-    )
-    lin.require_finite()
+    lin = linearize_prompt(model, read, wrt, models.READOUT, rules=ruled, keep=[hook])
     if hook not in lin.trace.kept:
         raise ValueError(f"the features' hook {hook!r} does not lie between {wrt!r} and the prediction.")
     value = lin.trace.kept[hook]

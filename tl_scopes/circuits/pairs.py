@@ -1,7 +1,7 @@
 """Two prompts that differ in what is asked, and what each part of the network does to the difference."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, SupportsIndex, get_args
 
@@ -15,10 +15,9 @@ from tl_scopes.circuits.effects import Effects
 from tl_scopes.circuits.paths import Paths
 from tl_scopes.circuits.second_order import curvature
 from tl_scopes.circuits.traced import Traced, linearize_with
-from tl_scopes.jacobian.linearization import Linearization, linearize_tokens
+from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import LinearRules, Model, Part, PatchingSite, Prompt, ReadPrompt, Rules, Target
-from tl_scopes.models.arguments import as_flag
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
@@ -104,16 +103,14 @@ class PromptPair:
         Cost: two forward passes.
         """
         models.check_model(self.model)
-        bos = None if self.prepend_bos is None else as_flag(self.prepend_bos, "prepend_bos")
         clean, corrupted = (
-            self._linearized(models.read_prompt(self.model, p, bos)) for p in (self.clean, self.corrupted)
+            self._linearized(models.read_prompt(self.model, p, self.prepend_bos)) for p in (self.clean, self.corrupted)
         )
         return clean, corrupted
 
     def _linearized(self, read: ReadPrompt, rules: Rules = None) -> Linearization:
-        options: dict[str, Any] = {"rules": LinearRules.read(rules), "notes": read.notes}
-        lin = linearize_tokens(self.model, read.tokens, models.EMBEDDING, models.READOUT, **options)
-        return replace(lin, parts=read.parts)
+        ruled = LinearRules.read(rules)
+        return linearize_prompt(self.model, read, models.EMBEDDING, models.READOUT, rules=ruled)
 
     @cached_property
     def _runs(self) -> tuple["_Run", "_Run"]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
-from tl_scopes.jacobian.linearization import Linearization, linearize_places
+from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.models import Component, Model, Part, Prompt, Rules, Trace
 
 
@@ -47,10 +47,7 @@ class Traced:
     @property
     def size(self) -> int:
         """How many products with the Jacobian of all components go in one batch."""
-        if not models.goes_back_together(self.lin.model, self.trace):
-            return 1
-        work = models.Work.CURVATURE
-        return models.at_once(self.lin.model, len(self.lin.tokens), work, size=self.leaf.element_size())
+        return pullback.batch_size(self.lin.model, self.trace, self.leaf, models.Work.CURVATURE)
 
     def of(self, *parts: Part) -> list[Site]:
         """The components of these kinds, in the order of the layers."""
@@ -135,13 +132,10 @@ def linearize_with(
     Raises: as `linearize` does; and a ValueError for a model without these components, in the layers that J spans.
     """
     models.check_model(model)
-    tokens, notes, *_ = models.read_prompt(model, prompt, prepend_bos)
-    tokens = tokens[: models.as_position(position, len(tokens)) + 1]
-    texts = tuple(models.token_text(model, id) for id in tokens.tolist())
+    read = models.read_prompt(model, prompt, prepend_bos).up_to(position)
     wanted = _wanted(model, parts)
     ruled = models.LinearRules.read(rules)
-    (lin,) = linearize_places(model, tokens[None], [texts], wrt, of, rules=ruled, notes=[notes], keep=list(wanted))
-    lin.require_finite()
+    lin = linearize_prompt(model, read, wrt, of, rules=ruled, keep=list(wanted))
     return _traced(lin, lin.trace, wanted, parts)
 
 

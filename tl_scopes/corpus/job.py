@@ -2,10 +2,9 @@
 
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import torch
 from tqdm import tqdm
 
 from tl_scopes import models
@@ -171,15 +170,9 @@ class Job:
                 self.model, exchanges, asked.wrt, asked.of, score_answer=asked.score_answer, **options
             )
         else:
-            tokens = [prompt.tokens for prompt in prompts]
-            at = [(entry, len(ids) - 1) for entry, ids in enumerate(tokens)] if places is None else places
-            # It does not matter what fills them up, but it must be a token that the model knows.
-            padded = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=int(tokens[0][0]))
-            texts = [tuple(models.token_text(self.model, id) for id in ids.tolist()) for ids in tokens]
-            notes = [prompt.notes for prompt in prompts]
-            found = linearize_places(self.model, padded, texts, asked.wrt, asked.of, places=at, notes=notes, **options)
-            for lin, (entry, position) in zip(found, at, strict=True):
-                lins.append(replace(lin, parts=prompts[entry].parts[: position + 1]))
+            read = [prompt for prompt in prompts if isinstance(prompt, ReadPrompt)]
+            at = places or [(entry, len(prompt.tokens) - 1) for entry, prompt in enumerate(read)]
+            lins += linearize_places(self.model, read, asked.wrt, asked.of, at, **options)
         for lin in lins:
             lin.require_finite()
         return lins

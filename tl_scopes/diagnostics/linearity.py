@@ -128,6 +128,7 @@ def linearity(
     predicted = torch.minimum(by_curvature, torch.where(passed > steps[0], passed, radii))
 
     average = others.mean(0)
+    prediction = None if lin.trace.logits is None or len(lin.single) > 1 else lin.log_probs.exp()
 
     def kept(values: Tensor) -> Tensor:
         return values.detach().to("cpu", torch.float64)
@@ -153,8 +154,8 @@ def linearity(
         ),
         removal_change=kept((q.replaced(chosen, average) - q.value).norm(dim=-1)),
         removal_distance=kept((average - x[chosen]).norm(dim=-1)),
-        probability=None if lin.trace.logits is None or len(lin.single) > 1 else float(lin.log_probs.max().exp()),
-        left_open=None if lin.trace.logits is None or len(lin.single) > 1 else float(left_open(lin.log_probs.exp())),
+        probability=None if prediction is None else float(prediction.max()),
+        left_open=None if prediction is None else float(left_open(prediction)),
         notes=_notes(len(q.value), curvatures),
     )
 

@@ -45,9 +45,8 @@ class SinkHead(NamedTuple):
 
 def uniform_mass(tokens: int) -> Float[Tensor, "token"]:
     """The masses of a head that attends to all tokens alike."""
-    parts = 1 / torch.arange(
-        2, tokens + 1, dtype=torch.float64, device="cpu"
-    )  # query i divides its attention among i + 1 keys
+    # Query i divides its attention among i + 1 keys.
+    parts = 1 / torch.arange(2, tokens + 1, dtype=torch.float64, device="cpu")
     sums = parts.flip(0).cumsum(0).flip(0)
     return torch.cat([sums / torch.arange(tokens - 1, 0, -1, device="cpu"), sums.new_zeros(1)])
 

@@ -12,7 +12,7 @@ from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.softmax import log_prob
-from tl_scopes.models import Model, Token, Trace, Work
+from tl_scopes.models import Token, Work
 from tl_scopes.progress import progress_bar
 
 
@@ -80,7 +80,7 @@ def _products(
     blocks = directions[0].new_zeros(len(directions[0]), *leaf.shape)
     for lin, of_one in zip(lins, directions, strict=True):
         blocks[:, _entry(lin), : len(lin.tokens)] = of_one
-    size = batch_size(lins[0].model, lins[0].trace, leaf)
+    size = pullback.batch_size(lins[0].model, lins[0].trace, leaf, Work.CURVATURE)
     norms = models.precise(leaf).new_zeros(blocks.shape[:-1])
     for probes, tokens in (batch.unbind(1) for batch in jobs.split(size)):
         slots = torch.arange(len(probes), device="cpu")
@@ -117,11 +117,3 @@ def rounds(lins: Sequence[Linearization]) -> list[list[int]]:
 
 def _jobs(probes: int, tokens: int) -> Int[Tensor, "_ 2"]:
     return torch.cartesian_prod(torch.arange(probes, device="cpu"), torch.arange(tokens, device="cpu"))
-
-
-def batch_size(model: Model, trace: Trace, leaf: Float[Tensor, "batch token d_model"]) -> int:
-    """How many Hessian-vector products go in one batch."""
-    if not models.goes_back_together(model, trace):
-        return 1
-    batch, tokens, _ = leaf.shape
-    return models.at_once(model, tokens, Work.CURVATURE, batch=batch, size=leaf.element_size())

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -26,7 +26,7 @@ _NARROWEST = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class LineIntegral:
-    """What the gradient of a number f does along the line x(α) = begin + α (x − begin), from α = 0 to 1."""
+    """What a number f and its gradient do along the line x(α) = begin + α (x − begin), from α = 0 to 1."""
 
     mean: Float[Tensor, "token d_model"]
     """The mean over α of ∂f/∂x at x(α)."""
@@ -36,6 +36,8 @@ class LineIntegral:
     """The points α, and 1."""
     profile: Float[Tensor, "alpha token"]
     """‖∂f/∂x_t‖₂ at these points."""
+    ends: tuple[float, float]
+    """f where the line begins, and at the point of the linearisation."""
 
     def error(self, step: Float[Tensor, "token d_model"]) -> Float[Tensor, "token"]:
         """An estimate of the quadrature's error of ‖step_t ⊙ mean_t‖₂, from how far off the rough mean is.
@@ -51,8 +53,8 @@ class LineIntegral:
 def integrate(lin: Linearization, f: OfLogits, begin: Float[Tensor, "token d_model"], steps: int) -> LineIntegral:
     """The mean gradient of f from `begin` to the point of the linearisation. In float64.
 
-    Cost: `steps` forward and backward passes, in groups of bounded memory, and a backward pass for the end. A progress
-        bar appears after a few seconds.
+    Cost: `steps` forward and backward passes, in groups of bounded memory, a forward pass where the line begins, and a
+        backward pass where it ends. A progress bar appears after a few seconds.
 
     Raises: as `Linearization.at` and `Linearization.cotangent` do.
     """
@@ -65,9 +67,9 @@ def integrate(lin: Linearization, f: OfLogits, begin: Float[Tensor, "token d_mod
         some = slice(done, done := done + len(gradients))
         means += einsum(weights[:, some], gradients, "rule alpha, alpha token d_model -> rule token d_model")
         profile.append(gradients.norm(dim=-1))
-    profile.append(lin.vjp(lin.cotangent(f)[None]).to(begin).norm(dim=-1))
-    mean, rough_mean = means
-    return LineIntegral(mean, rough_mean, (*nodes.tolist(), 1.0), torch.cat(profile))
+    profile.append(_slopes_at_end(lin, f, begin))
+    ends = _values(lin, f, begin, [0.0])[0.0], _value(f, lin.logits)
+    return LineIntegral(means[0], means[1], (*nodes.tolist(), 1.0), torch.cat(profile), ends)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +116,7 @@ def integrate_in_panels(
     """
     step = lin.embeddings.to(begin) - begin
     seen: dict[float, Tensor] = {}
-    values: dict[float, float] = {}
+    values = {1.0: _value(f, lin.logits)}
     panels: list[_Panel] = []
     new = list(pairwise(ends))
     spent = 0
@@ -138,9 +140,9 @@ def integrate_in_panels(
         divided = worst[-many:]
         panels = [panel for panel in panels if panel not in divided]
         new = [part for panel in divided for part in panel.parts()]
-    last = lin.vjp(lin.cotangent(f)[None]).to(begin).norm(dim=-1)
     alphas = sorted(seen)
-    return LineIntegral(means[0], means[1], (*alphas, 1.0), torch.stack([*(seen[alpha] for alpha in alphas), last[0]]))
+    profile = torch.cat([torch.stack([seen[alpha] for alpha in alphas]), _slopes_at_end(lin, f, begin)])
+    return LineIntegral(means[0], means[1], (*alphas, 1.0), profile, (values[0.0], values[1.0]))
 
 
 def _evaluated(
@@ -154,13 +156,12 @@ def _evaluated(
     """The integrals over some panels; what was found on the way is added to `values` and `seen`."""
     nodes, weights = gauss_legendre(_POINTS)
     rules = torch.as_tensor(weights, dtype=begin.dtype, device=begin.device)
-    unknown = sorted({end for panel in new for end in panel} - values.keys())
-    for group in _points(lin, begin, np.array(unknown)):
-        values |= {alpha: float(f(point.logits.cpu().double())) for alpha, point in group}
+    values |= _values(lin, f, begin, sorted({end for panel in new for end in panel} - values.keys()))
     all_nodes = np.concatenate([a + (b - a) * nodes for a, b in new])
-    gradients, at_nodes = map(torch.cat, zip(*_gradients(lin, f, begin, all_nodes), strict=True))
+    parts, at_nodes = zip(*_gradients(lin, f, begin, all_nodes), strict=True)
+    gradients = torch.cat(parts)
     seen |= dict(zip(all_nodes.tolist(), gradients.norm(dim=-1), strict=True))
-    values |= dict(zip(all_nodes.tolist(), at_nodes.tolist(), strict=True))
+    values |= dict(zip(all_nodes.tolist(), chain(*at_nodes), strict=True))
     step, found = lin.embeddings.to(begin) - begin, []
     for (a, b), inside, of_panel in zip(new, all_nodes.reshape(-1, _POINTS), gradients.split(_POINTS), strict=True):
         integrals = (b - a) * einsum(rules, of_panel, "rule alpha, alpha token d_model -> rule token d_model")
@@ -179,26 +180,47 @@ def _bend(alphas: Any, values: Any, slopes: list[float]) -> tuple[float, float]:
     return float(alphas[worst]), float(alphas[worst + 1])
 
 
-def _points(lin: Linearization, begin: Tensor, alphas: Any) -> Iterator[list[tuple[float, Linearization]]]:
-    """The linearisations at points of the line, in groups that are run together."""
-    end = lin.embeddings.to(begin)
-    size = models.at_once(lin.model, len(end), models.Work.GRAPH)
+def _points(
+    lin: Linearization, begin: Tensor, alphas: Any, size: int
+) -> Iterator[Float[Tensor, "alpha token d_model"]]:
+    """The points of the line at some α, in groups of this size."""
+    step = lin.embeddings.to(begin) - begin
     for i in range(0, len(alphas), size):
         some = torch.as_tensor(alphas[i : i + size], dtype=begin.dtype, device=begin.device)
-        points = lin.at_each(begin + some[:, None, None] * (end - begin))
-        yield list(zip(alphas[i : i + size].tolist(), points, strict=True))
+        yield begin + some[:, None, None] * step
+
+
+def _value(f: OfLogits, logits: Float[Tensor, "*row vocab"]) -> float:
+    return float(f(logits.cpu().double()))
+
+
+def _values(lin: Linearization, f: OfLogits, begin: Tensor, alphas: list[float]) -> dict[float, float]:
+    """f at points of the line, from forward passes without a graph."""
+    found: list[float] = []
+    size = models.at_once(lin.model, len(begin), models.Work.PREDICTION, batch=len(lin.single))
+    for points in _points(lin, begin, alphas, size):
+        _, logits = lin.evaluate(points)
+        assert logits is not None
+        found += [_value(f, of_point) for of_point in logits]
+    return dict(zip(alphas, found, strict=True))
+
+
+def _slopes_at_end(lin: Linearization, f: OfLogits, begin: Tensor) -> Float[Tensor, "1 token"]:
+    """‖∂f/∂x_t‖₂ at the point of the linearisation."""
+    return lin.vjp(lin.cotangent(f)[None]).to(begin).norm(dim=-1)
 
 
 def _gradients(
     lin: Linearization, f: OfLogits, begin: Tensor, nodes: Any
-) -> Iterator[tuple[Float[Tensor, "alpha token d_model"], Float[Tensor, " alpha"]]]:
+) -> Iterator[tuple[Float[Tensor, "alpha token d_model"], list[float]]]:
     """∂f/∂x at the nodes on the line, and f, in groups that are run together."""
+    size = models.at_once(lin.model, len(begin), models.Work.GRAPH)
     with progress_bar(len(nodes), "path") as bar:
-        for group in _points(lin, begin, nodes):
-            points = [point for _, point in group]
+        for embeddings in _points(lin, begin, nodes, size):
+            points = lin.at_each(embeddings)
             gradients = vjps(points, [point.cotangent(f)[None] for point in points])
-            yield torch.cat(gradients).to(begin), torch.stack([f(point.logits.cpu().double()) for point in points])
-            bar.update(len(group))
+            yield torch.cat(gradients).to(begin), [_value(f, point.logits) for point in points]
+            bar.update(len(points))
 
 
 def gauss_legendre(steps: int) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import Ends
 from tl_scopes.jacobian.tensor_arguments import require_real
-from tl_scopes.models import LinearRules, Model, Rules, Token, Trace
+from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Token, Trace
 from tl_scopes.progress import progress_bar
 
 
@@ -297,19 +297,16 @@ class Linearization:
         return lins
 
     def _at_each(self, embeddings: Float[Tensor, "point token d_model"]) -> tuple["Linearization", ...]:
-        tokens, texts = self.tokens.expand(len(embeddings), -1), [self.str_tokens] * len(embeddings)
-        return linearize_places(
+        trace = models.trace(
             self.model,
-            tokens,
-            texts,
-            self.wrt,
-            self.of,
-            values=embeddings,
+            self.tokens.expand(len(embeddings), -1),
+            wrt=[self.wrt],
+            of=self.of,
+            values={self.wrt: embeddings.detach()},
             checkpoint=self.trace.checkpointed,
-            rules=self.trace.rules,
-            notes=[self.notes] * len(embeddings),
-            parts=[self.parts] * len(embeddings),
+            rules=self.rules,
         )
+        return tuple(replace(self, trace=trace, row=row) for row in range(len(embeddings)))
 
     def evaluate(
         self, embeddings: Float[Tensor, "point token d_model"]
@@ -337,8 +334,8 @@ class Linearization:
         return self._at_tokens(models.tokenize(self.model, tokens))
 
     def _at_tokens(self, tokens: Int[Tensor, "token"]) -> "Linearization":
-        options: dict[str, Any] = {"checkpoint": self.trace.checkpointed, "rules": self.trace.rules}
-        return linearize_tokens(self.model, tokens, self.wrt, self.of, **options)
+        options: dict[str, Any] = {"checkpoint": self.trace.checkpointed, "rules": self.rules}
+        return linearize_prompt(self.model, ReadPrompt(tokens, ()), self.wrt, self.of, **options)
 
     # -- the readout --------------------------------------------------------------------------------------------------
 
@@ -527,72 +524,60 @@ def _pull(lins: Sequence[Linearization], cotangents: Sequence[Tensor]) -> Iterat
     return pullback.pull(one.model, one.trace, one.wrt, dealt)
 
 
-def linearize_tokens(
+def linearize_prompt(
     model: Model,
-    tokens: Int[Tensor, "token"],
+    read: ReadPrompt,
     wrt: str,
     of: str,
     *,
     checkpoint: bool = False,
     rules: LinearRules | None = None,
-    notes: tuple[str, ...] = (),
+    keep: Sequence[str] = (),
 ) -> Linearization:
     """Linearise a checked model at the last position of one prompt.
 
     Raises:
         ValueError: for NaN or infinite activations; else as `models.trace` does.
     """
-    texts = tuple(models.token_text(model, id) for id in tokens.tolist())
-    (lin,) = linearize_places(model, tokens[None], [texts], wrt, of, checkpoint=checkpoint, rules=rules, notes=[notes])
+    places = [(0, len(read.tokens) - 1)]
+    (lin,) = linearize_places(model, [read], wrt, of, places, checkpoint=checkpoint, rules=rules, keep=keep)
     lin.require_finite()
     return lin
 
 
 def linearize_places(
     model: Model,
-    tokens: Int[Tensor, "batch token"],
-    str_tokens: Sequence[tuple[str, ...]],
+    prompts: Sequence[ReadPrompt],
     wrt: str,
     of: str,
+    places: Sequence[tuple[int, int]],
     *,
-    places: Sequence[tuple[int, int]] | None = None,
-    values: Float[Tensor, "batch token d_model"] | None = None,
     checkpoint: bool = False,
     rules: LinearRules | None = None,
-    notes: Sequence[tuple[str, ...]] | None = None,
-    parts: Sequence[tuple[str, ...]] | None = None,
     keep: Sequence[str] = (),
 ) -> tuple[Linearization, ...]:
-    """Linearise at several places of one forward pass (see `models.trace`).
+    """Linearise a checked model at several places of one forward pass: number of the prompt, position in it.
 
-    Each must still be asked whether its numbers are finite (`Linearization.require_finite`), since one bad prompt of a
-    batch is not a reason to refuse the others.
+    Shorter prompts are filled up on the right. Each linearisation must still be asked whether its numbers are finite
+    (`Linearization.require_finite`), since one bad prompt of a batch is not a reason to refuse the others.
+
+    Raises: as `models.trace` does.
     """
-    replacements = None if values is None else {wrt: values.detach()}
-    trace = models.trace(
-        model,
-        tokens,
-        wrt=[wrt],
-        of=of,
-        places=places,
-        values=replacements,
-        checkpoint=checkpoint,
-        keep=keep,
-        rules=rules,
-    )
-    said, whose = notes or [()] * len(tokens), parts or [()] * len(tokens)
+    tokens = models.as_batch([read.tokens for read in prompts])
+    trace = models.trace(model, tokens, wrt=[wrt], of=of, places=places, checkpoint=checkpoint, rules=rules, keep=keep)
+    texts = [models.token_texts(model, read.tokens) for read in prompts]
     return tuple(
         Linearization(
             model=model,
             tokens=tokens[entry, : at + 1],
-            str_tokens=str_tokens[entry][: at + 1],
+            str_tokens=texts[entry][: at + 1],
             position=at,
             wrt=wrt,
             of=of,
             trace=trace,
             row=row,
-            notes=said[entry],
-            parts=whose[entry][: at + 1],
+            notes=prompts[entry].notes,
+            parts=prompts[entry].parts[: at + 1],
         )
         for row, (entry, at) in enumerate(trace.places)
     )

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.jacobian import curvature, pullback
+from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.replacement import with_replaced
 from tl_scopes.models import Work
@@ -217,7 +217,7 @@ class LocalMetric:
             return None
         lin, y = self.lin, self._readout
         leaf = lin.trace.perturbations[lin.wrt]
-        size = curvature.batch_size(lin.model, lin.trace, leaf)
+        size = pullback.batch_size(lin.model, lin.trace, leaf, Work.CURVATURE)
         found = []
         with torch.enable_grad(), suppress(pullback.NoSecondDerivativeError), pullback.differentiated_twice():
             seed = torch.full_like(self._value, 1 / self._scale)

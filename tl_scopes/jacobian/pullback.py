@@ -100,7 +100,8 @@ def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterato
         ValueError: when the output does not depend on the input.
     """
     leaf, output = trace.perturbations[wrt], trace.output
-    size = _batch_size(model, trace, leaf) if any(one.slot for one in dealt) else 1  # it asks for the free memory
+    # It is not asked for a single slot, since it looks up the free memory.
+    size = batch_size(model, trace, leaf, Work.PULLBACK) if any(one.slot for one in dealt) else 1
     by_slot = sorted(range(len(dealt)), key=lambda i: dealt[i].slot)
     while by_slot:
         first = dealt[by_slot[0]].slot
@@ -129,7 +130,7 @@ def jvps(
         NoSecondDerivativeError: under an attention kernel that has no double backward.
     """
     leaf, output = trace.perturbations[wrt], trace.output
-    size = _batch_size(model, trace, leaf)
+    size = batch_size(model, trace, leaf, Work.PULLBACK)
     cotangent = torch.zeros_like(output, requires_grad=True)
     scaled = [near_one(of_one) for of_one in tangents]
     dtype = models.sum_dtype(output)
@@ -172,12 +173,12 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, *, t
     return [None if of_one[0] is None else torch.stack(of_one) for of_one in of_inputs]
 
 
-def _batch_size(model: Model, trace: Trace, leaf: Float[Tensor, "batch token d_model"]) -> int:
-    """How many cotangents go back through this graph as one batch."""
+def batch_size(model: Model, trace: Trace, leaf: Float[Tensor, "batch token d_model"], work: Work) -> int:
+    """How many cotangents go back through this graph as one batch, for this work."""
     if not models.goes_back_together(model, trace):
         return 1
     batch, tokens, _ = leaf.shape
-    return models.at_once(model, tokens, Work.PULLBACK, batch=batch, size=leaf.element_size())
+    return models.at_once(model, tokens, work, batch=batch, size=leaf.element_size())
 
 
 class NoSecondDerivativeError(RuntimeError):

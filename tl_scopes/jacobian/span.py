@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.jacobian.linearization import Linearization, linearize_places
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.pullback import Ends
 from tl_scopes.models import LinearRules, Model, ReadPrompt, Target
 
@@ -145,7 +145,7 @@ class Span(Linearization):
         return _linearized(self, self.tokens.expand(len(embeddings), -1), texts, embeddings)
 
     def _at_tokens(self, tokens: Int[Tensor, "token"]) -> Linearization:
-        texts = tuple(models.token_text(self.model, id) for id in tokens.tolist())
+        texts = models.token_texts(self.model, tokens)
         (lin,) = _linearized(self, tokens[None], [texts], None)
         lin.require_finite()
         return lin
@@ -184,39 +184,20 @@ def _linearized(
 ) -> tuple[Span, ...]:
     """The same span at other tokens or embeddings, several in one forward pass."""
     entries, places = span._laid_out(tokens)
-    laid = None if values is None else span._laid_out_values(values, entries)
-    lins = linearize_places(
+    trace = models.trace(
         span.model,
         entries,
-        [("",) * entries.shape[1]] * len(entries),
-        span.wrt,
-        span.of,
+        wrt=[span.wrt],
+        of=span.of,
         places=places,
-        values=laid,
+        values=None if values is None else {span.wrt: span._laid_out_values(values.detach(), entries)},
         checkpoint=span.trace.checkpointed,
-        rules=span.trace.rules,
+        rules=span.rules,
     )
-    trace, rows = lins[0].trace, len(span.rows)
+    rows = len(span.rows)
     return tuple(
-        Span(
-            model=span.model,
-            tokens=of_point,
-            str_tokens=text,
-            position=span.position,
-            wrt=span.wrt,
-            of=span.of,
-            trace=trace,
-            row=point * rows,
-            notes=span.notes,
-            parts=span.parts,
-            answer=span.answer,
-            against=span.against,
-            rows=tuple(range(point * rows, (point + 1) * rows)),
-            prompt_length=span.prompt_length,
-            of_answer=span.of_answer,
-            score_answer=span.score_answer,
-        )
-        for point, (of_point, text) in enumerate(zip(tokens, texts, strict=True))
+        replace(span, tokens=ids, str_tokens=text, trace=trace, row=start, rows=tuple(range(start, start + rows)))
+        for ids, text, start in zip(tokens, texts, range(0, len(trace.places), rows), strict=True)
     )
 
 
@@ -326,18 +307,8 @@ def linearize_answers(
         for target, text in one.texts:
             places += [(len(texts), len(one.prompt) - 1 + k) for k in range(target.steps)]
             texts.append(text)
-    filling = int(texts[0][0])  # it matters to nothing, but must be a token that the model knows
-    padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=filling)
-    lins = linearize_places(
-        model,
-        padded,
-        [("",) * padded.shape[1]] * len(padded),
-        wrt,
-        of,
-        places=places,
-        checkpoint=checkpoint,
-        rules=rules,
-    )
+    batch = models.as_batch(texts)
+    trace = models.trace(model, batch, wrt=[wrt], of=of, places=places, checkpoint=checkpoint, rules=rules)
     spans, row = [], 0
     for one in exchanges:
         tokens = one.tokens
@@ -347,11 +318,11 @@ def linearize_answers(
             Span(
                 model=model,
                 tokens=tokens,
-                str_tokens=tuple(models.token_text(model, id) for id in tokens.tolist()),
+                str_tokens=models.token_texts(model, tokens),
                 position=len(one.prompt) - 1,
                 wrt=wrt,
                 of=of,
-                trace=lins[0].trace,
+                trace=trace,
                 row=rows[0],
                 notes=one.notes,
                 parts=one.parts,

@@ -163,5 +163,5 @@ def _push(lin: Linearization, tangents: Float[Tensor, "probe token d_model"]) ->
     with suppress(pullback.NoSecondDerivativeError):
         return lin.jvp(tangents)
     step = torch.finfo(lin.readout.dtype).eps ** 0.5 * float(lin.embeddings.norm())
-    moved = torch.stack([lin.at(lin.embeddings + step * tangent).readout for tangent in tangents])
+    moved, _ = lin.evaluate(lin.embeddings + step * tangents.to(lin.embeddings))
     return (moved - lin.readout) / step

@@ -4,7 +4,7 @@ Everything that depends on the kind of model stands in this folder. The rest of 
 tensors that `trace` returns.
 """
 
-from tl_scopes.models.arguments import as_count, as_flag, as_int, as_number, as_position
+from tl_scopes.models.arguments import as_count, as_int, as_number, as_position
 from tl_scopes.models.attention import AttentionLayer, attention_layers
 from tl_scopes.models.causality import check_model
 from tl_scopes.models.components import Component, Part, absent, components
@@ -43,6 +43,7 @@ from tl_scopes.models.supported import Model, architecture, autocast_of, model_n
 from tl_scopes.models.tokens import (
     Target,
     Token,
+    as_batch,
     context_length,
     output_size,
     padding_token,
@@ -52,6 +53,7 @@ from tl_scopes.models.tokens import (
     starts_with_bos,
     token,
     token_text,
+    token_texts,
     tokenizer_of,
     vocabulary_size,
 )
@@ -81,8 +83,8 @@ __all__ = [
     "absent",
     "activation_patching",
     "architecture",
+    "as_batch",
     "as_count",
-    "as_flag",
     "as_int",
     "as_number",
     "as_position",
@@ -132,6 +134,7 @@ __all__ = [
     "sum_dtype",
     "token",
     "token_text",
+    "token_texts",
     "tokenize",
     "tokenizer_of",
     "trace",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tl_scopes.models.hooks import READOUT, StopForward, attached, hook_point, hook_points
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.precision import sum_dtype
-from tl_scopes.models.supported import Model, architecture
+from tl_scopes.models.supported import Model, architecture, attention_kernel
 from tl_scopes.models.threads import one_at_a_time
 
 
@@ -144,10 +144,10 @@ def _attention_layer(model: Model, layer: int, cache: dict[str, Tensor]) -> Atte
         ValueError: for a layer without a pattern, or whose heads do more than average their values.
     """
     if part_name(layer, "hook_pattern") not in cache:
-        kernel = getattr(getattr(getattr(model, "original_model", None), "config", None), "_attn_implementation", None)
         raise ValueError(
-            f"layer {layer} of {architecture(model)} forms no attention pattern: its attention kernel ({kernel!r}) "
-            'computes the output without. Load the model with attn_implementation="eager".'
+            f"layer {layer} of {architecture(model)} forms no attention pattern: its attention kernel "
+            f"({attention_kernel(model)!r}) computes the output without. Load the model with "
+            'attn_implementation="eager".'
         )
     pattern, value, z = (cache.pop(part_name(layer, part))[0] for part in ("hook_pattern", "hook_v", "hook_z"))
     if part_name(layer, "hook_kv_latent") not in hook_points(model):  # latent attention (DeepSeek) has heads first

@@ -17,7 +17,15 @@ import torch
 from torch import nn
 
 from tl_scopes.models.hooks import hook_points, kinds_of_hooks
-from tl_scopes.models.supported import Model, architecture, check_supported, device_of, hf_config, not_causal
+from tl_scopes.models.supported import (
+    Model,
+    architecture,
+    attention_kernel,
+    check_supported,
+    device_of,
+    hf_config,
+    not_causal,
+)
 from tl_scopes.models.threads import one_at_a_time
 
 
@@ -32,11 +40,8 @@ def check_model(model: Model) -> None:
         ValueError, RuntimeError: see `check_supported`.
     """
     check_supported(model)
-    asked_of = (
-        _kernel(model),
-        getattr(hf_config(model), "is_decoder", None),
-        getattr(model.cfg, "attention_dir", None),
-    )
+    kernel = attention_kernel(model)
+    asked_of = kernel, getattr(hf_config(model), "is_decoder", None), getattr(model.cfg, "attention_dir", None)
     known = _influence.get(model)
     if known is None or known[0] != asked_of:
         known = _influence[model] = (asked_of, backward_influence(model))
@@ -45,7 +50,6 @@ def check_model(model: Model) -> None:
         if getattr(model.cfg, "attention_dir", "causal") == "bidirectional":
             raise TypeError(not_causal(architecture(model)))
     elif influence > _tolerance(model):
-        kernel = _kernel(model)
         lost = (
             f" Or the mask was lost with its attention kernel, {kernel!r}: call "
             'model.original_model.set_attn_implementation("eager").'
@@ -88,11 +92,6 @@ def _tolerance(model: Model) -> float:
     """What rounding may look like: rows of one batch are computed alike, but a kernel may treat its last rows apart."""
     dtype = next(model.parameters()).dtype
     return max(1e-4, 8 * torch.finfo(dtype).eps) if dtype.is_floating_point else 0.05
-
-
-def _kernel(model: Model) -> str | None:
-    """The attention kernel of the Hugging Face model that a bridge wraps, which can be exchanged."""
-    return getattr(hf_config(model), "_attn_implementation", None)
 
 
 @contextmanager

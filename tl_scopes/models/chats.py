@@ -1,8 +1,8 @@
 """A chat as the model's template writes it: its token ids, and for each token whose it is.
 
-A template may say more than the messages: some put a system prompt in front where the chat has none ("You are a helpful
-assistant."). Nobody in the chat said it, so that it counts as template and has no share, as all that the template
-writes. Whoever wants to know what it does writes it into the chat, as a message of the role "system".
+Some templates put a system prompt in front ("You are a helpful assistant.") where the chat has none. It counts as
+template, which has no share, since nobody in the chat said it. To give it one, write it into the chat as a message of
+the role "system".
 """
 
 import re
@@ -17,7 +17,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 """Who may say something in a chat."""
 TEMPLATE, REASONING = "template", "reasoning"
 """The other parts of a chat: what the template puts around messages, and what is thought before an answer."""
-
 
 _MARK = "\u2063\u2064\u2063"
 """A text that no message holds."""
@@ -45,7 +44,7 @@ def read_chat(model: Model, messages: Any) -> tuple[list[int], tuple[str, ...]]:
             "the model's tokenizer has no chat template, so that it is not known how a chat is written: give the text "
             "of the whole prompt, or set tokenizer.chat_template."
         )
-    roles = [_message(message, i) for i, message in enumerate(messages)]
+    roles = [_role(message, i) for i, message in enumerate(messages)]
     if roles[-1] == "assistant":
         raise ValueError(
             "the chat ends with what the assistant says: leave that message out, and explain it by answer=, or add "
@@ -69,8 +68,12 @@ def read_chat(model: Model, messages: Any) -> tuple[list[int], tuple[str, ...]]:
     return ids, tuple(_part(ranges, start, end) for start, end in encoded["offset_mapping"])
 
 
-def _message(message: Mapping[str, Any], number: int) -> str:
-    """The role of a message."""
+def _role(message: Mapping[str, Any], number: int) -> str:
+    """The role of a message.
+
+    Raises:
+        ValueError: for an unknown role, and for a content that is not a text, or not valid Unicode.
+    """
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise ValueError(f"message {number} of the chat has the role {role!r}: roles are {', '.join(ROLES)}.")

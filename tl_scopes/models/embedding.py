@@ -53,11 +53,9 @@ def mean_embedding(model: Model, length: int) -> Float[Tensor, " d_model"]:
     """
     vocab = vocabulary_size(model)
     prompts = torch.arange(-(-vocab // length) * length, device=device_of(model)) % vocab
-    total: Tensor | float = 0.0
-    left = vocab
+    sums, left = [], vocab
     for some in prompts.view(-1, length).split(at_once(model, length, Work.EMBEDDING)):
         values = embed(model, some).flatten(0, 1)[:left]
         left -= len(values)
-        total = total + values.to(sum_dtype(values)).sum(0)
-    assert isinstance(total, Tensor)
-    return total / vocab
+        sums.append(values.sum(0, dtype=sum_dtype(values)))
+    return torch.stack(sums).sum(0) / vocab

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_scopes.models.hooks import user_hooks
 from tl_scopes.models.supported import Model
-from tl_scopes.models.tokens import context_length, readable, token_text
+from tl_scopes.models.tokens import context_length, readable, special_id, token_text
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,8 +76,7 @@ def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: 
         # Hooks of the user's may count positions, of which a pass with a cache has one.
         cached = not user_hooks(model) and _cache_is_right(inner, tokens)
         settings = {"do_sample": False, "max_new_tokens": count, "use_cache": cached, **options}
-        pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
-        if pad is not None:
+        if (pad := special_id(model, "pad")) is not None:
             settings.setdefault("pad_token_id", pad)
         whole = inner.generate(tokens[None], attention_mask=torch.ones_like(tokens[None]), **settings)
     else:
@@ -89,9 +88,8 @@ def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: 
         whole = method(tokens[None], **settings)
     whole = getattr(whole, "sequences", whole)
     ids: list[int] = whole[0, len(tokens) :].tolist()
-    ends = {getattr(getattr(model, "tokenizer", None), "eos_token_id", None)}
     configured = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
-    ends |= set(configured) if isinstance(configured, list) else {configured}
+    ends = {special_id(model, "eos"), *(configured if isinstance(configured, list) else [configured])}
     stop = next((i for i, id in enumerate(ids) if id in ends), len(ids))
     return ids[:stop]
 

@@ -34,35 +34,51 @@ def load(
         ImportError: for a GGUF file where the package gguf is not installed.
     """
     if device is not None:
-        try:
-            torch.ones(1, device=device).item()  # .item(): "meta" takes tensors, but has no values
-        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise ValueError(f"the device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
-    folder = Path(name).expanduser()
-    if (gguf := _gguf_file(folder)) is not None:
-        return _load_gguf(gguf, device, dtype)
-    if folder.exists() and not (folder / "config.json").is_file():
+        _require_usable(device)
+    path = Path(name).expanduser()
+    gguf = _gguf_file(path)
+    model = _load_folder(name, path, device, dtype) if gguf is None else _load_gguf(gguf, device, dtype)
+    if called is not None:
+        model.cfg.model_name = called
+    return model.eval()
+
+
+def _require_usable(device: str | torch.device) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ValueError: with torch's reason.
+    """
+    try:
+        torch.ones(1, device=device).item()  # .item(): "meta" takes tensors, but has no values
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"the device {str(device)!r} cannot be used here: {reason}. Use device='cpu'.") from error
+
+
+def _load_folder(name: str | Path, path: Path, device: str | torch.device | None, dtype: torch.dtype) -> Model:
+    """The model in a folder, or where there is no such folder, of this name.
+
+    Raises: as `load` does.
+    """
+    local = path.exists()
+    if local and not (path / "config.json").is_file():
         raise ValueError(
             f"{str(name)!r} is not a folder with a config.json, nor a GGUF file: give a folder that save_pretrained "
             "wrote."
         )
-    if not folder.exists() and str(name).startswith(("/", ".", "~")):
+    if not local and str(name).startswith(("/", ".", "~")):
         raise ValueError(f"there is no folder {str(name)!r}: give one that save_pretrained wrote, or a model's name.")
     from transformer_lens.model_bridge import TransformerBridge
 
-    local = folder.exists()
     try:
         with _no_bars(local):
-            model = TransformerBridge.boot_transformers(str(folder if local else name), device=device, dtype=dtype)
+            return TransformerBridge.boot_transformers(str(path if local else name), device=device, dtype=dtype)
     except Exception as error:  # whatever the loaders raise: safetensors and pickle have exceptions of their own
         raise ValueError(
             f"cannot load the model {str(name)!r}: {_first_sentence(error)} Check the spelling and the network, "
             "or give a folder that save_pretrained wrote."
         ) from error
-    if called is not None:
-        model.cfg.model_name = called
-    return model.eval()
 
 
 @contextmanager
@@ -125,7 +141,7 @@ def _load_gguf(path: Path, device: str | torch.device | None, dtype: torch.dtype
         hf_model = AutoModelForCausalLM.from_pretrained(
             folder, **inside, quantization_config=dequantised, dtype=dtype, attn_implementation="eager"
         )
-        model = TransformerBridge.boot_transformers(
+        return TransformerBridge.boot_transformers(
             folder, device=device, dtype=dtype, hf_model=hf_model, tokenizer=tokenizer
         )
     except Exception as error:  # as for folders
@@ -133,7 +149,6 @@ def _load_gguf(path: Path, device: str | torch.device | None, dtype: torch.dtype
             f"cannot load the GGUF file {str(path)!r}: {_first_sentence(error)} Convert it to a folder in the Hugging "
             "Face layout, or check that it is whole."
         ) from error
-    return model.eval()
 
 
 def _first_sentence(error: Exception) -> str:

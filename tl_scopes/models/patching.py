@@ -72,7 +72,7 @@ def activation_patching(
         filled[:, first:] = found.reshape(layers, -1)
         return filled
 
-    names = {f"blocks.{layer}.{_HOOKS[site]}" for layer in range(model.cfg.n_layers)}
+    names = {f"blocks.{layer}.{_HOOKS[site]}" for layer in range(layers)}
 
     def kept_apart(logits: Tensor) -> Tensor:
         return torch.stack([metric(one[None]).reshape(()) for metric, one in zip(metrics, logits, strict=True)])

@@ -1,14 +1,14 @@
 """From text, a chat, ids or what a tokenizer returned to the token ids of a prompt, with notes on what looks odd."""
 
 from collections.abc import Mapping, Sequence, Set
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_scopes.models.arguments import as_int
+from tl_scopes.models.arguments import as_flag, as_int, as_position
 from tl_scopes.models.chats import is_chat, read_chat
 from tl_scopes.models.generation import Generated
 from tl_scopes.models.supported import Model, device_of
@@ -17,6 +17,7 @@ from tl_scopes.models.tokens import (
     context_length,
     read_target,
     require_text,
+    special_id,
     token_text,
     tokenizer_of,
     vocabulary_size,
@@ -40,6 +41,14 @@ class ReadPrompt(NamedTuple):
     parts: tuple[str, ...] = ()
     """Of a chat: for each token whose it is, "user" say, or "template" for what the chat's template puts around."""
 
+    def up_to(self, position: SupportsIndex) -> "ReadPrompt":
+        """The prompt as far as a position, whose token is its last one.
+
+        Raises: as `as_position` does.
+        """
+        length = as_position(position, len(self.tokens)) + 1
+        return self._replace(tokens=self.tokens[:length], parts=self.parts[:length])
+
 
 def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> ReadPrompt:
     """The token ids of one prompt.
@@ -52,12 +61,13 @@ def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -
     Raises:
         ValueError: for an empty prompt, several prompts, ids out of range, a prompt longer than the context, text where
             the model has no tokenizer, text that is not valid Unicode, a chat that `read_chat` refuses.
-        TypeError: for anything that is not a prompt.
+        TypeError: for anything that is not a prompt; for a `prepend_bos` that is neither a bool nor None.
     """
+    bos = None if prepend_bos is None else as_flag(prepend_bos, "prepend_bos")
     notes: list[str] = []
     parts: tuple[str, ...] = ()
     if isinstance(prompt, str):
-        ids = _of_text(model, prompt, prepend_bos, notes)
+        ids = _of_text(model, prompt, bos, notes)
     elif is_chat(prompt):
         ids, parts = read_chat(model, prompt)
     else:
@@ -99,8 +109,9 @@ def read_answer(model: Model, answer: Any, tokens: Int[Tensor, "token"]) -> tupl
         raise ValueError("the answer is empty: give at least one character.")
     if isinstance(answer, Mapping):
         answer = _of_mapping(answer)
-        bos = getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
-        answer = answer[1:] if answer[:1] == [bos] else answer  # which tokenizers put in front of every text
+        answer = (
+            answer[1:] if answer[:1] == [special_id(model, "bos")] else answer
+        )  # which tokenizers put in front of every text
     elif not isinstance(answer, str | Generated):
         answer = _ids(answer, what="an answer")
         if not answer:
@@ -180,7 +191,7 @@ def _of_text(model: Model, prompt: str, prepend_bos: bool | None, notes: list[st
     require_text(prompt, "prompt")
     tokenizer = tokenizer_of(model)
     ids: list[int] = model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)[0].tolist()
-    bos = getattr(tokenizer, "bos_token_id", None)
+    bos = special_id(model, "bos")
     if bos is not None and ids[:2] == [bos, bos] and prompt.startswith(str(tokenizer.bos_token)):
         notes.append(f"the text begins with {tokenizer.bos_token!r}, so that no second one was put in front")
         del ids[0]
@@ -209,7 +220,7 @@ def _of_mapping(prompt: Mapping[str, Any]) -> list[int]:
 def _about_ids(model: Model, ids: list[int]) -> list[str]:
     """Notes on ids that look as if they were not meant so."""
     tokenizer: Any = getattr(model, "tokenizer", None)
-    bos, pad = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "pad"))
+    bos, eos, pad = special_id(model, "bos"), special_id(model, "eos"), special_id(model, "pad")
     notes = []
     if bos is not None and ids[:2] == [bos, bos]:
         notes.append(f"the ids begin with {tokenizer.bos_token!r} twice")
@@ -217,8 +228,7 @@ def _about_ids(model: Model, ids: list[int]) -> list[str]:
         padding = [id == pad for id in ids]
         before = padding.index(False) if False in padding else len(ids)
         behind = padding[::-1].index(False) if False in padding else 0
-        special = {bos, getattr(tokenizer, "eos_token_id", None)}
-        least = 2 if pad in special else 1  # a single one may be meant
+        least = 2 if pad in (bos, eos) else 1  # a single one may be meant
         for count, place in ((before, "begin"), (behind, "end")):
             if count >= least:
                 notes.append(

@@ -11,7 +11,16 @@ from weakref import WeakKeyDictionary
 import torch
 
 from tl_scopes.models.state import versions
-from tl_scopes.models.supported import Model, autocast_of, device_of, hf_config, model_name, parameters_of, run_by
+from tl_scopes.models.supported import (
+    Model,
+    attention_kernel,
+    autocast_of,
+    device_of,
+    hf_config,
+    model_name,
+    parameters_of,
+    run_by,
+)
 from tl_scopes.models.weights import sample
 
 _LIBRARIES = {
@@ -61,16 +70,16 @@ class Provenance:
 
         Cost: a few numbers of each weight are read once, and again after a weight has changed.
         """
-        config, device = hf_config(model), device_of(model)
+        device = device_of(model)
         name = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
         return cls(
             **{field: _installed(package) for field, package in _LIBRARIES.items()},
             model=model_name(model),
-            revision=getattr(config, "_commit_hash", None),
+            revision=getattr(hf_config(model), "_commit_hash", None),
             weights=_weights(model, weights),
             dtype=str(autocast_of(model) or next(model.parameters()).dtype).removeprefix("torch."),
             device=f"{device}{name}",
-            attention=getattr(config, "_attn_implementation", None),
+            attention=attention_kernel(model),
             date=f"{datetime.now(UTC):%Y-%m-%d}",
         )
 

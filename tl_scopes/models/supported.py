@@ -59,8 +59,7 @@ def check_supported(model: Model) -> None:
             f"TransformerLens {version('transformer-lens')} computes {name} wrongly, its logits are not the "
             "model's: upgrade to TransformerLens 4, which is right."
         )
-    inner: Any = getattr(model, "original_model", model)
-    parts = parts_of(model, inner)
+    parts = all_parts(model)
     compiled = _compiled(parts)
     if compiled:
         raise TypeError(
@@ -129,6 +128,12 @@ def _is_random(part: nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
+def all_parts(model: Model) -> list[nn.Module]:
+    """All modules: those of a bridge, and those of the model that it wraps."""
+    inner: Any = getattr(model, "original_model", model)
+    return parts_of(model, inner)
+
+
 def parts_of(*wholes: nn.Module) -> list[nn.Module]:
     """Modules with all modules in them, each once, in torch's order; `nn.Module.modules` takes ten times as long."""
     found: dict[int, nn.Module] = {}
@@ -164,6 +169,14 @@ def hf_config(model: Model) -> Any:
     return getattr(getattr(model, "original_model", None), "config", None)
 
 
+def attention_kernel(model: Model) -> str | None:
+    """The attention kernel of the model that a bridge wraps, "eager" or "sdpa" say; None where the model does not tell.
+
+    It can be exchanged after the model was loaded.
+    """
+    return getattr(hf_config(model), "_attn_implementation", None)
+
+
 def device_of(model: Model) -> torch.device:
     """Where a model computes: where its weights are, or, where all are offloaded, where accelerate fetches them to.
 
@@ -173,8 +186,7 @@ def device_of(model: Model) -> torch.device:
     for parameter in model.parameters():
         if parameter.device.type != "meta":
             return parameter.device
-    inner: Any = getattr(model, "original_model", model)
-    for part in inner.modules():
+    for part in run_by(model):
         fetched_to = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
         if fetched_to is not None:
             return torch.device(fetched_to)

@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tl_scopes.models.arguments import as_int
-from tl_scopes.models.supported import Model
+from tl_scopes.models.supported import Model, hf_config
 
 
 class Token(NamedTuple):
@@ -71,7 +72,12 @@ class Target:
 
 def starts_with_bos(model: Model, tokens: Int[Tensor, "token"]) -> bool:
     """Whether the first of these tokens is the tokenizer's BOS token."""
-    return int(tokens[0]) == getattr(getattr(model, "tokenizer", None), "bos_token_id", None)
+    return int(tokens[0]) == special_id(model, "bos")
+
+
+def special_id(model: Model, name: Literal["bos", "eos", "pad", "unk"]) -> int | None:
+    """The id of a special token of the tokenizer; None where it has none, or the model has no tokenizer."""
+    return getattr(getattr(model, "tokenizer", None), f"{name}_token_id", None)
 
 
 def require_text(text: str, what: str) -> None:
@@ -118,15 +124,15 @@ def padding_token(model: Model) -> int:
     Raises:
         ValueError: for a tokenizer without one, or a model without a tokenizer.
     """
-    pad = getattr(getattr(model, "tokenizer", None), "pad_token_id", None)
+    pad = special_id(model, "pad")
     if pad is None:
         raise ValueError('the model has no padding token: replace embeddings by "mean" or "zero" instead of "pad".')
-    return int(pad)
+    return pad
 
 
 def context_length(model: Model) -> int | None:
     """The length of the longest prompt; None where Hugging Face has no limit, where TransformerLens makes one up."""
-    config = getattr(getattr(model, "original_model", None), "config", None)
+    config = hf_config(model)
     names = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
     if hasattr(config, "model_type") and not any(getattr(config, name, None) for name in names):
         return None
@@ -230,7 +236,7 @@ def _tokens_of_text(model: Model, text: str, vocab: int | None, what: str) -> li
         if id is not None and tokenizer.convert_ids_to_tokens(id) == piece and token_text(model, id) == text:
             return [Token(id, text)]
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if not ids or ids == [getattr(tokenizer, "unk_token_id", None)]:
+    if not ids or ids == [special_id(model, "unk")]:
         raise ValueError(f"the {what} {text!r} is unknown to the tokenizer: pass the token id.")
     found = [Token(id, token_text(model, id)) for id in ids]
     if "".join(piece.text for piece in found) != text:  # SentencePiece puts a space in front of a text
@@ -274,6 +280,17 @@ def token_text(model: Model, id: int) -> str:
     if piece.startswith("▁") and not text.startswith(" "):  # decoding a single piece drops its space
         return " " + text
     return text or piece
+
+
+def token_texts(model: Model, ids: Int[Tensor, "token"]) -> tuple[str, ...]:
+    """Each of these tokens as text."""
+    return tuple(token_text(model, id) for id in ids.tolist())
+
+
+def as_batch(prompts: Sequence[Int[Tensor, " _"]]) -> Int[Tensor, "batch token"]:
+    """Prompts as a batch: shorter ones are filled up on the right, where nothing matters to a causal model."""
+    filling = int(prompts[0][0])  # it must be a token that the model knows
+    return pad_sequence(list(prompts), batch_first=True, padding_value=filling)
 
 
 def readable(text: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_scopes.models.substitution import Substitution, exchanged, in_use
-from tl_scopes.models.supported import Model
+from tl_scopes.models.supported import Model, all_parts, parts_of
 
 
 def learned(model: Model) -> list[Tensor]:
@@ -24,7 +24,7 @@ def learned(model: Model) -> list[Tensor]:
         ValueError: for weights that are offloaded.
     """
     biases = [b for name, b in model.named_buffers() if name.endswith("bias") and b.is_floating_point() and b.ndim]
-    held = [item for part in _parts(model) for item in vars(part).items()]
+    held = [item for part in all_parts(model) for item in vars(part).items()]
     processed = [value for name, value in held if name.startswith("_processed_") and isinstance(value, Tensor)]
     found = list({id(tensor): tensor for tensor in [*model.parameters(), *biases, *processed]}.values())
     if any(tensor.is_meta for tensor in found):
@@ -43,12 +43,6 @@ def fetched(module: nn.Module) -> list[Tensor]:
         for part in parts
         for name, parameter in part.named_parameters(recurse=False)
     ]
-
-
-def _parts(model: Model) -> list[nn.Module]:
-    """All modules: those of a bridge and those of the model that it wraps."""
-    inner: Any = getattr(model, "original_model", model)
-    return list({part: None for whole in (model, inner) for part in whole.modules()})
 
 
 def shuffled_weights(model: Model, generator: torch.Generator) -> list[Tensor]:
@@ -70,10 +64,9 @@ def in_last_blocks(model: Model, share: float) -> list[bool]:
     """
     blocks = list(model.blocks)
     inside: set[int] = set()
-    for block in blocks[len(blocks) - math.ceil(share * len(blocks)) :]:
-        for part in _parts(block):
-            held = [*part.parameters(recurse=False), *part.buffers(recurse=False), *vars(part).values()]
-            inside |= {id(value) for value in held if isinstance(value, Tensor)}
+    for part in parts_of(*blocks[len(blocks) - math.ceil(share * len(blocks)) :]):
+        held = [*part.parameters(recurse=False), *part.buffers(recurse=False), *vars(part).values()]
+        inside |= {id(value) for value in held if isinstance(value, Tensor)}
     return [id(tensor) in inside for tensor in learned(model)]
 
 
@@ -120,6 +113,7 @@ def sample(model: Model) -> str | None:
             return None
         weight = in_use(parameter).detach()
         try:
+            # The ends of each axis are taken in turn: flattening a whole weight might copy it.
             row = weight if weight.ndim else weight[None]
             while row.ndim > 1:
                 row = row[[0, -1]].flatten(0, 1) if row.ndim > 2 else row[[0, -1], :8].flatten()

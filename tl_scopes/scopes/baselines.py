@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization, vjps
 from tl_scopes.jacobian.randomness import prompt_generator
-from tl_scopes.jacobian.replacement import divergence, each_alone, predictions, substitute
+from tl_scopes.jacobian.replacement import each_alone, effects, substitute
 from tl_scopes.jacobian.span import Span
 from tl_scopes.models import Target
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
@@ -180,18 +180,11 @@ class LeaveOneOut(Scope):
         lin.require_readout()
         instead = substitute(lin, self.replacement, self.mean)
         kept = each_alone(len(lin.tokens), lin.tokens.device)[: lin.scored]
+        log_p = self.value(lin)
         target, _ = self.explained(lin)
-        ids = [lin.token().id] if target is None else target.ids
-        before, rows = lin.log_probs.reshape(len(lin.single), -1), torch.arange(len(lin.single))
-        found = []
-        for after in predictions(lin, instead, kept):
-            after = after.reshape(len(after), *before.shape)
-            if self.quantity == "kl":
-                found.append(divergence(before, after).sum(-1))
-            else:
-                found.append((before[rows, ids] - after[:, rows, ids]).sum(-1))
-        scores = before.new_zeros(len(lin.tokens))
-        scores[: lin.scored] = torch.cat(found)
+        after, divergences = effects(lin, instead, kept, lin.tokens.new_tensor(target.ids[:1] if target else []))
+        scores = divergences.new_zeros(len(lin.tokens))
+        scores[: lin.scored] = divergences if log_p is None else log_p - after[:, 0]
         return Measurement(scores)
 
     def named_targets(self, model: models.Model, vocab: int | None = None) -> tuple[Target | None, Target | None]:
@@ -214,8 +207,7 @@ class LeaveOneOut(Scope):
         target, _ = self.explained(lin)
         if target is None:
             return None
-        rows = torch.arange(len(lin.single), device=lin.tokens.device)
-        return float(lin.log_probs.reshape(len(rows), -1)[rows, target.ids].sum())
+        return float(lin.answer_log_prob(lin.log_probs) if isinstance(lin, Span) else lin.log_probs[target.id])
 
     @property
     def takes_spans(self) -> bool:

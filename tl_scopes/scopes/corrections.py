@@ -1,6 +1,5 @@
 """Scopes around another scope, which correct it for where a token stands, or take another Jacobian."""
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, SupportsIndex
@@ -14,7 +13,7 @@ from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import Target
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Measurement, Scope, as_written, require_scope, targets_of
+from tl_scopes.scopes.scope import Estimate, Measurement, Scope, as_written, require_scope, targets_of
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,20 @@ class Around(Scope):
     def caveat(self, answers: Sequence[Attribution]) -> str | None:
         return self.scope.caveat(answers)
 
+    def estimate(self, answer: Attribution) -> Estimate | None:
+        return self.scope.estimate(answer)
+
+    @property
+    def grouping(self) -> Literal["norm", "sum", "signed"] | None:
+        return self.scope.grouping
+
+    @property
+    def runs_again(self) -> Literal["point", "prompt"]:
+        return "prompt" if self.scope.runs_again == "prompt" else "point"
+
+    def unit(self, lin: Linearization) -> str:
+        return self.scope.unit(lin)
+
 
 @dataclass(frozen=True)
 class PositionCorrectedScope(Around):
@@ -107,9 +120,10 @@ class PositionCorrectedScope(Around):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if models.as_count(self.shuffles, "shuffles is a number, 2 at least") < 2:
-            raise ValueError(f"shuffles is a number, 2 at least, got {self.shuffles!r}.")
-        object.__setattr__(self, "shuffles", operator.index(self.shuffles))
+        rule = "shuffles is a number, 2 at least"
+        object.__setattr__(self, "shuffles", models.as_count(self.shuffles, rule))
+        if self.shuffles < 2:
+            raise ValueError(f"{rule}, got {self.shuffles}.")
 
     @property
     def runs_again(self) -> Literal["prompt"]:
@@ -151,6 +165,13 @@ class PositionCorrectedScope(Around):
     def unit(self, lin: Linearization) -> str:
         return "times the share expected at the position"
 
+    @property
+    def grouping(self) -> None:
+        return None  # shares of several tokens together are expected otherwise than one by one
+
+    def estimate(self, answer: Attribution) -> Estimate | None:
+        return Scope.estimate(self, answer)
+
 
 @dataclass(frozen=True)
 class FrozenAttentionScope(Around):
@@ -189,20 +210,9 @@ class FrozenAttentionScope(Around):
                 )
             object.__setattr__(self, "keys", tuple(self.keys))
 
-    @property
-    def runs_again(self) -> Literal["point", "prompt"]:
-        return "prompt" if self.scope.runs_again == "prompt" else "point"
-
     def measure(self, lin: Linearization) -> Measurement:
         with models.held_attention(lin.model, self.keys):
             return self.scope.measure(lin.at(lin.embeddings))
-
-    @property
-    def grouping(self) -> Literal["norm", "sum", "signed"] | None:
-        return self.scope.grouping
-
-    def unit(self, lin: Linearization) -> str:
-        return self.scope.unit(lin)
 
 
 @dataclass(frozen=True)
@@ -236,22 +246,11 @@ class UnderRulesScope(Around):
         object.__setattr__(self, "rules", self.rules if read is None or isinstance(self.rules, str) else read.names)
 
     @property
-    def runs_again(self) -> Literal["point", "prompt"]:
-        return "prompt" if self.scope.runs_again == "prompt" else "point"
-
-    @property
     def is_slope(self) -> bool:
         return False  # of the model itself
 
     def measure(self, lin: Linearization) -> Measurement:
         return self.scope.measure(lin.under(self.rules))
-
-    @property
-    def grouping(self) -> Literal["norm", "sum", "signed"] | None:
-        return self.scope.grouping
-
-    def unit(self, lin: Linearization) -> str:
-        return self.scope.unit(lin)
 
 
 def _shuffled(tokens: Int[Tensor, "token"], first: int, generator: torch.Generator) -> Int[Tensor, "token"]:

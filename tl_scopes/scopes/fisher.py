@@ -109,19 +109,11 @@ class FisherScope(Scope):
             self._check(lin)
         if self.rtol is not None:
             return [self._estimated([lin], self.rtol)[0] for lin in lins]
-        found: dict[int, Measurement] = {}
-        leading = [None if self.rank is None else fisher_information.leading_root(lin, self.rank) for lin in lins]
-        few = {i: one for i, one in enumerate(leading) if one is not None}
-        if few:
-            found |= dict(zip(few, self._leading([lins[i] for i in few], [*few.values()]), strict=True))
-        roots = [None if i in found else self._root(lin) for i, lin in enumerate(lins)]
-        whole = [i for i, root in enumerate(roots) if root is not None]
-        if whole:
-            rows = [root for root in roots if root is not None]
-            kept = [root if self.rank is None else root[: self.rank] for root in rows]
-            norms = squared_norms([lins[i] for i in whole], kept)
-            for i, root, of_one in zip(whole, rows, norms, strict=True):
-                found[i] = self._exact(of_one) if self.rank is None else self._truncated(lins[i], root, of_one)
+        if self.rank is not None:
+            return self._truncated(lins, self.rank)
+        roots = {i: root for i, lin in enumerate(lins) if (root := self._root(lin)) is not None}
+        norms = squared_norms([lins[i] for i in roots], [*roots.values()]) if roots else []
+        found = {i: self._exact(of_one) for i, of_one in zip(roots, norms, strict=True)}
         others = [i for i in range(len(lins)) if i not in found]
         for some in rounds([lins[i] for i in others]):
             chosen = [others[i] for i in some]
@@ -174,7 +166,7 @@ class FisherScope(Scope):
 
     def _root(self, lin: Linearization) -> Float[Tensor, "direction d_of"] | None:
         """All of F, where the options ask for it or it has no more directions than there are passes to spend."""
-        if self.exact or self.rank is not None:
+        if self.exact:
             return fisher_information.fisher_root(lin)
         return fisher_information.root_if_small(lin, self._passes(lin))
 
@@ -186,39 +178,39 @@ class FisherScope(Scope):
         known = {"backward_passes": len(norms), "standard_error": norms.new_zeros(norms.shape[1])}
         return Measurement(norms.sum(0), known)
 
-    def _leading(self, lins: Sequence[Linearization], leading: Sequence[tuple[Tensor, float]]) -> list[Measurement]:
-        """`_truncated`, without the other directions: random draws of what the leading ones leave take their place."""
+    def _truncated(self, lins: Sequence[Linearization], rank: int) -> list[Measurement]:
+        """Σ_l ‖lᵀ J_t‖² over the leading directions, and the share of the scores and of tr F that they hold."""
+        parts = [self._leading(lin, rank) for lin in lins]
         found = []
-        norms = squared_norms(lins, [root for root, _ in leading])
-        for lin, (root, trace), of_one in zip(lins, leading, norms, strict=True):
-            eigenvalues = root.square().sum(-1)
-            part = Seen(root / eigenvalues[:, None], root)
-            draws = fisher_information.remainder_probes(lin, _SHARE_PROBES, part, self._random(lin))
-            scores, left = of_one.sum(0), lin.squared_norms(draws / _SHARE_PROBES**0.5).sum()
-            shares = {
-                "score_share": float(scores.sum() / (scores.sum() + left)),
-                "trace_share": float(eigenvalues.sum()) / trace,
+        norms = squared_norms(lins, [leading for leading, _, _ in parts])
+        for lin, (leading, others, trace), of_one in zip(lins, parts, norms, strict=True):
+            scores, left = of_one.sum(0), lin.squared_norms(others).sum()
+            details = {
+                "backward_passes": len(leading) + len(others),
+                "score_share": _share(float(scores.sum()), float(scores.sum() + left)),
+                "trace_share": _share(float(leading.square().sum()), trace),
             }
-            found.append(Measurement(scores, {"backward_passes": len(root) + _SHARE_PROBES} | shares))
+            found.append(Measurement(scores, details))
         return found
 
-    def _truncated(
-        self, lin: Linearization, root: Float[Tensor, "direction d_of"], norms: Float[Tensor, "kept token"]
-    ) -> Measurement:
-        """Σ_l ‖lᵀ J_t‖² over the leading directions, and the share of the scores and of tr F that they hold."""
-        scores, others = norms.sum(0), root[len(norms) :]
-        eigenvalues = root.square().sum(-1)
-        share = float(eigenvalues[: len(norms)].sum() / eigenvalues.sum()) if len(root) else 1.0
-        draws = min(_SHARE_PROBES, len(others))
-        if draws:
-            # All that is left, where it is so little; else random signs, with which rows of a root add up to draws.
-            signs = torch.randn(draws, len(others), generator=self._random(lin), device=root.device).to(root).sign()
-            v = others if draws == len(others) else signs @ others / draws**0.5
-            left = lin.squared_norms(v).sum()
-            kept = float(scores.sum() / (scores.sum() + left))
-        else:
-            kept = 1.0
-        return Measurement(scores, {"backward_passes": len(norms) + draws, "score_share": kept, "trace_share": share})
+    def _leading(
+        self, lin: Linearization, rank: int
+    ) -> tuple[Float[Tensor, "direction d_of"], Float[Tensor, "other d_of"], float]:
+        """The leading directions of F; cotangents v of the rest, Σ v vᵀ = F − LᵀL, exactly or in the mean; tr F."""
+        alone = fisher_information.leading_root(lin, rank)
+        if alone is not None:
+            leading, trace = alone
+            part = Seen(leading / leading.square().sum(-1, keepdim=True), leading)
+            draws = fisher_information.remainder_probes(lin, _SHARE_PROBES, part, self._random(lin))
+            return leading, draws / _SHARE_PROBES**0.5, trace
+        root = fisher_information.fisher_root(lin)
+        leading, others = root[:rank], root[rank:]
+        if len(others) > _SHARE_PROBES:
+            # Sums of the rows of a root with random signs are draws of what it is the root of.
+            shape, random = (_SHARE_PROBES, len(others)), self._random(lin)
+            others = torch.randn(shape, generator=random, device=root.device).to(root).sign() @ others
+            others = others / _SHARE_PROBES**0.5
+        return leading, others, float(root.square().sum())
 
     def _estimated(self, lins: Sequence[Linearization], rtol: float | None = None) -> list[Measurement]:
         """Σ_l ‖lᵀ J_t‖² + E ‖vᵀ J_t‖² for linearisations of different prompts; draws are added until `rtol` is met."""
@@ -293,9 +285,10 @@ class FisherScope(Scope):
             raise TypeError(f"{as_written(self)} chooses its probes as it goes: give their number, FisherScope(32).")
         self._check(lin)
         none = lin.log_probs.new_zeros(0, len(lin.readout))
-        root = self._root(lin)
-        if root is not None:
-            return (root if self.rank is None else root[: self.rank]), none
+        if self.rank is not None:
+            return self._leading(lin, self.rank)[0], none
+        if (root := self._root(lin)) is not None:
+            return root, none
         generator = self._random(lin)
         (part,), _, (spent,) = self._sketch([lin], [generator])
         left, draws = self._passes(lin) - spent, []
@@ -318,6 +311,10 @@ class FisherScope(Scope):
                     "FisherScope(exact=True) needs no more backward passes than these."
                 )
         self._random(lin)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else 1.0
 
 
 def _squares(pulled: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe token"]:

@@ -52,12 +52,13 @@ class HetaScope(Scope):
     Cost: high. probes x tokens Hessian-vector products, about 2 backward passes each, in batches; and tokens + 2
         forward passes. For 100 tokens that is as much as 2,000 Semantic Scopes. A progress bar counts the products.
         Memory for the graph of the forward pass, about as much again, and a batch.
-    Raises: ValueError for a linearisation that does not end at the readout; for models without attention patterns
-        (Mamba); for a `wrt` that is neither "hook_embed" nor "blocks.L.hook_resid_pre"; for a linearisation that `at`
-        moved, or whose model has other hooks or weights by now; for a target or a mask that is several tokens or
-        unknown, numbers out of range, a generator on another device. RuntimeError under an attention kernel that cannot
-        be differentiated twice: load with attn_implementation="eager". TypeError for a generator that is not a
-        torch.Generator, and for a `normalize` that is not a bool.
+    Raises: ValueError for a linearisation that does not end at the readout; for one under rules, which make constant
+        what curves the network; for models without attention patterns (Mamba); for a `wrt` that is neither "hook_embed"
+        nor "blocks.L.hook_resid_pre"; for a linearisation that `at` moved, or whose model has other hooks or weights by
+        now; for a target or a mask that is several tokens or unknown, numbers out of range, a generator on another
+        device. RuntimeError under an attention kernel that cannot be differentiated twice: load with
+        attn_implementation="eager". TypeError for a generator that is not a torch.Generator, and for a `normalize` that
+        is not a bool.
     Source: Pramanik et al. 2026, HETA (arXiv:2604.13258), section 4 and equation 5.
     Departure: from the authors' code, where that departs from the equations. Its values leave out the norm before
         attention and the biases, and cut grouped-query values as if each query head had its own: here they are those

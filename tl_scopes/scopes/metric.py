@@ -63,6 +63,9 @@ class MetricScope(JacobianScope):
     def metric(self, lin: Linearization) -> Metric:
         return lambda readout, logits: self._value(logits)
 
+    def quantity_explained(self, lin: Linearization) -> str | None:
+        return self.name
+
     def unit(self, lin: Linearization) -> str:
         return f"{self.name} per {lin.unit}"
 

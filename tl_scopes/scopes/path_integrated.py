@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.jacobian.line_integral import OfLogits, integrate, integrate_in_panels
+from tl_scopes.jacobian.line_integral import integrate, integrate_in_panels
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
 from tl_scopes.models.arguments import as_number
@@ -61,9 +61,9 @@ class PathIntegratedScope(TargetScope):
         start: s, where on the line to begin. 0 is the integral of the equations.
 
     Unit: logit (nat for "log_prob"): not a sensitivity but a part of a change, though without sign.
-    Cost: a forward and a backward pass per point, and a forward and a backward pass for the ends; by default also a
-        forward pass for each end of the seven panels it begins with. Memory for graphs of some 512 MiB, or that of the
-        prompt if it is larger (whole, also where `linearize` had checkpoint=True).
+    Cost: a forward and a backward pass per point, and one more of each for the ends of the line; by default also a
+        forward pass for each end of a panel in between, six at first and two more for each that is divided. Memory for
+        graphs of some 512 MiB, or that of the prompt if it is larger.
     Raises: ValueError for what `SemanticScope` refuses; for a baseline of another shape, complex, NaN or infinite, for
         one that is an unknown word, or a token that is unknown or several; for steps below 1; for a start that is not a
         number in [0, 1); under rules; when the model's hooks or weights have changed since it was linearised. TypeError
@@ -126,14 +126,12 @@ class PathIntegratedScope(TargetScope):
         x = models.precise(lin.embeddings)
         x_s = torch.lerp(self._baseline(lin).to(x), x, self.start)
         x_s[lin.scored :] = x[lin.scored :]  # an answer that is given, and gets no scores, stays as it is
-        baseline_value, value = (_value(f, point) for point in (lin.at(x_s), lin))
-
         if self.steps is None:
             line = integrate_in_panels(lin, f, x_s, self._panels(), _COMPLETE, _MOST)
         else:
             line = integrate(lin, f, x_s, self.steps)
         a = (x - x_s) * line.mean
-        scores, signed = a.norm(dim=-1), a.sum(-1)
+        scores, signed, (baseline_value, value) = a.norm(dim=-1), a.sum(-1), line.ends
         return Measurement(
             scores,
             {
@@ -230,7 +228,3 @@ class PathIntegratedScope(TargetScope):
         named = baseline.removeprefix("token:") if isinstance(baseline, str) else baseline
         token = models.token(lin.model, named, what="baseline")
         return models.embed(lin.model, torch.full_like(lin.tokens, token.id)[None])[0]
-
-
-def _value(f: OfLogits, lin: Linearization) -> float:
-    return float(f(lin.logits.cpu().double()))

@@ -96,8 +96,6 @@ class Scope(ABC):
 
     def value(self, lin: Linearization) -> float | None:
         """The number that the scores are about, where `metric` is one: a logit, a log-probability."""
-        if type(self).metric in (Scope.metric, JacobianScope.metric):
-            return None
         metric = self.metric(lin)
         logits = lin.readout[:0] if lin.trace.logits is None else lin.logits
         found = None if metric is None else metric(models.precise(lin.readout), models.precise(logits))
@@ -404,8 +402,12 @@ class JacobianScope(Scope):
 
     def metric(self, lin: Linearization) -> Metric | None:
         """c·y for every cotangent c, with the cotangents of this point."""
-        cotangents = self._checked_cotangents(lin)
+        cotangents = self.joint_cotangents(lin)
         return lambda readout, logits: cotangents.to(readout) @ readout
+
+    def value(self, lin: Linearization) -> float | None:
+        """None where no metric is given: c·y changes with the prompt as the cotangents c do, and is not a quantity."""
+        return None if type(self).metric is JacobianScope.metric else super().value(lin)
 
     def combine(self, lin: Linearization, squared_norms: Float[Tensor, "probe token"]) -> Measurement:
         """√(Σ_c ‖cᵀJ_t‖²)."""
@@ -432,12 +434,18 @@ class JacobianScope(Scope):
 
     def _cotangents_of(self, lins: Sequence[Linearization]) -> list[Tensor]:
         """The cotangents of several linearisations of one forward pass, which a scope may find together."""
-        return [self._checked_cotangents(lin) for lin in lins]
+        return [self.joint_cotangents(lin) for lin in lins]
 
     _knows_spans = False
     """Whether `cotangents` takes a Span itself; else it is asked about each prediction of it."""
 
-    def _checked_cotangents(self, lin: Linearization) -> Tensor:
+    def joint_cotangents(self, lin: Linearization) -> Float[Tensor, "probe d_of"]:
+        """`cotangents`, checked, and for a span of several predictions those of all of them together.
+
+        Raises:
+            ValueError: for cotangents of another shape; for a span where there are several for one prediction.
+            TypeError: for something that is not a tensor.
+        """
         if isinstance(lin, Span) and not self._knows_spans:
             return self._joined(lin)
         found = self.cotangents(lin)
@@ -456,22 +464,13 @@ class JacobianScope(Scope):
         Raises:
             ValueError: for a question that has several cotangents at one prediction, whose norms would not add up.
         """
-        each = [self._checked_cotangents(one) for one in span.single]
+        each = [self.joint_cotangents(one) for one in span.single]
         if any(len(found) != 1 for found in each):
             raise ValueError(
                 f"{as_written(self)} has {max(map(len, each))} cotangents at one prediction, and how those of several "
                 "predictions belong together is not known: ask it of each, [scope(one) for one in lin.single]."
             )
         return torch.cat(each, dim=1)
-
-    def joint_cotangents(self, lin: Linearization) -> Float[Tensor, "probe d_of"]:
-        """`cotangents`, checked, and for a span of several predictions those of all of them together.
-
-        Raises:
-            ValueError: for cotangents of another shape; for a span where there are several for one prediction.
-            TypeError: for something that is not a tensor.
-        """
-        return self._checked_cotangents(lin)
 
 
 @dataclass(frozen=True, eq=False)
