@@ -84,9 +84,33 @@ def test_explore(tiny: Any) -> None:
 
 
 def test_the_next_token_of_the_text(tiny: Any) -> None:
-    data = held(tls.explore(tiny, PROMPT, tls.SemanticScope(), target="next").to_html())
+    """Each token of the text, its last too, has the row of its own prediction."""
+    explored = tls.explore(tiny, PROMPT, tls.SemanticScope(), target="next")
+    assert repr(explored) == "Explorer(SemanticScope(): 10 tokens, tiny)"
+    data = held(explored.to_html())
     said = ["The", " keys", " to", " the", " old", " cabinet", " near", " the", " door"]
-    assert data["maps"][0]["explained"] == [visible(text) for text in said]
+    assert data["said"]
+    assert [text for text, *_ in data["tokens"][1:]] == [visible(text) for text in said]
+    assert data["maps"][0]["explained"] == [None, *map(visible, said)]
+    assert [row and len(row) for row in data["maps"][0]["rows"]] == [None, *range(1, 10)]
+    assert not held(tls.explore(tiny, PROMPT, tls.SemanticScope()).to_html())["said"]
+
+
+def test_an_answer(tiny: Any) -> None:
+    """The tokens of an answer are explained, and no others: each has the row of `answer_map`."""
+    scopes = [tls.SemanticScope(), tls.RelevanceScope()]
+    explored = tls.explore(tiny, PROMPT, scopes, answer=" are old.", rules="linear")
+    written = "SemanticScope() under linear rules, RelevanceScope() under linear rules"
+    assert repr(explored) == f"Explorer({written}: 10 tokens and 3 of an answer, tiny)"
+    data = held(explored.to_html())
+    assert [text for text, *_ in data["tokens"][9:]] == ["·door", "·are", "·old", "."]
+    assert [len(found) for found in data["next"][10:]] == [5, 5, 5]
+    for scope, shown in zip(scopes, data["maps"], strict=True):
+        wanted = tls.answer_map(tiny, PROMPT, " are old.", scope, rules="linear")
+        assert shown["rows"][:10] == [None] * 10
+        for row, one in zip(shown["rows"][10:], wanted, strict=True):
+            assert row == pytest.approx(one.scores.tolist(), rel=1e-3, abs=1e-6)
+        assert shown["explained"][10:] == ["·are", "·old", "."]
 
 
 def test_self_contained(tmp_path: Path) -> None:
@@ -142,6 +166,18 @@ def test_too_large_a_page_is_refused_before_anything_is_computed(tiny: Any, monk
     monkeypatch.setattr(view, "LARGEST", 50)
     with pytest.raises(ValueError, match=r"would hold 55 scores .*opens 50 well: ask a shorter prompt, or call attri"):
         explore(tiny, PROMPT, tls.SemanticScope())
+
+
+def test_a_page_of_an_answer_that_is_too_large(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view, "LARGEST", 30)
+    monkeypatch.setattr("tl_scopes.explorer.answer_map", None)
+    with pytest.raises(ValueError, match="would hold 36 scores of 12 tokens"):
+        explore(tiny, PROMPT, tls.SemanticScope(), answer=" are old.")
+
+
+def test_an_answer_or_the_tokens_of_the_text(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="target='next' is about the tokens of the prompt, and answer= about those of"):
+        explore(tiny, PROMPT, tls.SemanticScope(), answer=" are old.", target="next")
 
 
 def test_what_does_not_belong_together(tiny: Any, no_type_checks: None) -> None:
@@ -232,6 +268,30 @@ def test_hover_and_shift(browser: Browser, tmp_path: Path) -> None:
     assert alike(grounds(browser), expected([None, None, *shares[2:, 2].tolist()]))
     browser.away()
     assert text(browser, "what").startswith("What moves the prediction after ·of (7)")
+
+
+@needs_browser
+def test_hover_over_an_answer(browser: Browser, tmp_path: Path, tiny: Any) -> None:
+    """A token of the answer shows what moved it, one of the prompt what it moves."""
+    carried = tls.carried_by(tls.linearize(tiny, PROMPT), tls.SemanticScope(), by="position")
+    explored = tls.explore(tiny, PROMPT, tls.SemanticScope(), answer=" are old.", carried=carried)
+    opened(browser, explored, tmp_path)
+    assert text(browser, "what") == "What moves the prediction of . (12)"
+    browser.mouse(token(10))
+    assert text(browser, "what") == "What moves the prediction of ·are (10)"
+    assert text(browser, "after") == "Likeliest in the place of ·are (10)"
+    assert browser.run("document.querySelector('#next .focus').innerText") == "·are"
+    assert "·keys" in browser.run("document.querySelector('#top tbody tr').innerText")
+    browser.mouse(token(2))
+    told = "What ·keys (2) moves: the predictions of these tokens"
+    assert text(browser, "what") == told
+    assert browser.run("document.querySelectorAll('#top tbody tr').length") == 3
+    browser.mouse(token(11), shift=True)
+    assert browser.run("document.querySelector('#top tbody').innerText").startswith("12")
+    browser.away()
+    browser.choose("layer", 1)
+    assert text(browser, "after") == "Likeliest in the place of ·are (10)"
+    assert browser.complaints == []
 
 
 @needs_browser
@@ -447,6 +507,12 @@ def test_the_heading_is_not_covered(browser: Browser, tmp_path: Path) -> None:
         "parseFloat(getComputedStyle(e).outlineOffset) + 2])(document.getElementById('text'))"
     )
     assert gap >= frame
+
+
+def test_the_title_of_a_chat_leaves_the_template_out() -> None:
+    parts = ("template", "user", "user", "template", "assistant", "user", "user", "template")
+    one = prompt_map(["<s>", "Who", "?", "<a>", "Me.", "Wh", "y?", "<a>"], random(8), parts=parts)
+    assert held(Explorer((one,)).to_html())["title"] == "tl_scopes: 'Who? Me. Why?'"
 
 
 def test_the_title_spells_no_bytes() -> None:

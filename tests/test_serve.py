@@ -14,6 +14,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from urllib.request import urlopen
 
 import pytest
 from typer.testing import CliRunner
@@ -239,7 +240,7 @@ def test_the_command_tells_a_wrong_model(tmp_path: Path) -> None:
 def test_help() -> None:
     result = CliRunner().invoke(app, ["--help"])
     shown = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
-    for option in ("--scope", "--chat", "--rules", "--model", "--port", "--host", "--bos", "Ctrl+C"):
+    for option in ("--scope", "--chat", "--generate", "--rules", "--model", "--port", "--host", "--bos", "Ctrl+C"):
         assert option in shown
 
 
@@ -277,6 +278,49 @@ def run_as_a_person(monkeypatch: pytest.MonkeyPatch, args: list[str], visit: Cal
     assert ended.value.code == 0
 
 
+def test_what_the_model_says_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def visit(address: str) -> None:
+        with urlopen(f"{address}?prompt={quote(PROMPT)}") as answer:
+            page = answer.read().decode()
+        found = re.search('<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+        assert found
+        data = json.loads(found[1])
+        assert [map["scope"] for map in data["maps"]] == ["SemanticScope()", "TemperatureScope()"]
+        assert data["said"]
+        assert [row is not None for row in data["maps"][0]["rows"]] == [False] * 7 + [True] * 3
+
+    run_as_a_person(monkeypatch, ["--generate", "3"], visit)
+
+
+@needs_browser
+def test_a_form_that_is_at_work(browser: Browser) -> None:
+    """Ctrl+Enter asks once; the button says that the model is at work, until the person writes on."""
+    asked: list[str] = []
+
+    def explore(prompt: str) -> Any:
+        asked.append(prompt)
+        raise ValueError("enough")
+
+    # In one expression, since the browser runs no second one while it waits for an answer.
+    person = """(() => {
+        const area = document.querySelector("textarea"), button = document.querySelector("button");
+        const key = {key: "Enter", ctrlKey: true, bubbles: true};
+        const press = () => area.dispatchEvent(new KeyboardEvent("keydown", key));
+        const seen = () => [button.innerText, button.disabled];
+        area.value = "The keys";
+        press(); press();
+        const busy = seen();
+        area.dispatchEvent(new Event("input", {bubbles: true}));
+        return [busy, seen()];
+    })()"""
+    with serving(explore) as server:
+        browser.open(server.url)
+        assert browser.run(person) == [["at work …", True], ["Explore", False]]
+        while not asked:
+            browser.events.append(browser._next())
+    assert asked == ["The keys"]
+
+
 @needs_browser
 def test_type_a_prompt_in(
     browser: Browser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -288,6 +332,7 @@ def test_type_a_prompt_in(
         addresses.append(address)
         browser.open(address)
         assert browser.run("document.title") == "tl_scopes: tiny"
+        assert browser.run("document.activeElement.tagName") == "TEXTAREA"  # one can type at once
         for prompt, shown in ((PROMPT, "·cabinet (6)"), ("<b> The", "The (")):
             browser.submit("textarea", prompt)
             assert shown in browser.run("document.getElementById('what').innerText")

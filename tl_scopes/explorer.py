@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tl_scopes import models
-from tl_scopes.api import attribution_map
+from tl_scopes.api import answer_map, attribution_map
 from tl_scopes.circuits.paths import Paths
-from tl_scopes.models import Model, Prompt, Rules
+from tl_scopes.models import Answer, Model, Prompt, Rules
 from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.scopes.scope import Scope, require_scope
 from tl_scopes.views import explorer as view
@@ -25,11 +25,15 @@ class Explorer:
         maps: one map for each scope, all of the same tokens.
         carried: what `carried_by(lin, scope, by="position")` returned, for the slider of layers; None is no slider.
         bos: whether the first token is a BOS token, which the page can set aside.
+        ending: the token that the last prediction is about, where each is about the token that follows in the text or
+            the answer: then the page shows it too, and says of each token what moved it. None where predictions are
+            about the likeliest token.
     """
 
     maps: tuple[AttributionMap, ...]
     carried: Paths | None = None
     bos: bool = False
+    ending: str | None = None
 
     def __post_init__(self) -> None:
         if not self.maps:
@@ -75,7 +79,12 @@ class Explorer:
     def __repr__(self) -> str:
         scopes = ", ".join(one.answers[-1].question for one in self.maps)
         layers = "" if self.carried is None else f", {len(self.carried.layers)} layers"
-        return f"Explorer({scopes}: {len(self.str_tokens)} tokens{layers}, {self.maps[0].answers[-1].model})"
+        first, last = self.maps[0].answers[0], self.maps[0].answers[-1]
+        read, shown = first.position + 1, len(self.str_tokens) + (self.ending is not None)
+        tokens = (
+            f"{shown} tokens" if self.ending is None or read == 1 else f"{read} tokens and {shown - read} of an answer"
+        )
+        return f"Explorer({scopes}: {tokens}{layers}, {last.model})"
 
     def to_html(self, path: str | Path | None = None) -> str:
         """One page that holds all it needs: it asks no network. `path` is where to write it.
@@ -93,6 +102,7 @@ def explore(
     prompt: Prompt,
     scopes: Scope | Sequence[Scope],
     *,
+    answer: Answer | None = None,
     carried: Paths | None = None,
     target: Literal["likeliest", "next"] = "likeliest",
     wrt: str = models.EMBEDDING,
@@ -110,14 +120,19 @@ def explore(
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
         prompt: as in `linearize`; also a chat.
         scopes: the questions, between which the page switches; one or several.
+        answer: text, token ids, or what `generate` returned: what was said after the prompt. Then only the tokens of
+            the answer are explained, as in `answer_map`, each from the prompt and the answer before it.
         carried: what `carried_by(lin, scope, by="position")` returned for this prompt: then a slider shows at which
             positions the influence of a token stands before each layer.
         target, wrt, of, prepend_bos, checkpoint, rules: as in `attribution_map`.
 
-    Cost: for each scope that of `attribution_map`, with one forward pass. The page takes 8 bytes for each score.
+    Cost: for each scope that of `attribution_map`, or of `answer_map`, with one forward pass. A `FisherScope()` goes
+        back 32 times for each token that is explained, and takes some thirty times as long as a `SemanticScope()`. The
+        page takes 8 bytes for each score.
 
-    Raises: as `attribution_map` does. ValueError for no scopes; before anything is computed, for more scores than a
-        page holds; for a `carried` of another prompt or not by position.
+    Raises: as `attribution_map` and `answer_map` do. ValueError for an answer together with target="next"; for no
+        scopes; before anything is computed, for more scores than a page holds; for a `carried` of another prompt or not
+        by position.
 
     Example:
         >>> page = tls.explore(model, "The keys to the old cabinet near the door", [tls.SemanticScope()])
@@ -125,6 +140,8 @@ def explore(
         Explorer(SemanticScope(): 10 tokens, tiny)
         >>> page.to_html().startswith("<!doctype html>")
         True
+        >>> tls.explore(model, "The keys to the old cabinet near the door", tls.SemanticScope(), answer=" are old.")
+        Explorer(SemanticScope(): 10 tokens and 3 of an answer, tiny)
     """
     asked = [scopes] if isinstance(scopes, Scope) else list(scopes)
     for scope in asked:
@@ -135,11 +152,24 @@ def explore(
         )
     models.check_model(model)
     tokens = models.tokenize(model, prompt, prepend_bos)
+    options: dict[str, Any] = {"wrt": wrt, "of": of, "prepend_bos": prepend_bos, "checkpoint": checkpoint}
+    options |= {"rules": rules}
+    bos = models.starts_with_bos(model, tokens)
+    if answer is not None:
+        if target != "likeliest":
+            raise ValueError(
+                f"target={target!r} is about the tokens of the prompt, and answer= about those of an answer: give one "
+                "of them."
+            )
+        said, _ = models.read_answer(model, answer, tokens)
+        columns = len(tokens) + len(said) - 1
+        _require_small(len(asked) * len(said) * columns, columns, len(asked))
+        rows = [answer_map(model, prompt, answer, scope, **options) for scope in asked]
+        return Explorer(tuple(one.map for one in rows), carried, bos, rows[0].answer_texts[-1] if rows else None)
     _require_small(len(asked) * len(tokens) * (len(tokens) + 1) // 2, len(tokens), len(asked))
-    options: dict[str, Any] = {"target": target, "wrt": wrt, "of": of, "prepend_bos": prepend_bos}
-    options |= {"checkpoint": checkpoint, "rules": rules}
-    maps = tuple(attribution_map(model, prompt, scope, **options) for scope in asked)
-    return Explorer(maps, carried, models.starts_with_bos(model, tokens))
+    maps = tuple(attribution_map(model, prompt, scope, target=target, **options) for scope in asked)
+    ending = models.token_text(model, int(tokens[-1])) if target == "next" else None
+    return Explorer(maps, carried, bos, ending)
 
 
 def _require_small(cells: int, tokens: int, scopes: int) -> None:

@@ -1,8 +1,22 @@
 "use strict";
-// The explorer. Every text that comes from a model or a person is set by textContent.
+// The form: Ctrl+Enter asks, and while the model is at work the button says so and does not ask again.
 (() => {
+const form = document.querySelector("form.ask"), button = form?.querySelector("button");
+if (!form) return;
+const work = busy => { button.disabled = busy; button.textContent = busy ? "at work \u2026" : "Explore"; };
+form.addEventListener("submit", event => { if (button.disabled) event.preventDefault(); else work(true); });
+form.addEventListener("input", () => work(false));
+form.addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
+});
+window.addEventListener("keydown", event => event.key === "Escape" && work(false));  // which stops loading
+window.addEventListener("pageshow", () => work(false));  // a page that the browser kept, when one goes back
+})();
+
+// The explorer. Every text that comes from a model or a person is set by textContent.
+if (document.getElementById("data")) (() => {
 const $ = id => document.getElementById(id);
-const data = JSON.parse($("data").textContent), {tokens, maps, carried} = data, n = tokens.length;
+const data = JSON.parse($("data").textContent), {tokens, maps, carried, said} = data, n = tokens.length;
 const make = (parent, name, text = "", kind = "") => {
   const made = document.createElement(name);
   made.textContent = text;
@@ -141,7 +155,9 @@ const drawLegend = (scale, unit) => {
 const draw = () => {
   const pinned = view.pin >= 0, answered = maps[view.scope].rows.findLastIndex(one => one);
   const focus = pinned ? view.pin : hovered >= 0 ? hovered : view.layer >= 0 ? -1 : answered;
-  const column = !!view.column !== (shift && !pinned && hovered >= 0), map = maps[view.scope];
+  // A row is about a token's own prediction (said) or about the one after it. What was not predicted only moves others.
+  const map = maps[view.scope], given = said && focus >= 0 && !map.rows[focus];
+  const column = given || !!view.column !== (shift && !pinned && hovered >= 0);
   const shown = cells(focus, column), kept = shown.map((cell, i) => [cell, i]).filter(([cell]) => cell);
   const layered = view.layer >= 0, {unit} = layered ? carried : map;
   const scale = view.value === "score" && view.colour !== "even" && !layered
@@ -159,7 +175,9 @@ const draw = () => {
   $("what").textContent = layered
     ? `Where the influence of ${carried.tokens.includes(focus) ? named(focus) : "all tokens"} on the prediction after ` +
       `${named(carried.position)} stands ${carried.names[view.layer]}, by ${carried.scope}`
-    : column ? `What ${after} moves: the predictions after these tokens`
+    : column ? `What ${after} moves: the predictions ${said ? "of" : "after"} these tokens`
+    : said ? `What moves the prediction of ${after}` +
+      (explained == null || explained === tokens[focus][0] ? "" : `, explaining ${explained}`)
     : !shown.length ? `There is no answer for the prediction after ${after}`
     : `What moves the prediction after ${after}` + (explained == null ? "" : `, explaining ${explained}`);
   const cell = pinned && hovered >= 0 ? shown[hovered] : null;
@@ -170,11 +188,12 @@ const draw = () => {
     .sort(([a], [b]) => Math.abs(amount(b)) - Math.abs(amount(a))).slice(0, 8);
   $("order").textContent = !top.length ? "" : layered ? "Where most of it stands"
     : column ? `Moved most by ${after}` : "Most influential";
-  table($("top"), ["", layered ? "at token" : column ? "after token" : "token", "score", "share"],
+  table($("top"), ["", layered ? "at token" : column && !said ? "after token" : "token", "score", "share"],
     top.map(([cell, i]) => [i, [tokens[i][0], ""], brief(cell.score), percent(cell.share)]),
     top.map(([cell]) => amount(cell)));
-  const place = layered ? carried.position : focus, next = data.next[place] ?? [];
-  $("after").textContent = next.length ? `Next tokens after ${named(place)}` : "";
+  const place = layered ? carried.position + Number(said) : focus, next = data.next[place] ?? [];
+  $("after").textContent = !next.length ? "" : said ? `Likeliest in the place of ${named(place)}`
+    : `Next tokens after ${named(place)}`;
   table($("next"), ["", "token", ""],
     next.map(([text, p], i) => [i + 1, [text, text === map.explained[place] ? "focus" : "boxed"], percent(p)]),
     next.map(([, p]) => p));

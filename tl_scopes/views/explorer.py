@@ -12,6 +12,7 @@ from functools import cache
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from tl_scopes.views import attribution_map
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 LARGEST = 600_000
 """How many scores one page holds at most: about 5 MB, which a browser opens in a second and a notebook can save."""
+
+_ASKED = "Type a prompt in to see which of its tokens moves which prediction. Ctrl+Enter asks, Enter begins a new line."
 
 _BODY = """<div id="app" hidden>
 <h1 id="title"></h1><div class="small" id="about"></div>
@@ -58,14 +61,18 @@ def page(explored: "Explorer", *above: Html) -> Html:
 def asked(title: str, prompt: str = "", error: str = "") -> Html:
     """A page with a form for a prompt, and what was wrong with the last one."""
     told = tag("p", "", error, **{"class": "error", "role": "alert"}) if error else Html()
-    return document(title, tag("h1", "", title), form(prompt), told)
+    help = tag("p", "", _ASKED, **{"class": "small"})
+    script = tag("script", "", Html(_asset("js")))
+    return document(title, tag("h1", "", title), help, form(prompt, autofocus="autofocus"), told, script)
 
 
-def form(prompt: str) -> Html:
+def form(prompt: str, **attributes: str) -> Html:
     """Where a prompt is typed in."""
+    attributes |= {"aria-label": "prompt", "spellcheck": "false"}
     # A line break at the start of a text area is not a part of its text.
-    area = tag("textarea", "", "\n" + prompt, name="prompt", **{"aria-label": "prompt", "spellcheck": "false"})
-    return tag("form", "", area, tag("button", "", "Explore"), action="/", method="get", **{"class": "ask"})
+    area = tag("textarea", "", "\n" + prompt, name="prompt", **attributes)
+    button = tag("button", "", "Explore", title="Ctrl+Enter")
+    return tag("form", "", area, button, action="/", method="get", **{"class": "ask"})
 
 
 def document(title: str, *parts: Html) -> Html:
@@ -105,19 +112,22 @@ def fragment(explored: "Explorer") -> Html:
 def record(explored: "Explorer") -> dict[str, Any]:
     """What the page shows, as JSON knows it."""
     last = explored.maps[0].answers[-1]
-    predictions: list[Any] = [None] * len(last.tokens)
+    said = explored.ending is not None
+    texts = last.shown_tokens if explored.ending is None else (*last.shown_tokens, explored.ending)
+    predictions: list[Any] = [None] * len(texts)
     for answer in explored.maps[0]:
-        predictions[answer.position] = [
+        predictions[answer.position + said] = [
             [visible(one.token.text), _short(one.probability)] for one in answer.predictions
         ]
     return {
         "title": _title(explored),
         "about": f"{last.model} · {last.dtype} · {last.wrt} → {last.of}",
-        "tokens": [list(token) for token in _tokens(last.shown_tokens)],
+        "tokens": [list(token) for token in _tokens(texts)],
         "parts": list(last.parts),
+        "said": said,
         "bos": explored.bos,
         "ramps": [[_channels(ramp), _channels(map(dark, ramp))] for ramp in RAMPS],
-        "maps": [_map(one) for one in explored.maps],
+        "maps": [_map(one, len(texts), said) for one in explored.maps],
         "next": predictions,
         "carried": explored.carried and _carried(explored.carried),
     }
@@ -136,15 +146,16 @@ def _tokens(texts: tuple[str, ...]) -> list[tuple[str, bool, int]]:
     ]
 
 
-def _map(one: "AttributionMap") -> dict[str, Any]:
+def _map(one: "AttributionMap", size: int, said: bool) -> dict[str, Any]:
+    """A row stands at the token after which its prediction is read, or, where that was said, at the predicted token."""
     last = one.answers[-1]
-    rows: list[Any] = [None] * len(last.tokens)
-    explained: list[Any] = [None] * len(last.tokens)
+    rows: list[Any] = [None] * size
+    explained: list[Any] = [None] * size
     for answer in one:
-        rows[answer.position] = [_short(score) for score in answer.scores.tolist()]
+        rows[answer.position + said] = [_short(score) for score in answer.scores.tolist()]
         if answer.target is not None:
             against = f" against {visible(answer.versus.text)}" if answer.versus is not None else ""
-            explained[answer.position] = visible(answer.target.text) + against
+            explained[answer.position + said] = visible(answer.target.text) + against
     notes = [f"Note: {note}" for note in dict.fromkeys(note for answer in one for note in answer.notes)]
     notes += [f"Made with {last.provenance}"] if last.provenance is not None else []
     return {
@@ -169,7 +180,11 @@ def _carried(paths: "Paths") -> dict[str, Any]:
 
 
 def _title(explored: "Explorer") -> str:
-    text = "".join(shown for shown in explored.maps[0].answers[-1].shown_tokens if shown != "⋯")
+    last = explored.maps[0].answers[-1]
+    parts = last.parts or ("",) * len(last.shown_tokens)
+    said = groupby(zip(last.shown_tokens, parts, strict=True), key=lambda one: one[1])
+    messages = ["".join(text for text, _ in one if text != "⋯") for part, one in said if part != "template"]
+    text = " ".join(messages) + (explored.ending or "")
     return f"tl_scopes: {text if len(text) <= 80 else text[:79] + '…'!r}"
 
 
