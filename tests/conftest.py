@@ -15,6 +15,7 @@ import torch
 import tl_scopes as tls
 from tests import zoo
 from tests.browser import Browser
+from tl_scopes.models.threads import one_at_a_time
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -36,6 +37,13 @@ def tiny() -> Any:
 def golden_model(request: pytest.FixtureRequest) -> Any:
     """The random Llama that the paper authors' code was run on, as both kinds of model."""
     return zoo.llama(zoo.GOLDEN, request.param)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_held() -> Iterator[None]:
+    """No test leaves the lock of our passes with its thread, where all other threads would wait for it."""
+    yield
+    assert not one_at_a_time._is_owned()  # type: ignore[attr-defined]
 
 
 def _without_type_checks() -> Iterator[None]:
