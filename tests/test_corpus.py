@@ -567,6 +567,21 @@ def test_provenance(tiny: Any) -> None:
         )
 
 
+def test_answers_of_every_kind_say_what_they_were_made_with(tiny: Any, out: Path) -> None:
+    """At the foot of their pages; paths also in JSON, through one component, and when they are read from a corpus."""
+    made, lin = Provenance.of(tiny), tls.linearize(tiny, TEXTS[0])
+    paths = tls.carried_by(lin, SEMANTIC)
+    rows = tls.answer_map(tiny, TEXTS[0], " are old", SEMANTIC)
+    encoder = torch.eye(128)[:6]
+    features = tls.feature_map(tiny, TEXTS[0], tls.Features(encoder, "blocks.2.hook_resid_post"), at=None)
+    pages = [paths.to_html(), paths.flow(), tls.layer_map(tiny, TEXTS[0], SEMANTIC).to_html(), features.to_html()]
+    assert all(str(made) in page for page in (*pages, rows.to_html(), rows.traced().to_html()))
+    assert tls.Paths.from_json(paths.to_json()).provenance == paths.through("L2H2").provenance == made
+    (kept,) = ask(TEXTS[:1], out, model=tiny, carried_by="head")
+    assert isinstance(kept, tls.Paths)
+    assert kept.provenance == made
+
+
 def test_other_weights_have_another_checksum() -> None:
     """Whatever parameter was trained, and at once."""
     model = tls.load_tiny()
@@ -581,6 +596,7 @@ def test_other_weights_have_another_checksum() -> None:
 def test_other_versions(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading under other versions of the model's libraries warns, for a corpus once."""
     text = tls.attribute(tiny, TEXTS[0], SEMANTIC).to_json()
+    paths = tls.carried_by(tls.linearize(tiny, TEXTS[0]), SEMANTIC).to_json()
     ask(TEXTS, out, model=tiny)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -589,6 +605,8 @@ def test_other_versions(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tl_scopes.models.provenance._installed", lambda package: "9.9")
     with pytest.warns(UserWarning, match=r"this answer was made with other versions, .*torch .*\(now 9\.9\), with"):
         tls.Attribution.from_json(text)
+    with pytest.warns(UserWarning, match="this answer was made with other versions"):
+        tls.Paths.from_json(paths)
     with pytest.warns(UserWarning, match="the corpus in '.*' was made with other versions") as warned:
         list(tls.read_corpus(out))
     assert len(warned) == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_scopes.models import Provenance, Target, Token, as_count, as_int, readable
 from tl_scopes.models.linear_rules import under
-from tl_scopes.results import json_record, json_text, units
+from tl_scopes.results import json_record, units
 from tl_scopes.results.units import Unit
 from tl_scopes.views import attribution as card
 from tl_scopes.views.live import LiveView
@@ -363,13 +363,12 @@ class Attribution:
         """Read what `to_json` wrote. A warning says so where it was made with other versions of the model's libraries.
 
         Raises:
+            TypeError: for something that is not text.
             ValueError: for text that is not an Attribution, or that a later version has written.
         """
         found = json_record.read(text)
         if found["provenance"] is not None:
-            found["provenance"] = Provenance(**found["provenance"])
             found["provenance"].warn_of_other_versions("this answer", stacklevel=2)
-        found |= {name: json_text.target_of(found[name]) for name in ("target", "versus")}
         found["predictions"] = tuple(Prediction(Token(*token), p) for token, p in found["predictions"])
         return cls(**found)
 
