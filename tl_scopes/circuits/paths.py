@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -294,18 +294,21 @@ class Paths:
         """
         import pandas as pd
 
-        columns: dict[str, list[object]] = {}
-        for column, position in enumerate(self.positions):
-            for i in range(self.values[..., column].numel()):
-                place = tuple(int(j) for j in torch.unravel_index(torch.tensor(i), self.values.shape[:-1]))
-                found = self._passage(i, column)
-                row: dict[str, object] = {"layer": found.layer}
-                row |= dict(zip(self.axis_names[1:-1], place[1:], strict=True))
-                row |= {"name": found.name, "source": position, "token": found.token, "value": found.value}
-                row |= {"share": found.share, "at": found.position}
-                for key, value in row.items():
-                    columns.setdefault(key, []).append(value)
-        return pd.DataFrame(columns)
+        places = list(product(*map(range, self.values.shape[:-1])))
+        layer, *others = zip(*places, strict=True)
+        layers = [self.layers[i] for i in layer]
+        names = [self.name(n, *place[1:]) for n, place in zip(layers, places, strict=True)]
+        frames = []
+        for column, source in enumerate(self.positions):
+            at: Any = others[0] if self.by == "position" else None
+            if self.where is not None:
+                at = self.where[..., column].abs().argmax(-1).flatten().tolist()
+            score, values = self.scores[column].item(), self.values[..., column].flatten().double()
+            share = values / score if score else torch.zeros_like(values)
+            columns = {"layer": layers} | dict(zip(self.axis_names[1:-1], others, strict=True))
+            columns |= {"name": names, "source": source, "token": self.str_tokens[source]}
+            frames.append(pd.DataFrame(columns | {"value": values.tolist(), "share": share.tolist(), "at": at}))
+        return pd.concat(frames, ignore_index=True)
 
     def to_json(self) -> str:
         """The whole answer as text that `from_json` reads back without loss."""

@@ -175,16 +175,11 @@ class Attribution:
         no share: they count as zero.
         """
         scores = self.scores
-        if not all(self._counted):
-            scores = scores * torch.tensor(self._counted, device="cpu")
+        if not all(self.is_counted):
+            scores = scores * torch.tensor(self.is_counted, device="cpu")
         # Without a copy where none is needed, because the sum of a copy may be rounded otherwise.
         total = (scores.abs() if (scores < 0).any() else scores).sum()
         return scores / total if total != 0 else torch.zeros_like(scores)
-
-    @property
-    def _counted(self) -> list[bool]:
-        """For each token whether it has a share."""
-        return [part not in self.uncounted for part in self.parts] or [True] * len(self.scores)
 
     @property
     def shown_tokens(self) -> tuple[str, ...]:
@@ -199,7 +194,7 @@ class Attribution:
     @property
     def is_counted(self) -> tuple[bool, ...]:
         """For each token whether it has a share: tokens of an `uncounted` part have none."""
-        return tuple(self._counted)
+        return tuple(part not in self.uncounted for part in self.parts) or (True,) * len(self.scores)
 
     def top(self, count: int | SupportsIndex = 5) -> tuple[Influence, ...]:
         """The most influential tokens, the score of the largest size first; all tokens where there are fewer.
@@ -208,7 +203,7 @@ class Attribution:
             ValueError: for a count below 1.
         """
         count = as_count(count, "count must be at least 1")
-        share, counted = self.share, self._counted
+        share, counted = self.share, self.is_counted
         order = [i for i in self.scores.abs().argsort(descending=True, stable=True).tolist() if counted[i]][:count]
         return tuple(
             Influence(self.positions[i], self.str_tokens[i], self.scores[i].item(), share[i].item()) for i in order
@@ -311,15 +306,13 @@ class Attribution:
             how: what a group is called.
         """
         assert self.grouping is not None
-        combined = {
-            "norm": lambda: torch.stack([self.scores[g.start : g.stop].norm() for g in groups]),
-            "sum": lambda: torch.stack([self.scores[g.start : g.stop].sum() for g in groups]),
-            "signed": lambda: torch.stack([self.details["signed"][g.start : g.stop].sum().abs() for g in groups]),
-        }[self.grouping]()
-        details = {name: value for name, value in self.details.items() if not isinstance(value, Tensor)}
-        if self.grouping == "signed":
-            details["signed"] = torch.stack([self.details["signed"][g.start : g.stop].sum() for g in groups])
         rule = {"norm": "√Σ score²", "sum": "Σ score", "signed": "|Σ signed|"}[self.grouping]
+        details = {name: value for name, value in self.details.items() if not isinstance(value, Tensor)}
+        added = self.details["signed"] if self.grouping == "signed" else self.scores
+        parts = [added[group.start : group.stop] for group in groups]
+        combined = torch.stack([part.norm() if self.grouping == "norm" else part.sum() for part in parts])
+        if self.grouping == "signed":
+            details["signed"], combined = combined, combined.abs()
         firsts = [group.start for group in groups]
         return replace(
             self,
