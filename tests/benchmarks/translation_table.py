@@ -70,7 +70,7 @@ QUESTIONS: dict[str, tuple[tls.Scope, str | None]] = {
     "relevance, linear": (tls.RelevanceScope(), "linear"),
 }
 WHOLE = ("Temperature", "Fisher")
-"""Of these there is a row for every token, as in the paper's figure; of the others for the words of the lexicon."""
+"""These have a row for every token, as in the paper's figure; the others for the words of the lexicon alone."""
 
 
 class Layout:

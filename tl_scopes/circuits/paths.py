@@ -305,7 +305,7 @@ class Paths:
                 at = self.where[..., column].abs().argmax(-1).flatten().tolist()
             score, values = self.scores[column].item(), self.values[..., column].flatten().double()
             share = values / score if score else torch.zeros_like(values)
-            columns = {"layer": layers} | dict(zip(self.axis_names[1:-1], others, strict=True))
+            columns: dict[str, Any] = {"layer": layers} | dict(zip(self.axis_names[1:-1], others, strict=True))
             columns |= {"name": names, "source": source, "token": self.str_tokens[source]}
             frames.append(pd.DataFrame(columns | {"value": values.tolist(), "share": share.tolist(), "at": at}))
         return pd.concat(frames, ignore_index=True)

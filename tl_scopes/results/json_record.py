@@ -33,7 +33,7 @@ class _Record(AnswerRecord):
     def _positions_increase(self) -> "_Record":
         if any(a >= b for a, b in zip(self.positions, self.positions[1:], strict=False)):
             raise ValueError(f"positions must increase, got {self.positions[:20]}")
-        # Of an answer of several tokens the first is predicted at the position, and earlier ones may be scored.
+        # Where the target is several tokens, the position is that of the first, and all but the last may have scores.
         last = self.position + (len(self.target.tokens) - 1 if self.target and not self.target.any_of else 0)
         if self.positions and self.positions[-1] > last:
             raise ValueError(f"the prediction was read at position {last}, before {self.positions[-1]}")
