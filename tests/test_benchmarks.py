@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +122,36 @@ def test_differences_between_precisions_are_of_ranks_and_of_the_largest_score() 
     assert "| 0.0000 (-1.000) | 43% (75%) | 1 of 2 |" in Difference.table([record])
 
 
-def test_precision_runs_on_the_bundled_model(
+def run(main: Callable[[], None], *arguments: str) -> None:
+    """Run a script with these arguments; it may take one thread."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["script", *arguments])
+        try:
+            main()
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_precision_puts_its_table_behind_its_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "costs.md"
+    page.write_text("| other |\n\n`python -m tests.benchmarks.precision`:\n\n| old |\n| old |\n\nBehind it.\n")
+    run(precision.main, "--count", "2", "--into", str(page))
+    table = capsys.readouterr().out.split("\n\n", 1)[1].rstrip("\n")
+    assert table.count("| the weights as loaded |") == table.count("| the rounded weights |") == 6
+    assert page.read_text() == f"| other |\n\n`python -m tests.benchmarks.precision`:\n\n{table}\n\nBehind it.\n"
+
+
+def test_throughput_compares_with_what_is_installed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["precision", "--count", "2"])
-    threads = torch.get_num_threads()
-    try:
-        precision.main()
-    finally:
-        torch.set_num_threads(threads)
-    text = capsys.readouterr().out
-    assert text.count("| the weights as loaded |") == text.count("| the rounded weights |") == 6
+    monkeypatch.setattr(throughput, "find_spec", lambda name: None if name == "inseq" else find_spec(name))
+    run(throughput.main, "--count", "3", "--batch", "2", "--rounds", "1")
+    said = capsys.readouterr().out
+    assert "tiny, 3 prompts of 6 to 40 tokens, batches of 2, 1 rounds" in said
+    rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| attribute") or "captum" in line]
+    assert rows[0][2:] == ["1.00", "1.00 to 1.00 |"]
+    assert len(rows) == (3 if find_spec("captum") else 1)
 
 
 def test_what_is_timed_together_computes_the_same() -> None:

@@ -79,11 +79,13 @@ def test_axes_and_names(lin: tls.Linearization, by: Any, axes: tuple[str, ...], 
     end = [size - 1 for size in found.values.shape[1:-1]]
     assert (found.name(0, *[0] * len(end)), found.name(found.layers[-1], *end)) == (name, last)
     assert found.top(3)
-    frame = found.to_dataframe() if by != "neuron" else None
-    if frame is not None:
-        assert frame["value"].tolist() == found.values.flatten().tolist()
-        assert set(axes[:-1]) < set(frame.columns)
-        assert frame["share"].sum() == pytest.approx((found.values.sum() / found.scores[0]).item(), rel=1e-4)
+    frame = found.to_dataframe()
+    assert frame["value"].tolist() == found.values.flatten().tolist()
+    assert set(axes[:-1]) < set(frame.columns)
+    assert frame["share"].sum() == pytest.approx((found.values.sum() / found.scores[0]).item(), rel=1e-4)
+    largest = frame.loc[frame["value"].abs().nlargest(3).index]
+    for row, first in zip(largest.itertuples(), found.top(3), strict=False):
+        assert (row.name, row.token, row.at, row.layer) == (first.name, first.token, first.position, first.layer)
     assert repr(tls.Paths.from_json(found.to_json())) == repr(found)
     assert "<script" not in found.to_html()
     if by == "neuron":

@@ -176,9 +176,36 @@ def test_what_cannot_be_kept(tiny: Any, out: Path, options: dict[str, Any], mess
     assert not out.exists()
 
 
-@pytest.mark.parametrize("scope", [tls.RelevanceScope(), tls.PathIntegratedScope(steps=4)], ids=str)
-def test_scopes_without_parts(tiny: Any, out: Path, scope: tls.Scope) -> None:
-    with pytest.raises(TypeError, match="carried_by takes scopes whose scores are norms of cᵀJ"):
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"predictions": "every"}, 'predictions="every" explains one answer: leave'),
+        ({"scope": tls.FisherScope()}, "FisherScope() does not compare two answers: leave"),
+        ({"columns": {"answer": None}}, "no answer or target that is compared with it: give these as well, or leave"),
+    ],
+    ids=str,
+)
+def test_foils_that_nothing_is_compared_with(tiny: Any, out: Path, options: dict[str, Any], why: str) -> None:
+    """They are refused at once, also where only a later prompt has one, and an iterator is read."""
+    rows = [{"prompt": text, "answer": " are", "foil": " is" if i else None} for i, text in enumerate(TEXTS)]
+    said = f"the prompt 1 has the foil ' is', and {why} the column of foils out, columns={{'foil': None}}."
+    for given in (rows, iter(rows)):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            ask(given, out, **{"model": tiny} | options)
+        assert not list(out.glob("*.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("scope", "why"),
+    [
+        (tls.RelevanceScope(), "carried_by takes scopes whose scores are norms of cᵀJ"),
+        (tls.PathIntegratedScope(steps=4), "carried_by takes scopes whose scores are norms of cᵀJ"),
+        (tls.FisherScope(rtol=0.1), "chooses its probes as it goes: give their number"),
+    ],
+    ids=str,
+)
+def test_scopes_without_parts(tiny: Any, out: Path, scope: tls.Scope, why: str) -> None:
+    with pytest.raises(TypeError, match=why):
         ask(TEXTS, out, scope, model=tiny, carried_by="head")
     assert not out.exists()
 
@@ -195,10 +222,10 @@ def test_the_batch_size_does_not_matter_one_by_one(tiny: Any, out: Path) -> None
 
 
 def test_every_prediction_of_one_answer(tiny: Any, out: Path) -> None:
-    """Comparisons are errors of their rows."""
-    rows = [{"prompt": TEXTS[0], "answer": " are old", "foil": " is"}, {"prompt": TEXTS[1], "answer": " is", "foil": 5}]
+    """Comparisons that the scope asks for are errors of their rows."""
+    rows = [{"prompt": TEXTS[0], "answer": " are old"}, {"prompt": TEXTS[1], "answer": " is new"}]
     with pytest.warns(UserWarning, match="2 of 2 prompts have no answer"):
-        corpus = ask(rows, out, model=tiny, predictions="every")
+        corpus = ask(rows, out, tls.SemanticScope(versus=" is"), model=tiny, predictions="every")
     assert "every prediction is asked about one answer: leave foils and `versus` out" in corpus.errors[0]
 
 
@@ -567,6 +594,21 @@ def test_provenance(tiny: Any) -> None:
         )
 
 
+def test_answers_of_every_kind_say_what_they_were_made_with(tiny: Any, out: Path) -> None:
+    """At the foot of their pages; paths also in JSON, through one component, and when they are read from a corpus."""
+    made, lin = Provenance.of(tiny), tls.linearize(tiny, TEXTS[0])
+    paths = tls.carried_by(lin, SEMANTIC)
+    rows = tls.answer_map(tiny, TEXTS[0], " are old", SEMANTIC)
+    encoder = torch.eye(128)[:6]
+    features = tls.feature_map(tiny, TEXTS[0], tls.Features(encoder, "blocks.2.hook_resid_post"), at=None)
+    pages = [paths.to_html(), paths.flow(), tls.layer_map(tiny, TEXTS[0], SEMANTIC).to_html(), features.to_html()]
+    assert all(str(made) in page for page in (*pages, rows.to_html(), rows.traced().to_html()))
+    assert tls.Paths.from_json(paths.to_json()).provenance == paths.through("L2H2").provenance == made
+    (kept,) = ask(TEXTS[:1], out, model=tiny, carried_by="head")
+    assert isinstance(kept, tls.Paths)
+    assert kept.provenance == made
+
+
 def test_other_weights_have_another_checksum() -> None:
     """Whatever parameter was trained, and at once."""
     model = tls.load_tiny()
@@ -581,6 +623,7 @@ def test_other_weights_have_another_checksum() -> None:
 def test_other_versions(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading under other versions of the model's libraries warns, for a corpus once."""
     text = tls.attribute(tiny, TEXTS[0], SEMANTIC).to_json()
+    paths = tls.carried_by(tls.linearize(tiny, TEXTS[0]), SEMANTIC).to_json()
     ask(TEXTS, out, model=tiny)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -589,6 +632,8 @@ def test_other_versions(tiny: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("tl_scopes.models.provenance._installed", lambda package: "9.9")
     with pytest.warns(UserWarning, match=r"this answer was made with other versions, .*torch .*\(now 9\.9\), with"):
         tls.Attribution.from_json(text)
+    with pytest.warns(UserWarning, match="this answer was made with other versions"):
+        tls.Paths.from_json(paths)
     with pytest.warns(UserWarning, match="the corpus in '.*' was made with other versions") as warned:
         list(tls.read_corpus(out))
     assert len(warned) == 1

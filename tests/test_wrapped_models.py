@@ -221,6 +221,8 @@ def test_autocast_is_reported(dtype: torch.dtype, checkpoint: bool) -> None:
         lin = tls.linearize(model, PROMPT, checkpoint=checkpoint)
         inside = scope(lin)
         [many] = tls.attribute_many(model, [PROMPT], scope, progress=False, checkpoint=checkpoint)
+        circuits = (tls.carried_by(lin, scope, tokens=0), tls.layer_map(model, PROMPT, scope))
+    assert {found.dtype for found in circuits} == {str(dtype).removeprefix("torch.")}
     answers = [inside, scope(lin), many]
     for answer in answers:
         assert answer is not None

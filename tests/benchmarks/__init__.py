@@ -11,8 +11,14 @@ The benchmarks are run on demand, never by a plain `pytest`:
     python -m tests.benchmarks.throughput FOLDER  # prompts a second in batches, beside captum and inseq
     python -m tests.benchmarks.precision FOLDER --into docs/costs.md  # bfloat16 and float16 against float32
     python -m tests.benchmarks.known_causes_table --into docs/evidence.md  # takes some twenty minutes
+    python -m tests.benchmarks.known_causes_table --model FOLDER --also tests.benchmarks.rules_table:METHODS
     python -m tests.benchmarks.answers FOLDER --into docs/answers.md  # 1, 8 and 32 tokens; some fifteen minutes
+    python -m tests.benchmarks.circuits_table FOLDER --rules linear  # carried parts and patching, for docs/circuits.md
+    python -m tests.benchmarks.fisher  # how far off Fisher Scope's estimate is
     python -m tests.benchmarks.corrections  # which corrections for sinks help; with --sink 0.15 under one made by hand
+
+What these commands print into the documentation is kept there alone. The notebooks show what others store in
+`tests/data`: `cases_table`, `open_checks`, `series_table` and `translation_table`, each with its command at its top.
 
 `bench_cost.py` alone gives the table of costs, `bench_growth.py` the picture; `-k "Semantic or captum"` picks rows.
 

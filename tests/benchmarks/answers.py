@@ -11,10 +11,8 @@ moment of the machine hits all of them. FOLDER is a model in Hugging Face's layo
 """
 
 import argparse
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 
 import tl_scopes as tls
+from tests.benchmarks.setting import in_turns
 from tl_scopes import models
 
 ROUNDS, COUNTS = 5, (1, 8, 32)
@@ -46,7 +45,9 @@ def main() -> None:
     rows: dict[str, list[str]] = {}
     for count in COUNTS:
         said = [int(id) for id in ids[10 : 10 + count]]
-        found = measured(ways(model, inner, ids, said))
+        found = {
+            name: statistics.median(some) for name, some in in_turns(ways(model, inner, ids, said), ROUNDS).items()
+        }
         base, linearised = found.pop("forward pass"), found.pop("linearize")
         for name, seconds in found.items():
             rows.setdefault(name, []).append(f"{seconds / base:.2f}")
@@ -58,15 +59,14 @@ def main() -> None:
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     print(*lines, sep="\n")
     if given.into:
-        text = given.into.read_text(encoding="utf-8")
-        start, stop = place(text)
-        given.into.write_text(text[:start] + "\n".join(lines) + text[stop:], encoding="utf-8")
+        put_behind(given.into, "python -m tests.benchmarks.answers", "\n".join(lines))
 
 
-def place(text: str) -> tuple[int, int]:
-    """Where in a file the table stands: the first one behind the name of this command."""
-    start = text.index("\n|", text.index("python -m tests.benchmarks.answers")) + 1
-    return start, text.index("\n\n", start)
+def put_behind(path: Path, command: str, table: str) -> None:
+    """Put a table in the place of the first one behind the name of a command, in a page."""
+    text = path.read_text(encoding="utf-8")
+    start = text.index("\n|", text.index(command)) + 1
+    path.write_text(text[:start] + table + text[text.index("\n\n", start) :], encoding="utf-8")
 
 
 def ways(model: Any, inner: Any, ids: torch.Tensor, said: list[int]) -> dict[str, Callable[[], object]]:
@@ -117,17 +117,6 @@ def inseq_rows(model: Any, inner: Any, ids: torch.Tensor, said: list[int]) -> Ca
     prompt, whole = decode(ids), decode([*ids.tolist(), *said])
     quiet = {"show_progress": False, "pretty_progress": False}
     return lambda: wrapped.attribute(prompt, whole, attributed_fn="logit", **quiet)
-
-
-def measured(work: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """The median seconds of each."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(ROUNDS + 1):
-        for name in random.sample(list(work), len(work)):
-            start = time.process_time()
-            work[name]()
-            times[name].append(time.process_time() - start)
-    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
 if __name__ == "__main__":

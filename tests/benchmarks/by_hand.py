@@ -6,7 +6,6 @@ benchmarks is taken. CPU time of the process on one thread, 128 tokens; medians,
 """
 
 import argparse
-import random
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 
 import tl_scopes as tls
 from tests.benchmarks.answers import PROMPT
-from tests.benchmarks.setting import CLOCK, setting
+from tests.benchmarks.setting import in_turns, setting
 from tl_scopes import models
 
 
@@ -54,14 +53,7 @@ def measured(loaded: Any, frozen: Any, inner: Any, ids: torch.Tensor, rounds: in
     if frozen is not None:
         frozen.requires_grad_(False)
         ways["Semantic Scope, frozen before"] = lambda: tls.attribute(frozen, ids, scope)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for work in ways.values():
-        work()
-    for _ in range(rounds):
-        for name in random.sample(list(ways), len(ways)):
-            start = CLOCK()
-            ways[name]()
-            seconds[name].append(CLOCK() - start)
+    seconds = in_turns(ways, rounds)
     hand = seconds["by hand"]
     return {
         name: (statistics.median(some) / statistics.median(hand), min(some) / min(hand))

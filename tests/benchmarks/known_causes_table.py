@@ -11,7 +11,6 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -83,14 +82,10 @@ METHODS: dict[str, Method] = {
     "attention rollout": lambda _: AttentionRollout(),
     "random": lambda _: RandomBaseline(),
 }
-"""What is compared on a real model. All but log_prob, Fisher, Temperature and the last three compare with the foil."""
+"""What is compared on a real model. All but log_prob, Fisher, Temperature and the last three compare with the foil.
 
-
-METHODS |= {
-    f"{name}, {rules} rules": _around(partial(tls.UnderRulesScope, rules=rules), METHODS[name])
-    for rules in ("linear", "lookup")
-    for name in ("Semantic", "gradient x input")
-}
+What is asked under rules stands in `rules_table.py`.
+"""
 
 
 def to_markdown(results: "pd.DataFrame", measure: str, reference: str | None = None) -> str:

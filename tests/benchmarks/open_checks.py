@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,6 +26,8 @@ import torch
 from torch import Tensor
 
 import tl_scopes as tls
+from tests.benchmarks.setting import CLOCK
+from tests.benchmarks.translations import DANTE
 from tl_scopes import models
 from tl_scopes.faithfulness.statistics import bootstrap
 from tl_scopes.rank_correlation import spearman
@@ -36,13 +37,9 @@ FILE = Path(__file__).parent.parent / "data" / "open_checks.json"
 DIVERSE = Path(__file__).with_name("diverse.json")
 """Fifty prompts of ten kinds, written for this, in turns, so that the first of them are diverse too. Contradictory
 instructions have a consistent counterpart."""
-DANTE = Path(__file__).with_name("dante.json")
-"""The first ninety lines of the Divine Comedy, each with Longfellow's translation of 1867."""
 SECTIONS = ("translation", "sinks", "linearity")
 _SHORT = 512
 """Up to so many tokens the default Fisher Scope is asked too, and the graph is kept whole."""
-_CLOCK = time.process_time
-"""The seconds that this process computes, whatever else runs."""
 
 Record: TypeAlias = dict[str, Any]
 
@@ -219,8 +216,8 @@ def pairs_of(answers: dict[str, tls.Attribution], some: Any) -> Iterator[tuple[s
 
 def seconds(work: Callable[[], Any]) -> tuple[Any, float]:
     """What a function returns, and how long it computed."""
-    start = _CLOCK()
-    return work(), _CLOCK() - start
+    start = CLOCK()
+    return work(), CLOCK() - start
 
 
 # -- sinks ------------------------------------------------------------------------------------------------------------

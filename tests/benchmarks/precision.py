@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 import tl_scopes as tls
+from tests.benchmarks.answers import put_behind
 from tests.benchmarks.throughput import short_prompts
 from tl_scopes import models
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.tiny import FOLDER
-
-PLACE = "python -m tests.benchmarks.precision"
 
 
 @dataclass(frozen=True)
@@ -137,10 +136,7 @@ def main() -> None:
             records += [one.record() for one in differences(dtype, reference, half, found)]
     print(f"{models.model_name(whole)}, {len(prompts)} prompts\n\n{Difference.table(records)}")
     if given.into:
-        text = given.into.read_text(encoding="utf-8")
-        start = text.index("\n|", text.index(PLACE)) + 1
-        stop = text.index("\n\n", start)
-        given.into.write_text(text[:start] + Difference.table(records) + text[stop:], encoding="utf-8")
+        put_behind(given.into, "python -m tests.benchmarks.precision", Difference.table(records))
 
 
 if __name__ == "__main__":

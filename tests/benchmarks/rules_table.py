@@ -3,7 +3,9 @@
 `python -m tests.benchmarks.known_causes_table --model FOLDER --also tests.benchmarks.rules_table:METHODS`
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ import tl_scopes as tls
 from tests.benchmarks.known_causes_table import Method
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization, vjps
-from tl_scopes.scopes.baselines import GradientTimesInput
 from tl_scopes.scopes.scope import TargetScope
 
 REST = ("norms", "activations", "gates")
@@ -35,19 +36,6 @@ class Contrast(TargetScope):
         return self.quantity_unit(lin)
 
 
-@dataclass(frozen=True)
-class AgainstOthers(TargetScope):
-    """g_t · (x_t − x'_t), x' the mean of the prompt's other tokens: what a token says more than these in its place."""
-
-    def measure(self, lin: Linearization) -> tls.Measurement:
-        gradient = vjps([lin], [lin.cotangent(self.function(lin))[None]])[0][0]
-        others = torch.stack([lin.embeddings.roll(shift, 0) for shift in range(1, len(lin.tokens))]).mean(0)
-        return tls.Measurement((gradient * (lin.embeddings - others)).sum(-1))
-
-    def unit(self, lin: Linearization) -> str:
-        return self.quantity_unit(lin)
-
-
 _means: dict[int, torch.Tensor] = {}
 
 
@@ -58,15 +46,15 @@ def _mean(lin: Linearization) -> torch.Tensor:
     return _means[id(lin.model)]
 
 
-KINDS = {
-    "‖gradient‖": tls.SemanticScope,
-    "gradient · x": GradientTimesInput,
+KINDS: dict[str, Callable[..., tls.Scope]] = {
+    "Semantic": tls.SemanticScope,
+    "relevance": tls.RelevanceScope,
+    "relevance, baseline prompt": partial(tls.RelevanceScope, baseline="prompt"),
     "gradient · (x − mean)": Contrast,
-    "gradient · (x − others)": AgainstOthers,
 }
 
 
-def _method(kind: Any, rules: Any) -> Method:
+def _method(kind: Callable[..., tls.Scope], rules: Any) -> Method:
     def made(example: Any) -> tls.Scope:
         asked = {} if example is None else {"target": example.target, "versus": example.foil}
         scope = kind(**asked)
@@ -79,5 +67,5 @@ METHODS: dict[str, Method] = {
     f"{name}, {called}": _method(kind, rules)
     for called, rules in {"own derivative": None, **RULES}.items()
     for name, kind in KINDS.items()
-    if not (rules is None and name in ("‖gradient‖", "gradient · x"))  # are in the table already
+    if (name, rules) != ("Semantic", None)  # is in the table already
 }

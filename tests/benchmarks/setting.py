@@ -1,8 +1,10 @@
 """The model that is timed: a random Llama, in Hugging Face and as a TransformerBridge with the same weights."""
 
 import copy
+import random
 import statistics
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,6 +21,21 @@ from tl_scopes.tiny.tasks import examples
 VOCAB = 32_000
 CLOCK = time.process_time
 """The seconds that this process computes on the CPU, whatever else runs."""
+
+
+def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each way in each round, after a round to warm up.
+
+    The order is another one in every round, so that a slow moment of the machine hits all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name in random.sample(list(ways), len(ways)):
+            start = CLOCK()
+            ways[name]()
+            if number:
+                times[name].append(CLOCK() - start)
+    return times
 
 
 @dataclass(frozen=True)

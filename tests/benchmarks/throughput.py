@@ -14,7 +14,6 @@ import argparse
 import copy
 import random
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -25,12 +24,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 import tl_scopes as tls
+from tests.benchmarks.answers import PROMPT
 from tests.benchmarks.rows import inseq_tokenizer
+from tests.benchmarks.setting import in_turns
 from tl_scopes import models
 from tl_scopes.tiny import FOLDER
 
 ROUNDS, BATCH, COUNT = 5, 8, 48
-TEXT = "The capital of France is a city on a river, and many people who have been there say that it is beautiful. "
 
 
 def ours(model: Any, prompts: Sequence[Any], size: int) -> Callable[[], object]:
@@ -89,7 +89,7 @@ def inseq_batches(hf: Any, prompts: Sequence[Sequence[int]], size: int, tokenize
 
 def short_prompts(tokenizer: Any, count: int) -> list[list[int]]:
     """Token ids of prompts of 6 to 40 tokens, in an order of chance."""
-    ids = tokenizer.encode(TEXT * 4)
+    ids = tokenizer.encode(PROMPT * 4)
     lengths = torch.linspace(6, 40, count).round().int().tolist()
     random.Random(0).shuffle(lengths)
     return [ids[start % 40 :][:length] for start, length in enumerate(lengths)]
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", metavar="FOLDER", default=str(FOLDER))
     parser.add_argument("--count", type=int, default=COUNT)
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
     model = models.load(given.folder)
     hf = AutoModelForCausalLM.from_pretrained(given.folder, attn_implementation="eager", dtype=torch.float32).eval()
@@ -114,20 +115,15 @@ def main() -> None:
         work["captum Saliency, sorted by length"] = captum_batches(hf, prompts, given.batch)
     if find_spec("inseq"):
         work["inseq saliency"] = inseq_batches(copy.deepcopy(hf), prompts, given.batch, model.tokenizer)
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(ROUNDS + 1):
-        for name in random.sample(list(work), len(work)):
-            start = time.process_time()
-            work[name]()
-            times[name].append(time.process_time() - start)
+    times = in_turns(work, given.rounds)
     print(
         f"{models.model_name(model)}, {len(prompts)} prompts of {min(lengths)} to {max(lengths)} tokens, batches of "
-        f"{given.batch}, {ROUNDS} rounds after one to warm up\n"
+        f"{given.batch}, {given.rounds} rounds after one to warm up\n"
     )
     print("| | prompts a second | attribute_many is faster by | lowest to highest |\n|---|--:|--:|--:|")
     for name, seconds in times.items():
-        ratios = sorted(other / own for other, own in zip(seconds[1:], times["attribute_many"][1:], strict=True))
-        rate = len(prompts) / statistics.median(seconds[1:])
+        ratios = sorted(other / own for other, own in zip(seconds, times["attribute_many"], strict=True))
+        rate = len(prompts) / statistics.median(seconds)
         print(f"| {name} | {rate:.2f} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |")
 
 

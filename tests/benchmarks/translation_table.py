@@ -31,6 +31,7 @@ from torch import Tensor
 import tl_scopes as tls
 from tests.benchmarks.translations import Translation, read
 from tl_scopes import models
+from tl_scopes.faithfulness.statistics import bootstrap
 from tl_scopes.jacobian.fisher_information import fisher_products
 from tl_scopes.results.units import offsets
 
@@ -69,7 +70,7 @@ QUESTIONS: dict[str, tuple[tls.Scope, str | None]] = {
     "relevance, linear": (tls.RelevanceScope(), "linear"),
 }
 WHOLE = ("Temperature", "Fisher")
-"""Of these there is a row for every token, as in the paper's figure; of the others for the words of the lexicon."""
+"""These have a row for every token, as in the paper's figure; the others for the words of the lexicon alone."""
 
 
 class Layout:
@@ -222,9 +223,8 @@ class Diagonal:
 
 def interval(values: Float[Tensor, " word"], form: str = "+.1%", draws: int = 4000) -> str:
     """The mean, and the middle 95% of means over words drawn with replacement."""
-    drawn = values[torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))].mean(1)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-    return f"{values.mean():{form}} ({low:{form}} to {high:{form}})"
+    mean, low, high, _ = bootstrap(values[:, None], 0.95, draws, seed=0)
+    return f"{mean.item():{form}} ({low.item():{form}} to {high.item():{form}})"
 
 
 def gain(record: dict[str, Any]) -> Float[Tensor, " word"]:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FILE = Path(__file__).with_suffix(".json")
+DANTE = FILE.with_name("dante.json")
+"""The first ninety lines of the Divine Comedy, each with Longfellow's translation."""
 
 
 class Pair(NamedTuple):
@@ -54,7 +56,12 @@ class Translation(NamedTuple):
 
 def read(passages: int | None = None) -> tuple[Translation, ...]:
     """All texts, or their first passages."""
-    return tuple(laid_out(one, passages) for one in json.loads(FILE.read_text(encoding="utf-8")))
+    dante, plain = json.loads(FILE.read_text(encoding="utf-8"))
+    verses = json.loads(DANTE.read_text(encoding="utf-8"))
+    for n, tercet in enumerate(dante["passages"]):
+        source, translation = map("\n".join, zip(*verses[3 * n : 3 * n + 3], strict=True))
+        tercet |= {"source": source, "translation": translation}
+    return tuple(laid_out(one, passages) for one in (dante, plain))
 
 
 def laid_out(text: dict[str, Any], count: int | None = None) -> Translation:

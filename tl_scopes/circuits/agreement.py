@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RESAMPLES, _CONFIDENCE = 2000, 0.95
+_TRUTH = "activation patching"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,7 +58,7 @@ class Agreement:
         rows = []
         for site in self.sites:
             for method in [m for s, m in self.effects if s == site and m != _TRUTH]:
-                both = zip(self.effects[site, method], self.effects[site, "activation patching"], strict=True)
+                both = zip(self.effects[site, method], self.effects[site, _TRUTH], strict=True)
                 for pair, (one, truth) in zip(self.pairs, both, strict=True):
                     a, b = one.values.flatten().abs(), truth.values.flatten().abs()
                     rows.append({"site": site, "method": method, "pair": pair} | _alike(a, b, self.top))
@@ -96,9 +97,6 @@ class Agreement:
             raise ValueError(f"the sites compared are {', '.join(self.sites)}, got {site!r}.")
         effects = {method: some for (site, method), some in self.effects.items() if site == chosen}
         return card.plot(effects, chosen)
-
-
-_TRUTH = "activation patching"
 
 
 def agreement(
@@ -143,7 +141,7 @@ def agreement(
             )
     effects: dict[tuple[str, str], tuple[Effects, ...]] = {}
     for site in sites:
-        effects[site, "activation patching"] = tuple(patched(pairs, site))
+        effects[site, _TRUTH] = tuple(patched(pairs, site))
         effects[site, "carried"] = tuple(pair.carried(site, scope) for pair in pairs)
         effects[site, "attribution patching"] = tuple(pair.attribution_patching(site) for pair in pairs)
         if order == 2:

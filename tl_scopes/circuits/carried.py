@@ -18,7 +18,7 @@ from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.progress import progress_bar
 from tl_scopes.scopes.corrections import FrozenAttentionScope
-from tl_scopes.scopes.scope import Scope, as_written, most_likely, require_scope, targets_of
+from tl_scopes.scopes.scope import Scope, as_written, circumstances, most_likely, require_scope, targets_of
 
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
 """The largest part of a score that rounding can be: many models take norms and softmaxes in float32."""
@@ -105,22 +105,15 @@ def carried_by(
     target, versus = targets_of(scope, lin)
     return Paths(
         **found,
+        **circumstances(scope, lin),
         by=by,
         positions=tuple(sources),
         tokens=lin.tokens.cpu(),
         str_tokens=lin.str_tokens,
-        position=lin.position,
         predictions=most_likely(lin),
         target=target,
         versus=versus,
-        scope=as_written(scope),
-        unit=scope.unit(lin),
         wrt=lin.wrt,
-        of=lin.of,
-        model=models.model_name(lin.model),
-        dtype=lin.computed_in,
-        rules=None if lin.rules is None else str(lin.rules),
-        notes=(*lin.notes, *scope.notes(lin)),
     )
 
 

@@ -16,7 +16,7 @@ from tl_scopes.circuits.source_tokens import Sources, as_positions
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
-from tl_scopes.models import Model, Prompt, Rules, Work
+from tl_scopes.models import Model, Prompt, Provenance, Rules, Work
 from tl_scopes.models.arguments import require_name
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.direction import DirectionScope
@@ -194,6 +194,7 @@ class FeatureMap:
         model: the name of the model.
         rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the scores should know.
+        provenance: the versions, the model and its revision, the device and the day with which the map was made.
     """
 
     scores: Float[Tensor, "firing token"]
@@ -211,6 +212,7 @@ class FeatureMap:
     model: str
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
+    provenance: Provenance | None = None
 
     def __repr__(self) -> str:
         where = sorted(set(self.positions))
@@ -378,6 +380,7 @@ def feature_map(
         model=models.model_name(model),
         rules=None if ruled is None else str(ruled),
         notes=lin.notes if scope is None else (*lin.notes, *scope.notes(lin)),
+        provenance=Provenance.of(model, lin.trace.state.weights),
     )
 
 

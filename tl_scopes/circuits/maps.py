@@ -12,9 +12,9 @@ from tl_scopes import models
 from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.traced import linearize_with
 from tl_scopes.jacobian import pullback
-from tl_scopes.models import Model, Part, Prompt, Rules, Target
+from tl_scopes.models import Model, Part, Prompt, Provenance, Rules, Target
 from tl_scopes.models.linear_rules import under
-from tl_scopes.scopes.scope import Scope, as_written, require_scope, targets_of
+from tl_scopes.scopes.scope import Scope, circumstances, require_scope, targets_of
 from tl_scopes.views import component_map as card
 from tl_scopes.views.markup import saved
 
@@ -60,6 +60,7 @@ class ComponentMap:
         notes: what a reader of the scores should know.
         is_squared: whether scores are sums of squares, as those of a FisherScope, so that those of several positions
             add up; else they are norms.
+        provenance: the versions, the model and its revision, the device and the day with which the map was made.
     """
 
     scores: Float[Tensor, "layer *head position"]
@@ -77,6 +78,7 @@ class ComponentMap:
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
     is_squared: bool = False
+    provenance: Provenance | None = None
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.scores.shape))
@@ -230,22 +232,16 @@ def _map(
         found.append(torch.stack([models.precise(one).square().sum(-1).T for one in heads]) * scale**2)
     scores = question.scores(torch.stack(found))  # [layer head position]
     target, versus = targets_of(scope, lin)
-    hook = traced.sites[0].component.hook
+    first = traced.sites[0].component
+    every_layer = first.hook.replace(f".{first.layer}.", ".N.", 1)
     dtype = torch.float64 if lin.readout.dtype == torch.float64 else torch.float32
     return ComponentMap(
+        **circumstances(scope, lin) | {"unit": scope.unit(replace(lin, wrt=every_layer))},
         scores=(scores if at == "z" else scores[:, 0]).to("cpu", dtype),
         at=at,
         layers=tuple(site.component.layer for site in traced.sites),
         str_tokens=lin.str_tokens,
-        position=lin.position,
         target=target,
         versus=versus,
-        scope=as_written(scope),
-        unit=scope.unit(replace(lin, wrt=hook.replace(f".{traced.sites[0].component.layer}.", ".N.", 1))),
-        of=lin.of,
-        model=models.model_name(model),
-        dtype=lin.computed_in,
-        rules=None if lin.rules is None else str(lin.rules),
-        notes=(*lin.notes, *scope.notes(lin)),
         is_squared=question.squared,
     )

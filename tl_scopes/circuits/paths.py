@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from tl_scopes.circuits import paths_record
 from tl_scopes.circuits.source_tokens import as_positions
-from tl_scopes.models import Target, Token, as_count, as_int
+from tl_scopes.models import Provenance, Target, Token, as_count, as_int
 from tl_scopes.models.linear_rules import under
 from tl_scopes.results.attribution import Attribution, Prediction
-from tl_scopes.results.json_text import target_of
 from tl_scopes.views import paths as card
 from tl_scopes.views.live import LiveView
 from tl_scopes.views.markup import saved
@@ -88,6 +87,8 @@ class Paths:
         dtype: the precision of the model, such as "float32".
         rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the values should know.
+        provenance: the versions, the model and its revision, the device and the day with which the answer was made;
+            None where it is not known.
     """
 
     values: Float[Tensor, "layer *component token"]
@@ -115,6 +116,7 @@ class Paths:
     dtype: str
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
+    provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.layers), len(self.positions))
@@ -239,6 +241,7 @@ class Paths:
             dtype=self.dtype,
             rules=self.rules,
             notes=self.notes,
+            provenance=self.provenance,
             details={"whole_scores": self.scores},
         )
 
@@ -291,18 +294,21 @@ class Paths:
         """
         import pandas as pd
 
-        columns: dict[str, list[object]] = {}
-        for column, position in enumerate(self.positions):
-            for i in range(self.values[..., column].numel()):
-                place = tuple(int(j) for j in torch.unravel_index(torch.tensor(i), self.values.shape[:-1]))
-                found = self._passage(i, column)
-                row: dict[str, object] = {"layer": found.layer}
-                row |= dict(zip(self.axis_names[1:-1], place[1:], strict=True))
-                row |= {"name": found.name, "source": position, "token": found.token, "value": found.value}
-                row |= {"share": found.share, "at": found.position}
-                for key, value in row.items():
-                    columns.setdefault(key, []).append(value)
-        return pd.DataFrame(columns)
+        places = list(product(*map(range, self.values.shape[:-1])))
+        layer, *others = zip(*places, strict=True)
+        layers = [self.layers[i] for i in layer]
+        names = [self.name(n, *place[1:]) for n, place in zip(layers, places, strict=True)]
+        frames = []
+        for column, source in enumerate(self.positions):
+            at: Any = others[0] if self.by == "position" else None
+            if self.where is not None:
+                at = self.where[..., column].abs().argmax(-1).flatten().tolist()
+            score, values = self.scores[column].item(), self.values[..., column].flatten().double()
+            share = values / score if score else torch.zeros_like(values)
+            columns: dict[str, Any] = {"layer": layers} | dict(zip(self.axis_names[1:-1], others, strict=True))
+            columns |= {"name": names, "source": source, "token": self.str_tokens[source]}
+            frames.append(pd.DataFrame(columns | {"value": values.tolist(), "share": share.tolist(), "at": at}))
+        return pd.concat(frames, ignore_index=True)
 
     def to_json(self) -> str:
         """The whole answer as text that `from_json` reads back without loss."""
@@ -310,14 +316,15 @@ class Paths:
 
     @classmethod
     def from_json(cls, text: str) -> "Paths":
-        """Read what `to_json` wrote.
+        """Read what `to_json` wrote. A warning says so where it was made with other versions of the model's libraries.
 
         Raises:
             TypeError: for something that is not text.
             ValueError: for text that is not a Paths, or that a later version has written.
         """
         found = paths_record.read(text)
-        found |= {name: target_of(found[name]) for name in ("target", "versus")}
+        if found["provenance"] is not None:
+            found["provenance"].warn_of_other_versions("this answer", stacklevel=2)
         found["predictions"] = tuple(Prediction(Token(*token), p) for token, p in found["predictions"])
         return cls(**found)
 

@@ -65,12 +65,14 @@ def question_of(scope: Scope, lin: Linearization, asking: str) -> Question:
 
 
 def require_norms(scope: Scope, asking: str) -> None:
-    """Refuse a scope whose scores are not made of the norms of gradients.
+    """Refuse a scope whose scores are not made of the norms of gradients, of cotangents that are known before.
 
     Raises:
         TypeError: with the scopes that can be asked.
     """
     if isinstance(scope, FisherScope):
+        if scope.rtol is not None:
+            raise TypeError(f"{as_written(scope)} chooses its probes as it goes: give their number, FisherScope(32).")
         return
     own = ["measure"]
     if isinstance(scope, JacobianScope):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Set, Sized
 from dataclasses import dataclass
-from itertools import islice, repeat
+from itertools import islice
 from typing import Any, Literal, SupportsIndex
 
 from tl_scopes import models
@@ -126,18 +126,14 @@ class _AllAsked:
         return len(self.prompts)
 
     def __iter__(self) -> Iterator[Asked]:
-        columns = [repeat(None) if given is None else given for given in (self.answers, self.targets, self.foils)]
-        several = [i for i, given in enumerate((self.answers, self.targets, self.foils)) if given is not None]
-        rows = iter(self.prompts)
-        beside = [iter(column) for column in columns]
-        missing = object()
-        for number, prompt in enumerate(rows):
-            found = [next(column, missing) for column in beside]
-            if any(found[i] is missing for i in several):
+        beside = [None if given is None else iter(given) for given in (self.answers, self.targets, self.foils)]
+        named, missing = any(one is not None for one in beside), object()
+        for number, prompt in enumerate(self.prompts):
+            answer, target, foil = found = [None if column is None else next(column, missing) for column in beside]
+            if any(one is missing for one in found):
                 raise ValueError(f"prompt {number} has no answer, target or foil: give one for each prompt.")
-            answer, target, foil = found
-            yield Asked(prompt, answer, target, foil, bool(several))  # type: ignore[arg-type]
-        if any(next(beside[i], missing) is not missing for i in several):
+            yield Asked(prompt, answer, target, foil, named)  # type: ignore[arg-type]
+        if any(column is not None and next(column, missing) is not missing for column in beside):
             raise ValueError("there are more answers, targets or foils than prompts: give one for each prompt.")
 
 

@@ -14,13 +14,13 @@ from tl_scopes.corpus import on_ray
 from tl_scopes.corpus.job import Predictions
 from tl_scopes.corpus.parts import Parts
 from tl_scopes.corpus.saved import Corpus, read_corpus
-from tl_scopes.corpus.source import Source
+from tl_scopes.corpus.source import Row, Source
 from tl_scopes.corpus.worker import Computed, Loader, Options, Part, Worker, loader
 from tl_scopes.models import Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.scopes.fingerprint import identity
-from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.scope import Scope, as_written, require_scope
 
 
 def attribute_corpus(
@@ -107,6 +107,7 @@ def attribute_corpus(
             be read.
         ValueError: for another `predictions` or `carried_by`, for both together, for `strongest` without the latter;
             for a scope that names a target of several tokens, or score_answer, where every prediction is asked about;
+            for a foil there, without an answer or target, or for a scope that does not compare;
             for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
             are not there; for a folder of another job, with other prompts, or with a part that was cut off or changed;
             for a model with hooks of yours; for a part_size or batch_size below 1. Where no prompt of a whole first
@@ -143,7 +144,7 @@ def attribute_corpus(
     count = None if actors is None else models.as_count(actors, "actors must be at least 1")
     source = Source.of(prompts, columns or {})
     # Better before hours of work than after them.
-    total = sum(1 for _ in source) if source.is_rereadable else None
+    total = sum(1 for _ in _rows(source, options)) if source.is_rereadable else None
     with _workers(engine, loader(model), options, count, num_gpus, progress) as workers:
         settings, made = workers.about()
         settings["scopes"] = {"scope": identity(scope, "scope")}
@@ -185,6 +186,29 @@ def _require_one_kind(options: Options) -> None:
         raise ValueError('predictions="every" scores earlier tokens of an answer in any case: leave score_answer out.')
 
 
+def _rows(source: Source, options: Options) -> Iterator[Row]:
+    """The rows of the prompts, after a look at their foils.
+
+    Raises:
+        ValueError: for a foil that nothing would be compared with; as the source does.
+    """
+    for row in source:
+        if row.asked.get("foil") is not None:
+            why = None
+            if options.predictions == "every":
+                why = 'predictions="every" explains one answer: leave'
+            elif not options.scope.compares:
+                why = f"{as_written(options.scope)} does not compare two answers: leave"
+            elif not row.asked.keys() & {"answer", "target"}:
+                why = "no answer or target that is compared with it: give these as well, or leave"
+            if why is not None:
+                raise ValueError(
+                    f"the prompt {row.id!r} has the foil {row.asked['foil']!r}, and {why} the column of foils out, "
+                    "columns={'foil': None}."
+                )
+        yield row
+
+
 def _workers(
     engine: str, load: Loader, options: Options, actors: int | None, num_gpus: int | float, progress: bool
 ) -> AbstractContextManager[Worker | on_ray.Actors]:
@@ -213,7 +237,7 @@ def _go_on(
 
     def missing() -> Iterator[Part]:
         nonlocal count
-        rows = iter(source)
+        rows = _rows(source, options)
         while (part := list(islice(rows, options.part_size))) or not count:
             if not parts.has(count, part):
                 yield count, part

@@ -27,8 +27,7 @@ def read_corpus(out: str | Path) -> "Corpus":
 
     Returns:
         A `Corpus`, whose iteration gives the answers in the order of the prompts, None where there is no answer:
-        Attributions, maps, or paths, as `attribute_corpus` was asked. What paths were made with is in
-        `corpus.provenance`.
+        Attributions, maps, or paths, as `attribute_corpus` was asked.
 
     Raises:
         ValueError: for a folder that `attribute_corpus` has not written. While it is read, for a part that is missing,

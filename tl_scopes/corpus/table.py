@@ -156,25 +156,22 @@ def _answer(rows: Sequence[dict[str, Any]], double: bool) -> Found | None:
     first = rows[0]
     if first["record"] is None:
         return None
-    if "values" in first:
-        record = json.loads(first["record"])
-        values = torch.tensor(first["values"], dtype=torch.float64).reshape(record["values"])
-        record |= {"values": _numbers(values.tolist(), double), "scores": _numbers(first["scores"], double)}
-        return Paths.from_json(json.dumps(record | _tokens(first)))
-    answers = [_attribution(row, double) for row in rows]
+    answers: list[Any] = [_one(row, double) for row in rows]
     if "position" not in first:
         return answers[0]
     texts = [row["answer_token"] for row in rows]
     return AttributionMap(tuple(answers)) if texts[0] is None else AnswerMap.of_tokens(answers, texts)
 
 
-def _attribution(row: dict[str, Any], double: bool) -> Attribution:
-    whole = json.loads(row["record"]) | _tokens(row) | {"scores": _numbers(row["scores"], double)}
-    return replace(Attribution.from_json(json.dumps(whole)), provenance=Provenance(**row["provenance"]))
-
-
-def _tokens(row: dict[str, Any]) -> dict[str, Any]:
-    return {"tokens": row["token_ids"], "str_tokens": row["tokens"]}
+def _one(row: dict[str, Any], double: bool) -> Attribution | Paths:
+    """What a row holds."""
+    record = json.loads(row["record"]) | {"tokens": row["token_ids"], "str_tokens": row["tokens"]}
+    record["scores"] = _numbers(row["scores"], double)
+    kind: type[Attribution | Paths] = Attribution
+    if "values" in row:
+        kind, values = Paths, torch.tensor(row["values"], dtype=torch.float64).reshape(record["values"])
+        record["values"] = _numbers(values.tolist(), double)
+    return replace(kind.from_json(json.dumps(record)), provenance=Provenance(**row["provenance"]))
 
 
 def _numbers(values: list[Any], double: bool) -> dict[str, Any]:

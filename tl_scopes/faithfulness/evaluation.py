@@ -213,7 +213,7 @@ class _Evaluation:
             aimed[name] = scope.with_target(lin, target.ids[0])
             answers[name] = _with_mean(aimed[name], self.means[0])(lin)
         shown = {name: answer.target or target for name, answer in answers.items()}
-        # Of an answer it is the answer that is measured, whatever id stands for it.
+        # Where an answer is explained, it is measured as a whole, whatever id stands for it.
         ids = {name: token.ids[0] if case.answer else token.id for name, token in shown.items()}
         foils = {name: answer.versus.id if answer.versus else case.foil for name, answer in answers.items()}
         for name, token in shown.items():

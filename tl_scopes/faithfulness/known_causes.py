@@ -30,7 +30,7 @@ from tl_scopes.scopes.baselines import (
     LeaveOneOut,
     RandomBaseline,
 )
-from tl_scopes.scopes.corrections import FrozenAttentionScope, PositionCorrectedScope, UnderRulesScope
+from tl_scopes.scopes.corrections import Around, FrozenAttentionScope, PositionCorrectedScope, UnderRulesScope
 from tl_scopes.scopes.fingerprint import names
 from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope
@@ -80,10 +80,12 @@ def all_scopes() -> dict[str, Asker]:
         if type(scope) in asked:
             named[f"{type(scope).__name__}(versus=foil)"] = asked.pop(type(scope))
         named[as_written(scope)] = scope
-    for around in (PositionCorrectedScope, FrozenAttentionScope):
-        named[f"{around.__name__}(SemanticScope(versus=foil))"] = partial(_around_semantic, around)
-    for kind in (SemanticScope, RelevanceScope):
-        named[f"UnderRulesScope({kind.__name__}(versus=foil))"] = partial(_under_rules, kind)
+    wrapped: list[tuple[type[Around], type[TargetScope]]] = [
+        (PositionCorrectedScope, SemanticScope), (FrozenAttentionScope, SemanticScope),
+        (UnderRulesScope, SemanticScope), (UnderRulesScope, RelevanceScope),
+    ]  # fmt: skip
+    for around, kind in wrapped:
+        named[f"{around.__name__}({kind.__name__}(versus=foil))"] = partial(_around, around, kind)
     return named
 
 
@@ -91,12 +93,8 @@ def _against_foil(kind: type[TargetScope], example: Known) -> Scope:
     return kind(example.target, versus=example.foil)
 
 
-def _under_rules(kind: type[TargetScope], example: Known) -> Scope:
-    return UnderRulesScope(_against_foil(kind, example))
-
-
-def _around_semantic(kind: Callable[[Scope], Scope], example: Known) -> Scope:
-    return kind(_against_foil(SemanticScope, example))
+def _around(around: type[Around], kind: type[TargetScope], example: Known) -> Scope:
+    return around(_against_foil(kind, example))
 
 
 def known_causes(

@@ -99,15 +99,10 @@ class Substitutes:
 
     @classmethod
     def of(cls, model: Model, perturbation: Perturbation, prompts: Mapping[int, Tensor]) -> "Substitutes":
-        """Prepare them for a model and its prompts.
-
-        Raises: as `check` does.
-        """
-        cls.check(model, perturbation, prompts)
+        """Prepare them for a model and its prompts, after `check`."""
         length = max(map(len, prompts.values()))
-        return cls(
-            model, models.mean_embedding(model, length) if "mean" in perturbation.replacements else None, prompts
-        )
+        mean = models.mean_embedding(model, length) if "mean" in perturbation.replacements else None
+        return cls(model, mean, prompts)
 
     @staticmethod
     def check(model: Model, perturbation: Perturbation, prompts: Mapping[int, Tensor]) -> None:

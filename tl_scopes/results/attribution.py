@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_scopes.models import Provenance, Target, Token, as_count, as_int, readable
 from tl_scopes.models.linear_rules import under
-from tl_scopes.results import json_record, json_text, units
+from tl_scopes.results import json_record, units
 from tl_scopes.results.units import Unit
 from tl_scopes.views import attribution as card
 from tl_scopes.views.live import LiveView
@@ -175,19 +175,14 @@ class Attribution:
         no share: they count as zero.
         """
         scores = self.scores
-        if not all(self._counted):
-            scores = scores * torch.tensor(self._counted, device="cpu")
+        if not all(self.is_counted):
+            scores = scores * torch.tensor(self.is_counted, device="cpu")
         # Without a copy where none is needed, because the sum of a copy may be rounded otherwise.
         total = (scores.abs() if (scores < 0).any() else scores).sum()
         if total.isinf():
             exact = scores.double()
             return (exact / exact.abs().sum()).to(scores)
         return scores / total if total != 0 else torch.zeros_like(scores)
-
-    @property
-    def _counted(self) -> list[bool]:
-        """For each token whether it has a share."""
-        return [part not in self.uncounted for part in self.parts] or [True] * len(self.scores)
 
     @property
     def shown_tokens(self) -> tuple[str, ...]:
@@ -202,7 +197,7 @@ class Attribution:
     @property
     def is_counted(self) -> tuple[bool, ...]:
         """For each token whether it has a share: tokens of an `uncounted` part have none."""
-        return tuple(self._counted)
+        return tuple(part not in self.uncounted for part in self.parts) or (True,) * len(self.scores)
 
     def top(self, count: int | SupportsIndex = 5) -> tuple[Influence, ...]:
         """The most influential tokens, the score of the largest size first; all tokens where there are fewer.
@@ -211,7 +206,7 @@ class Attribution:
             ValueError: for a count below 1.
         """
         count = as_count(count, "count must be at least 1")
-        share, counted = self.share, self._counted
+        share, counted = self.share, self.is_counted
         order = [i for i in self.scores.abs().argsort(descending=True, stable=True).tolist() if counted[i]][:count]
         return tuple(
             Influence(self.positions[i], self.str_tokens[i], self.scores[i].item(), share[i].item()) for i in order
@@ -314,19 +309,18 @@ class Attribution:
             how: what a group is called.
         """
         assert self.grouping is not None
-        combined = {
-            "norm": lambda: torch.stack([self.scores[g.start : g.stop].double().norm() for g in groups]),
-            "sum": lambda: torch.stack([self.scores[g.start : g.stop].sum() for g in groups]),
-            "signed": lambda: torch.stack([self.details["signed"][g.start : g.stop].sum().abs() for g in groups]),
-        }[self.grouping]().to(self.scores)
-        details = {name: value for name, value in self.details.items() if not isinstance(value, Tensor)}
-        if self.grouping == "signed":
-            details["signed"] = torch.stack([self.details["signed"][g.start : g.stop].sum() for g in groups])
         rule = {"norm": "√Σ score²", "sum": "Σ score", "signed": "|Σ signed|"}[self.grouping]
+        details = {name: value for name, value in self.details.items() if not isinstance(value, Tensor)}
+        added = self.details["signed"] if self.grouping == "signed" else self.scores
+        parts = [added[group.start : group.stop] for group in groups]
+        # In double, since float32 may not hold the squares of very small scores.
+        combined = torch.stack([part.double().norm() if self.grouping == "norm" else part.sum() for part in parts])
+        if self.grouping == "signed":
+            details["signed"], combined = combined, combined.abs()
         firsts = [group.start for group in groups]
         return replace(
             self,
-            scores=combined,
+            scores=combined.to(self.scores),
             tokens=self.tokens[firsts],
             str_tokens=tuple(readable("".join(self.str_tokens[g.start : g.stop])) for g in groups),
             positions=tuple(self.positions[i] for i in firsts),
@@ -366,13 +360,12 @@ class Attribution:
         """Read what `to_json` wrote. A warning says so where it was made with other versions of the model's libraries.
 
         Raises:
+            TypeError: for something that is not text.
             ValueError: for text that is not an Attribution, or that a later version has written.
         """
         found = json_record.read(text)
         if found["provenance"] is not None:
-            found["provenance"] = Provenance(**found["provenance"])
             found["provenance"].warn_of_other_versions("this answer", stacklevel=2)
-        found |= {name: json_text.target_of(found[name]) for name in ("target", "versus")}
         found["predictions"] = tuple(Prediction(Token(*token), p) for token, p in found["predictions"])
         return cls(**found)
 

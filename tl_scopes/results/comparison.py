@@ -36,14 +36,14 @@ class Comparison:
 
     @property
     def differing(self) -> tuple[int, ...]:
-        """Of aligned answers: the positions at which their tokens differ."""
+        """The positions at which the tokens of aligned answers differ; none where answers are not aligned."""
         texts = zip(*(answer.str_tokens for answer in self.answers.values()), strict=False)
         pairs = zip(self._first.positions, texts, strict=False) if self.aligned else ()
         return tuple(position for position, several in pairs if len(set(several)) > 1)
 
     @property
     def str_tokens(self) -> tuple[str, ...]:
-        """Of aligned answers: the text of each token, with a bar between those that differ."""
+        """The text of each token of aligned answers, with a bar between those that differ."""
         columns = zip(*(answer.str_tokens for answer in self.answers.values()), strict=False)
         return tuple(" | ".join(dict.fromkeys(several)) for several in columns)
 

@@ -1,11 +1,10 @@
 """An `Attribution` as JSON: the schema of the text, and the fields it holds."""
 
 import json
-from dataclasses import asdict
 from math import isfinite
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from tl_scopes.results.json_text import AnswerRecord, Numbers, checked, common, decoded, encoded, parsed
 
@@ -15,24 +14,6 @@ VERSION = 2
 class _Scores(Numbers):
     dtype: Literal["float32", "float64"]
     values: list[float]
-
-
-class _ProvenanceRecord(BaseModel):
-    """What an answer was made with."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    tl_scopes: str
-    transformer_lens: str
-    transformers: str
-    torch: str
-    model: str
-    revision: str | None
-    weights: str | None
-    dtype: str
-    device: str
-    attention: str | None
-    date: str
 
 
 class _Record(AnswerRecord):
@@ -47,13 +28,12 @@ class _Record(AnswerRecord):
     parts: list[str]
     uncounted: list[str]
     grouping: Literal["norm", "sum", "signed"] | None
-    provenance: _ProvenanceRecord | None = None
 
     @model_validator(mode="after")
     def _positions_increase(self) -> "_Record":
         if any(a >= b for a, b in zip(self.positions, self.positions[1:], strict=False)):
             raise ValueError(f"positions must increase, got {self.positions[:20]}")
-        # Of an answer of several tokens the first is predicted at the position, and earlier ones may be scored.
+        # Where the target is several tokens, the position is that of the first, and all but the last may have scores.
         last = self.position + (len(self.target.tokens) - 1 if self.target and not self.target.any_of else 0)
         if self.positions and self.positions[-1] > last:
             raise ValueError(f"the prediction was read at position {last}, before {self.positions[-1]}")
@@ -72,7 +52,6 @@ def written(fields: dict[str, Any]) -> str:
     record = common(fields, "Attribution", VERSION)
     if fields["value"] is not None and not isfinite(fields["value"]):
         record["value"] = json.loads(json.dumps(fields["value"]), parse_constant=str)
-    record["provenance"] = fields["provenance"] and asdict(fields["provenance"])
     record["scores"] = encoded(fields["scores"], "scores")
     record["details"] = {name: encoded(value, f"the detail {name!r}") for name, value in fields["details"].items()}
     return json.dumps(record, ensure_ascii=True, allow_nan=False)

@@ -1,6 +1,6 @@
 """Results as JSON: how numbers and targets survive the journey, and what a text that is something else is told.
 
-This is a file of its own since every result that can be written is: `Attribution` and `Paths`.
+This is a file of its own since both results that are written as JSON need it, `Attribution` and `Paths`.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from tl_scopes.models import Target, Token
+from tl_scopes.models import Provenance, Target, Token
 
 DType = Literal["bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "float"]
 TokenRecord: TypeAlias = tuple[NonNegativeInt, str]
@@ -51,6 +51,11 @@ class TargetRecord(BaseModel):
     tokens: Annotated[list[TokenRecord], Field(min_length=1)]
     any_of: bool
 
+    @property
+    def target(self) -> Target:
+        """The target itself."""
+        return Target(tuple(Token(*token) for token in self.tokens), self.any_of)
+
 
 class AnswerRecord(BaseModel):
     """What every answer about one prediction holds; anything that its schema does not name is refused."""
@@ -72,23 +77,20 @@ class AnswerRecord(BaseModel):
     dtype: str
     rules: str | None = None
     notes: list[str]
+    provenance: Provenance | None = None
 
     def fields(self) -> dict[str, Any]:
-        """All fields, with a tensor of tokens and plain tuples; tokens of the vocabulary are (id, text)."""
+        """All fields, with a tensor of tokens and plain tuples; the tokens of predictions are (id, text)."""
         found = self.model_dump(exclude={"format", "version"})
-        found["tokens"] = torch.tensor(self.tokens, dtype=torch.long, device="cpu")
+        found |= {"target": self.target and self.target.target, "versus": self.versus and self.versus.target}
+        found |= {"tokens": torch.tensor(self.tokens, dtype=torch.long, device="cpu"), "provenance": self.provenance}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def common(fields: dict[str, Any], kind: str, version: int) -> dict[str, Any]:
     """The fields of an answer as JSON has them, but for those that only this kind of answer has."""
-    targets = {name: fields[name] and asdict(fields[name]) for name in ("target", "versus")}
-    return {"format": f"tl_scopes.{kind}", "version": version, **fields, "tokens": fields["tokens"].tolist()} | targets
-
-
-def target_of(record: dict[str, Any] | None) -> Target | None:
-    """The target that a `TargetRecord` holds, as the dict of its fields."""
-    return None if record is None else Target(tuple(Token(*token) for token in record["tokens"]), record["any_of"])
+    parts = {name: fields[name] and asdict(fields[name]) for name in ("target", "versus", "provenance")}
+    return {"format": f"tl_scopes.{kind}", "version": version, **fields, "tokens": fields["tokens"].tolist()} | parts
 
 
 def parsed(text: str, what: str, version: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tl_scopes.jacobian.pullback import NoSecondDerivativeError
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models.arguments import as_flag, as_number
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Estimate, Measurement, Scope, as_written, how_often
+from tl_scopes.scopes.scope import Estimate, Measurement, Scope, how_often
 
 _PROBES = 32
 _TOGETHER = 16
@@ -273,16 +273,14 @@ class FisherScope(Scope):
         """The cotangents that the scores are made of: score_t = Σ_l ‖lᵀ J_t‖² + mean_v ‖vᵀ J_t‖².
 
         They are directions l and draws v, with the numbers of `measure`; there are no draws where the directions are
-        all of F, or its leading ones.
+        all of F, or its leading ones. With `rtol` how many draws there are is known in the end only: see
+        `circuits.question`, which refuses it.
 
         Cost: that of the directions.
 
         Raises:
-            TypeError: with `rtol`, since how many draws there are is then known in the end only.
             ValueError: as for the scores.
         """
-        if self.rtol is not None:
-            raise TypeError(f"{as_written(self)} chooses its probes as it goes: give their number, FisherScope(32).")
         self._check(lin)
         none = lin.log_probs.new_zeros(0, len(lin.readout))
         if self.rank is not None:

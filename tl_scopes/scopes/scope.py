@@ -321,24 +321,16 @@ class Scope(ABC):
             tokens=lin.tokens[:scored].cpu(),
             str_tokens=lin.str_tokens[:scored],
             positions=tuple(range(scored)),
-            position=lin.position,
+            **circumstances(self, lin),
             target=lin.answer if target is None and isinstance(lin, Span) else target,
             versus=versus,
-            scope=as_written(self),
-            unit=self.unit(lin),
             predictions=most_likely(lin),
             wrt=lin.wrt,
-            of=lin.of,
-            model=models.model_name(lin.model),
-            dtype=lin.computed_in,
-            notes=(*lin.notes, *self.notes(lin)),
             parts=(*lin.parts, *["answer"] * scored)[:scored] if lin.parts else (),
             grouping=self.grouping,
             details={name: _kept(value, dtype) for name, value in details.items()},
             value=self.value(lin),
             quantity=self.quantity_explained(lin),
-            rules=None if lin.rules is None else str(lin.rules),
-            provenance=models.Provenance.of(lin.model, lin.trace.state.weights),
         )
 
     def _require_model(self, lin: Linearization) -> None:
@@ -614,6 +606,21 @@ class TargetScope(Scope):
 def _logit(logits: Float[Tensor, " vocab"], target: Target) -> Float[Tensor, ""]:
     """The logit of a token, or of a set of tokens together: log Σ_v exp z_v."""
     return logits[target.ids].logsumexp(0) if target.any_of else logits[target.id]
+
+
+def circumstances(scope: Scope, lin: Linearization) -> dict[str, Any]:
+    """The fields that every kind of answer has beside its numbers: what was asked, where, and with what."""
+    return {
+        "position": lin.position,
+        "scope": as_written(scope),
+        "unit": scope.unit(lin),
+        "of": lin.of,
+        "model": models.model_name(lin.model),
+        "dtype": lin.computed_in,
+        "rules": None if lin.rules is None else str(lin.rules),
+        "notes": (*lin.notes, *scope.notes(lin)),
+        "provenance": models.Provenance.of(lin.model, lin.trace.state.weights),
+    }
 
 
 def targets_of(scope: Scope, lin: Linearization) -> tuple[Target | None, Target | None]:

@@ -149,7 +149,7 @@ def intervention(
 def _matched(
     values: Float[Tensor, " number"], dimension: int, neighbors: int, caliper: float | int, number: int
 ) -> list[tuple[int, int]]:
-    """Successors of the nearest neighbours, each with a number that is like it and is none; the best pairs first."""
+    """Successors of the nearest neighbours, each with another number that is matched to it; the best pairs first."""
     if len(values) < 2 * dimension + 2 * neighbors:
         raise ValueError(
             f"series {number} has {len(values)} numbers, too few for {neighbors} neighbours in {dimension} dimensions "

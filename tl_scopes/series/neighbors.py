@@ -113,8 +113,8 @@ def neighbor_test(
         ValueError: for a series shorter than the embedding needs, fewer than 6 of them, ones of different lengths or
             with NaN, constant ones; for unknown `given`, and "next" without `following`.
 
-    Source: the question is open question 2 of this project, to Liu et al. 2026 (arXiv:2601.16407), section 3.3. The
-        statistic is the generalised covariance measure (Shah and Peters 2020, arXiv:1804.07203), with series as units.
+    Source: the question is one that Liu et al. 2026 (arXiv:2601.16407), section 3.3, leave open. The statistic is the
+        generalised covariance measure (Shah and Peters 2020, arXiv:1804.07203), with series as units.
     """
     scores, values = _read(influence, series)
     dimension, neighbors = (as_count(n, "dimension and neighbors are 1 or more") for n in (dimension, neighbors))

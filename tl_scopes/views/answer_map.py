@@ -27,7 +27,8 @@ def plot(rows: "AnswerMap", colors: Colors = "root") -> "Figure":
 
 def page(rows: "AnswerMap", colors: Colors = "root") -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page(rows.answers[-1].question, fragment(rows, colors))
+    last = rows.answers[-1]
+    return markup.page(last.question, fragment(rows, colors), footer=last.provenance)
 
 
 def fragment(rows: "AnswerMap", colors: Colors = "root") -> Html:
@@ -43,7 +44,7 @@ def fragment(rows: "AnswerMap", colors: Colors = "root") -> Html:
 
 def traced_page(traced: "Traced") -> Html:
     """The static card of a trace as a complete page, without script or network."""
-    return markup.page(traced.answer.question, traced_fragment(traced))
+    return markup.page(traced.answer.question, traced_fragment(traced), footer=traced.answer.provenance)
 
 
 def traced_fragment(traced: "Traced") -> Html:

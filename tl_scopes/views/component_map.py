@@ -41,7 +41,7 @@ def _scale(shares: Float[Tensor, "layer column"]) -> Scale:
 
 def page(found: "ComponentMap") -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page(found.question, fragment(found))
+    return markup.page(found.question, fragment(found), footer=found.provenance)
 
 
 def fragment(found: "ComponentMap") -> Html:

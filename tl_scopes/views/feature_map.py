@@ -34,7 +34,7 @@ def plot(found: "FeatureMap", title: str | None = None) -> "Figure":
 
 def page(found: "FeatureMap") -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page("features", fragment(found))
+    return markup.page("features", fragment(found), footer=found.provenance)
 
 
 def fragment(found: "FeatureMap") -> Html:

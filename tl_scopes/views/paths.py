@@ -55,7 +55,7 @@ def plot(paths: "Paths", column: int) -> "Figure":
 
 def page(paths: "Paths", column: int) -> Html:
     """The static card as a complete page, without script or network."""
-    return markup.page(paths.question, fragment(paths, column))
+    return markup.page(paths.question, fragment(paths, column), footer=paths.provenance)
 
 
 def fragment(paths: "Paths", column: int) -> Html:
@@ -78,7 +78,7 @@ def fragment(paths: "Paths", column: int) -> Html:
 
 def flow_page(paths: "Paths", column: int) -> Html:
     """The flow picture as a complete page, without script or network."""
-    return markup.page(paths.question, flow(paths, column))
+    return markup.page(paths.question, flow(paths, column), footer=paths.provenance)
 
 
 def flow(paths: "Paths", column: int) -> Html:
