@@ -23,6 +23,7 @@ import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT
 from tl_scopes import models
+from tl_scopes.models import gradient_check
 from tl_scopes.models.threads import one_at_a_time
 
 FOLDER = str(Path(models.__file__).parent)
@@ -280,13 +281,14 @@ def traced(visit: Callable[[Place], None]) -> Iterator[None]:
         sys.settrace(before)
 
 
-def interrupting(number: int) -> Callable[[Place], None]:
-    """A function that raises at a visit, counted from 0."""
+def interrupting(number: int, struck: list[Place]) -> Callable[[Place], None]:
+    """A function that raises at a visit, counted from 0, and adds its place to a list."""
     count = itertools.count()
 
     def interrupt(place: Place) -> None:
         if next(count) == number:
-            raise KeyboardInterrupt(place)
+            struck.append(place)
+            raise KeyboardInterrupt
 
     return interrupt
 
@@ -301,6 +303,8 @@ def test_an_interrupt_at_any_line(kind: str, no_type_checks: None) -> None:
     before = state(model)
     for change in CHANGING:
         visited: list[Place] = []
+        change(model)  # what is looked up once
+        gradient_check._passed.clear()  # the first pass over a model is watched, so that it visits more
         with traced(visited.append):
             change(model)
         assert_unchanged(before, state(model), change)
@@ -309,9 +313,12 @@ def test_an_interrupt_at_any_line(kind: str, no_type_checks: None) -> None:
         tried = {*first.values(), *(last.values() if change is ask_again else ())}
         known |= first.keys()
         for number in sorted(tried):
-            with suppress(KeyboardInterrupt), warnings.catch_warnings(), traced(interrupting(number)):
+            struck: list[Place] = []
+            gradient_check._passed.clear()
+            with suppress(KeyboardInterrupt), warnings.catch_warnings(), traced(interrupting(number, struck)):
                 warnings.simplefilter("ignore")  # in the end of a generator it is not raised, but told of
                 change(model)
+            assert struck == [visited[number]]
             if one_at_a_time._is_owned():  # type: ignore[attr-defined]
                 # It would be in the way of all other threads. Where `with` is left, the trace tells of its line before
                 # the lock is released, where no signal can fall; that alone is excused.

@@ -39,17 +39,13 @@ def gradients_pass(model: Model, parameters: Sequence[nn.Parameter], whole: bool
         yield
         return
     blocked: list[str] = []
-    handles = []
-
-    try:
+    with put_back() as afterwards:
         for name, module in model.named_modules():
             if not any(True for _ in module.children()) and isinstance(getattr(module, "weight", None), Tensor):
-                shown = name.replace("._original_component", "")
-                handles.append(module.register_forward_hook(partial(_note_blocked, blocked, shown)))
+                hook = partial(_note_blocked, blocked, name.replace("._original_component", ""))
+                afterwards(_unhook, module, hook)
+                module.register_forward_hook(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     if blocked:
         raise ValueError(
             f"no gradient passes {blocked[0]}{f' and {len(blocked) - 1} other modules' if len(blocked) > 1 else ''}: "
@@ -69,22 +65,28 @@ def _note_blocked(blocked: list[str], name: str, module: nn.Module, inputs: Any,
 @contextmanager
 def named_graph(model: Model) -> Iterator[None]:
     """Inside, this thread's passes write on the nodes of their graph which module made them (`made_by`)."""
-    maker = here.maker
-
-    def name(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if here.maker is maker:
-                for value in output if isinstance(output, tuple | list) else (output,):
-                    if isinstance(value, Tensor):
-                        _write(value.grad_fn, f"{path} ({type(module).__name__})")
-
-        return hook
-
     with put_back() as afterwards:
         for path, module in model.named_modules():
             shown = path.replace("._original_component", "").replace("_original_component.", "")
-            afterwards(module.register_forward_hook(name(shown)).remove)
+            hook = partial(_name, here.maker, shown)
+            afterwards(_unhook, module, hook)
+            module.register_forward_hook(hook)
         yield
+
+
+def _name(maker: object, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    """Name the module on the graph of what it gives out, in passes of one thread; a hook on that module."""
+    if here.maker is maker:
+        for value in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(value, Tensor):
+                _write(value.grad_fn, f"{path} ({type(module).__name__})")
+
+
+def _unhook(module: nn.Module, hook: object) -> None:
+    """Take a forward hook off a module, if it is there."""
+    for id, known in list(module._forward_hooks.items()):
+        if known is hook:
+            module._forward_hooks.pop(id, None)
 
 
 def made_by(node: Any) -> str | None:
