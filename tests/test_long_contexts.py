@@ -103,6 +103,22 @@ def test_a_checkpointed_graph_is_freed(of: str) -> None:
     assert root() is None
 
 
+@pytest.mark.parametrize("hook", ["ln1.hook_normalized", "ln1.hook_scale", "ln2.hook_normalized"])
+def test_from_within_a_norm(tiny: Any, hook: str) -> None:
+    """A bridge's norm computes another way where hooks are on it: also in its second run, and not for later hooks."""
+    wrt = f"blocks.1.{hook}"
+    expected = tls.SemanticScope()(tls.linearize(tiny, PROMPT, wrt=wrt)).scores
+    assert_close(tls.SemanticScope()(tls.linearize(tiny, PROMPT, wrt=wrt, checkpoint=True)).scores, expected)
+    with tiny.hooks([(wrt, lambda value, hook: 0.5 * value)]):
+        patched = tls.SemanticScope()(tls.linearize(tiny, PROMPT)).scores
+        lin = tls.linearize(tiny, PROMPT, checkpoint=True)
+    assert_close(tls.SemanticScope()(lin).scores, patched)
+    with tiny.hooks([(wrt, lambda value, hook: None)]):
+        assert_close(tls.SemanticScope()(lin).scores, patched)
+        assert len(tls.models.user_hooks(tiny)) == 1
+    assert not tls.models.user_hooks(tiny)
+
+
 def test_a_forward_method_of_the_users_stays() -> None:
     """A block whose forward method was replaced keeps it."""
     model = zoo.SPECIES["bridge llama"]().model

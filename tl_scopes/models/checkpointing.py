@@ -52,7 +52,7 @@ class _Recomputed:
     def __init__(self, block: nn.Module, forward: Callable[..., Any], weights: AbstractContextManager[object]) -> None:
         self.block, self.forward, self.weights = block, forward, weights
         self.maker, self.exchanges = here.maker, here.exchanges
-        self.hooks, self.versions = _hooks(block), versions(block.parameters())
+        self.hooks, self.lists, self.versions = _hooks(block), _listed(block), versions(block.parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if here.maker is not self.maker:
@@ -78,7 +78,7 @@ class _Recomputed:
                     "the weights have changed since the linearisation was made with checkpoint=True, which runs the "
                     "blocks again: linearise again."
                 )
-            with self.weights, _rehooked(self.hooks, self.maker):
+            with self.weights, _rehooked(self.hooks, self.lists, self.maker):
                 yield
 
 
@@ -124,8 +124,17 @@ def _hooks(block: nn.Module) -> list[_Hooks]:
     return [_Hooks(live, with_kwargs, register, dict(live), dict(with_kwargs)) for live, with_kwargs, register in kinds]
 
 
+def _listed(block: nn.Module) -> list[tuple[Any, list[Any]]]:
+    """The parts of a block that list their forward hooks, with the list of the moment.
+
+    The lists are TransformerLens' own. The norms of a bridge ask them which way to compute.
+    """
+    lists = [(part, vars(part).get("fwd_hooks")) for part in block.modules()]
+    return [(part, list(handles)) for part, handles in lists if isinstance(handles, list)]
+
+
 @contextmanager
-def _rehooked(hooks: Sequence[_Hooks], maker: object) -> Iterator[None]:
+def _rehooked(hooks: Sequence[_Hooks], lists: Sequence[tuple[Any, list[Any]]], maker: object) -> Iterator[None]:
     """Inside, the hooks of the forward pass act in this thread, in place of those of the moment."""
     again = object()
     with put_back() as afterwards:
@@ -138,8 +147,20 @@ def _rehooked(hooks: Sequence[_Hooks], maker: object) -> Iterator[None]:
                     kind.live[id] = _Only(hook, again, inside=False)
                 for id, hook in kind.then.items():
                     kind.register(_Only(hook, again, inside=True), with_kwargs=id in kind.then_with_kwargs)
+        for part, then in lists:
+            if part.fwd_hooks or then:
+                afterwards(_relist, part, then, list(part.fwd_hooks))
+                part.fwd_hooks = list(then)
         here.maker, here.again = maker, again
         yield
+
+
+def _relist(part: Any, then: list[Any], before: list[Any]) -> None:
+    """Give a part the list back that it had before, with what another thread has done to it meanwhile."""
+    now = part.fwd_hooks
+    gone = [handle for handle in then if handle not in now]
+    new = [handle for handle in now if handle not in then and handle not in before]
+    part.fwd_hooks = [handle for handle in before if handle not in gone] + new
 
 
 def _unhook(kind: _Hooks, again: object) -> None:

@@ -149,7 +149,7 @@ def push(
 
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
-        points = model.hook_dict
+        points = hook_points(model)
         stack.enter_context(within(rules, nullcontext()))
         stack.enter_context(forward_ad.dual_level())
         stack.enter_context(attached(hook_point(points, wrt), enter))
