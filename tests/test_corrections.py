@@ -1,7 +1,8 @@
 """Scopes around scopes: the position divided out, attention frozen."""
 
+import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import factorial
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_same_prompt_same_numbers(tiny: Any) -> None:
 @pytest.mark.parametrize(
     "scope", [tls.SemanticScope(TARGET), tls.FisherScope(exact=True), IntegratedGradients(steps=3)]
 )
-@pytest.mark.filterwarnings("ignore:.*steps=3 is too few")
+@pytest.mark.filterwarnings("ignore:.*steps=3 is too few")  # where attention is held by hand
 def test_frozen_attention(holdable: Specimen, scope: tls.Scope, keys: tuple[int, ...] | None) -> None:
     """The scope of a linearisation made while attention is held."""
     lin = tls.linearize(holdable.model, PROMPT)
@@ -154,6 +155,17 @@ def test_frozen_attention(holdable: Specimen, scope: tls.Scope, keys: tuple[int,
         expected = scope(tls.linearize(holdable.model, PROMPT))
     assert_close(tls.FrozenAttentionScope(scope, keys)(lin).scores, expected.scores, **EXACT)
     assert (scope(lin).scores - expected.scores).abs().max() > 1e-6
+
+
+def test_a_line_with_attention_frozen(tiny: Any) -> None:
+    """Contributions do not sum to the change then: points cannot be added until they do, and no number is too few."""
+    line = tls.PathIntegratedScope(TARGET)
+    message = r"PathIntegratedScope\(target=\d+\) adds points to its line until .* with attention frozen: give their"
+    with pytest.raises(ValueError, match=message):
+        tls.FrozenAttentionScope(tls.PositionCorrectedScope(line))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tls.attribute(tiny, PROMPT_OF_TINY, tls.FrozenAttentionScope(replace(line, steps=3)))
 
 
 def test_nothing_frozen(holdable: Specimen) -> None:

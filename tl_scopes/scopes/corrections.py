@@ -13,6 +13,7 @@ from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import Target
 from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.path_integrated import PathIntegratedScope
 from tl_scopes.scopes.scope import Estimate, Measurement, Scope, as_written, require_scope, targets_of
 
 
@@ -186,7 +187,8 @@ class FrozenAttentionScope(Around):
 
     Unit: that of the scope.
     Cost: that of the scope, and a forward pass.
-    Raises: TypeError for something that is not a scope, and for keys that are not several positions; as
+    Raises: TypeError for something that is not a scope, and for keys that are not several positions; ValueError for a
+        path-integrated scope without `steps`, whose contributions do not sum to a change here; as
         `models.held_attention` does, for models in which attention cannot be held; else as the scope does.
     Source: freezing attention patterns to make a transformer linear in its values, Elhage et al. 2021, A Mathematical
         Framework for Transformer Circuits. Measured as `PositionCorrectedScope` was, the average precision of known
@@ -209,6 +211,24 @@ class FrozenAttentionScope(Around):
                     f"keys are several positions, or None for all, got {self.keys!r}: write ({self.keys!r},)."
                 )
             object.__setattr__(self, "keys", tuple(self.keys))
+        line = self._line
+        if line is not None and line.steps is None:
+            raise ValueError(
+                f"{as_written(line)} adds points to its line until the contributions sum to the change along it, which "
+                "they do not with attention frozen: give their number, steps=50 say."
+            )
+
+    @property
+    def _line(self) -> PathIntegratedScope | None:
+        """The scope in the middle, where it is one along a line."""
+        scope = self.scope
+        while isinstance(scope, Around):
+            scope = scope.scope
+        return scope if isinstance(scope, PathIntegratedScope) else None
+
+    def caveat(self, answers: Sequence[Attribution]) -> str | None:
+        # That of a line counts on a sum which does not hold here.
+        return self.scope.caveat(answers) if self._line is None else None
 
     def measure(self, lin: Linearization) -> Measurement:
         with models.held_attention(lin.model, self.keys):
