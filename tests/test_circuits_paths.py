@@ -144,6 +144,8 @@ def test_bad_questions(paths: tls.Paths, lin: tls.Linearization, no_type_checks:
         tls.carried_by(lin, SCOPE, "position", " keys").through("L0")
     with pytest.raises(ValueError, match="this answer, by 'layer' in .* does not know where the influence stands"):
         tls.carried_by(lin, SCOPE, "layer", " keys").flow()
+    with pytest.raises(ValueError, match=r"by 'position', .* which a page shows with a slider: tls.explore\(model"):
+        tls.carried_by(lin, SCOPE, "position", " keys").show()
 
 
 def test_values_that_overflow(paths: tls.Paths, no_type_checks: None) -> None:

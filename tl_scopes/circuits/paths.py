@@ -382,6 +382,11 @@ class Paths:
                 "where the influence stands was not kept, or something goes around the stream of this model: for "
                 "paths of a corpus, which does not keep it, call carried_by for the prompt."
             )
+        if self.by == "position":
+            raise ValueError(
+                "this answer, by 'position', says where the influence stands after each layer, which a page shows with "
+                "a slider: tls.explore(model, prompt, scope, carried=paths)."
+            )
         if self.stream is None:
             raise ValueError(
                 f"this answer, by {self.by!r} in {self.mode} mode, does not know where the influence stands: ask "
