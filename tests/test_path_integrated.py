@@ -179,7 +179,7 @@ def test_groups_change_no_number(one: tls.Linearization, monkeypatch: pytest.Mon
     run = tls.Linearization.at_each
     monkeypatch.setattr(tls.Linearization, "at_each", lambda self, x: sizes.append(len(x)) or run(self, x))
     in_groups = scope(one)
-    assert sizes == [1, 2, 2, 1]  # where the line begins, then the steps
+    assert sizes == [2, 2, 1]
     assert_close(in_groups.scores, together.scores, **EXACT)
     assert_close(in_groups.profile, together.profile, **EXACT)
 
