@@ -1,30 +1,65 @@
 """How far `carried_by` and attribution patching of both orders agree with activation patching, on pairs of four kinds.
 
-    python -m tests.benchmarks.circuits_table MODEL [SITE ...] [--pairs N] [--rules NAME]
+    python -m tests.benchmarks.circuits_table [FOLDER] [--into docs/circuits.md] [--pairs N] [--anew]
 
-MODEL is a name or a folder that `tl_scopes.models.load` takes. Only pairs count to which the model gives the right
-answer at both prompts; of each kind the first N such pairs (6 by default). It prints a table in Markdown, in which
-brackets are 95% bootstrap intervals over pairs, and the last columns the mean Pearson correlation of each kind. With
-`--rules` both methods are compared under these rules too, and by how much each of them is better there, in Pearson's
-correlation with its interval over pairs.
+It writes what it finds at every pair to `tests/data/circuits.json`, and leaves out what stands there already (`--anew`
+does not), so that a run that was stopped goes on: some forty minutes for SmolLM2-135M-Instruct on one core. Without a
+folder it prints what is stored there. `--into` puts the table into a page, between its marks.
+
+Only pairs count to which the model gives the right answer at both prompts; of each kind the first N such pairs (6 by
+default). Brackets are 95% bootstrap intervals over pairs, and the last column has the mean Pearson correlation of each
+kind. Below the table stands by how much linear rules make a method agree better, pair by pair, and whether the second
+order tells where the first one is wrong, over the components that matter.
+
+Command: python -m tests.real.model && python -m tests.benchmarks.circuits_table tests/real/.model
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import tl_scopes as tls
+from tests.benchmarks.stored import (
+    DATA,
+    interval,
+    made,
+    page_with_marks,
+    put_into,
+    read,
+    rounded,
+    short,
+    started,
+    write,
+)
 from tl_scopes import models
-from tl_scopes.faithfulness.statistics import bootstrap
 from tl_scopes.rank_correlation import spearman
 
-if TYPE_CHECKING:
-    import pandas as pd
+FILE = DATA / "circuits.json"
+BEGIN, END = "<!-- circuits: begin -->", "<!-- circuits: end -->"
+"""The marks around the table in a page."""
 
-SITES = ("head_out", "attn_out", "mlp_out", "resid_pre")
+SITES = {
+    "head_out": "heads",
+    "attn_out": "attention, by position",
+    "mlp_out": "MLP, by position",
+    "resid_pre": "stream, by position",
+}
+METHODS = {
+    "carried": "`carried_by`",
+    "carried under linear rules": 'the same under "linear"',
+    "attribution patching": "attribution patching",
+    "second order": "second order",
+    "attribution patching under linear rules": 'first order under "linear" (RelP)',
+}
+"""What `tls.agreement` compares with activation patching, and what the table calls it."""
+RULES, TOP, MATTER = "linear", 10, 0.02
+"""The rules; how many components the overlap is of; the part of the effect from which on a component matters."""
+NUMBERS = ("pearson", "spearman", "overlap", "same_first")
+"""What is stored of each method at each pair, in this order."""
 
 
 def agreement() -> Iterator[tuple[str, str, str, str]]:
@@ -96,70 +131,123 @@ def pairs(model: Any, kind: str, count: int) -> list[tls.PromptPair]:
     return list(found.values())
 
 
+def measured(model: Any, folder: str, count: int) -> dict[str, Any]:
+    """Measure what is not stored yet, kind by kind and site by site, and store it."""
+    settings = {"pairs of a kind": count, "rules": RULES, "components that overlap": TOP, "matters from": MATTER}
+    stored = started(FILE, settings, made(model, folder))
+    stored.setdefault("numbers", list(NUMBERS))
+    for part in ("pairs", "values", "components"):
+        stored.setdefault(part, {})
+    for kind in KINDS:
+        some = pairs(model, kind, count)
+        stored["pairs"][kind] = [[pair.clean, pair.corrupted, pair.answer, pair.wrong] for pair in some]
+        for site in SITES:
+            if kind in stored["values"].get(site, {}):
+                continue
+            found = tls.agreement(some, sites=[site], top=TOP, order=2, rules=RULES)  # type: ignore[list-item]
+            stored["values"].setdefault(site, {})[kind] = numbers(found)
+            stored["components"].setdefault(site, {})[kind] = components(found, site)
+            write(FILE, stored)
+            print(f"{kind}, {site}: {len(some)} pairs", flush=True)
+    return stored
+
+
+def numbers(found: tls.Agreement) -> dict[str, list[list[float | None]]]:
+    """For each method the `NUMBERS` of each pair."""
+    rows: dict[str, list[list[float | None]]] = {}
+    for row in found.to_dataframe().to_dict("records"):
+        rows.setdefault(row["method"], []).append([rounded(float(row[name])) for name in NUMBERS])
+    return rows
+
+
+def components(found: tls.Agreement, site: str) -> list[list[list[float | None]]]:
+    """For each pair the relative error of the first order, and 1 − reliability, of every component that matters."""
+    told = []
+    both = zip(found.effects[site, "second order"], found.effects[site, "activation patching"], strict=True)
+    for said, truth in both:
+        assert said.first_order is not None
+        matters = truth.values.abs() > MATTER * abs(truth.scale)
+        wrong = ((said.first_order - truth.values).abs() / truth.values.abs())[matters]
+        doubted = 1 - said.reliability[matters]
+        told.append([[rounded(x, 4) for x in one] for one in zip(wrong.tolist(), doubted.tolist(), strict=True)])
+    return told
+
+
+# -- what is stored, in words -----------------------------------------------------------------------------------------
+
+
+def values(stored: dict[str, Any], site: str, method: str, number: str, kind: str | None = None) -> torch.Tensor:
+    """One number at every pair, or at those of a kind."""
+    of, at = stored["values"][site], stored["numbers"].index(number)
+    return torch.tensor([row[at] for name in ([kind] if kind else of) for row in of[name][method]]).double()
+
+
+def table(stored: dict[str, Any]) -> str:
+    """A row for each site and method."""
+    kinds = list(stored["pairs"])
+    titles = ("what is replaced", "method", "Pearson", "least", "Spearman", f"same in the first {TOP}", "same first")
+    lines = [f"| {' | '.join(titles)} | {', '.join(kinds)} |", "|---" * (len(titles) + 1) + "|"]
+    for site, methods in stored["values"].items():
+        for i, method in enumerate(sorted(methods[kinds[0]], key=list(METHODS).index)):
+            pearson, rank, overlap, first = (values(stored, site, method, number) for number in NUMBERS)
+            of_kinds = (short(values(stored, site, method, "pearson", kind).mean().item()) for kind in kinds)
+            lines.append(
+                f"| {SITES[site] if i == 0 else ''} | {METHODS[method]} | {interval(pearson)} | "
+                f"{short(pearson.min().item())} | {interval(rank)} | {overlap.mean():.0%} | {first.mean():.0%} | "
+                f"{' '.join(of_kinds)} |".replace("|  |", "| |")
+            )
+    return "\n".join(lines)
+
+
+def gain(stored: dict[str, Any], site: str, method: str) -> str:
+    """By how much a method agrees better under rules, pair by pair."""
+    ruled = values(stored, site, f"{method} under {stored['settings']['rules']} rules", "pearson")
+    return interval(ruled - values(stored, site, method, "pearson"), "+")
+
+
+def warning(stored: dict[str, Any], site: str) -> dict[str, str]:
+    """Whether the second order tells where the first one is wrong: over the components that matter, the rank
+    correlation of error and doubt, and the median errors where reliability is below a half, and elsewhere."""
+    rows = [row for some in stored["components"][site].values() for pair in some for row in pair]
+    wrong, doubted = torch.tensor(rows).double().T
+    far = doubted > 0.5
+    return {
+        "components": str(len(rows)),
+        "correlation": short(spearman(wrong, doubted)),
+        "below a half": f"{wrong[far].median():.0%}",
+        "elsewhere": f"{wrong[~far].median():.0%}",
+    }
+
+
+def below(stored: dict[str, Any]) -> str:
+    """What stands below the table."""
+    lines = []
+    for site in stored["values"]:
+        lines += [f"{site}: {method} gains {gain(stored, site, method)} under rules" for method in METHODS if
+                  f"{method} under {RULES} rules" in METHODS]  # fmt: skip
+        lines.append(f"{site}: {warning(stored, site)}")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Print the table."""
+    """Measure, store, print."""
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("sites", nargs="*", metavar="SITE", default=SITES)
+    parser.add_argument("model", nargs="?", metavar="FOLDER")
     parser.add_argument("--pairs", type=int, default=6, metavar="N")
-    parser.add_argument("--rules", metavar="NAME")
+    parser.add_argument("--anew", action="store_true", help="forget what is stored: for another model")
+    parser.add_argument("--into", type=Path, metavar="FILE")
     given = parser.parse_args()
-    compare(models.load(given.model), given.sites, given.pairs, given.rules)
-
-
-def compare(model: Any, sites: Sequence[str], count: int, rules: str | None) -> None:
-    """Print a row for each site and method, and below it what the second order and the rules are worth."""
-    of_kind = {kind: pairs(model, kind, count) for kind in KINDS}
-    print({kind: len(found) for kind, found in of_kind.items()}, flush=True)
-    kinds = [kind for kind, found in of_kind.items() for _ in found]
-    every = [pair for found in of_kind.values() for pair in found]
-    titles = ("site", "method", "Pearson", "least", "Spearman", "same in the first 10", "same first", *KINDS)
-    print("| " + " | ".join(titles) + " |\n" + "|---" * len(titles) + "|", flush=True)
-    for site in sites:  # one after another, so that what is there is not lost where the time ends
-        whole = tls.agreement(every, sites=[site], order=2, rules=rules)  # type: ignore[list-item]
-        table = whole.to_dataframe()
-        table["kind"] = kinds * (len(table) // len(kinds))
-        of_kinds = table.groupby(["method", "kind"])["pearson"].mean()
-        for row in whole.summary().itertuples():
-            print(
-                f"| {row.site} | {row.method} | {row.pearson:.2f} ({row.pearson_low:.2f} to {row.pearson_high:.2f}) | "
-                f"{row.least_pearson:.2f} | {row.spearman:.2f} ({row.spearman_low:.2f} to {row.spearman_high:.2f}) | "
-                f"{row.overlap:.0%} | {row.same_first:.0%} | "
-                + " | ".join(f"{of_kinds[row.method, kind]:.2f}" for kind in KINDS)
-                + " |",
-                flush=True,
-            )
-        print(f"{site}: {_warning(whole, site)}", flush=True)
-        if rules is not None:
-            for method in ("carried", "attribution patching"):
-                print(f"{site}: {method} {_gain(table, method, rules)}", flush=True)
-
-
-def _gain(table: "pd.DataFrame", method: str, rules: str) -> str:
-    """By how much a method agrees better under rules, pair by pair."""
-    of = table.set_index("method")["pearson"]
-    gains = torch.tensor(of[f"{method} under {rules} rules"].to_numpy() - of[method].to_numpy())
-    mean, low, high, _ = bootstrap(gains[:, None], 0.95, 10_000, seed=0)
-    return f"gains {mean.item():+.2f} ({low.item():+.2f} to {high.item():+.2f}) under {rules} rules"
-
-
-def _warning(whole: tls.Agreement, site: str) -> str:
-    """Whether the second order tells where the first one is wrong, over the components that matter."""
-    both = zip(whole.effects[site, "second order"], whole.effects[site, "activation patching"], strict=True)
-    wrong, doubted = [], []
-    for found, truth in both:
-        assert found.first_order is not None
-        matter = truth.values.abs() > 0.02 * abs(truth.scale)
-        wrong.append(((found.first_order - truth.values).abs() / truth.values.abs())[matter])
-        doubted.append(1 - found.reliability[matter])
-    a, b = torch.cat(wrong), torch.cat(doubted)
-    far = b > 0.5
-    return (
-        f"of {len(a)} components with 2% of the effect or more the relative error of the first order and 1 − "
-        f"reliability have the rank correlation {spearman(a, b):.2f}; where reliability is below a half ({far.sum()}) "
-        f"the median error is {a[far].median():.0%}, elsewhere {a[~far].median():.0%}"
-    )
+    if given.into:  # before forty minutes of work
+        page_with_marks(given.into, BEGIN, END)
+    if given.anew:
+        FILE.unlink(missing_ok=True)
+    if given.model:
+        measured(models.load(given.model), given.model, given.pairs)
+    stored = read(FILE)
+    print(f"{table(stored)}\n\n{below(stored)}")
+    if given.into:
+        put_into(given.into, table(stored), BEGIN, END)
 
 
 if __name__ == "__main__":
