@@ -1,7 +1,4 @@
-"""Linear rules, and other scopes that might do better, for the table of methods on a real model:
-
-`python -m tests.benchmarks.known_causes_table --model FOLDER --also tests.benchmarks.rules_table:METHODS`
-"""
+"""Linear rules, and other scopes that might do better, which `known_causes_table` compares on a real model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +11,7 @@ import tl_scopes as tls
 from tests.benchmarks.known_causes_table import Method
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization, vjps
+from tl_scopes.scopes.baselines import GradientTimesInput
 from tl_scopes.scopes.scope import TargetScope
 
 REST = ("norms", "activations", "gates")
@@ -51,6 +49,7 @@ KINDS: dict[str, Callable[..., tls.Scope]] = {
     "relevance": tls.RelevanceScope,
     "relevance, baseline prompt": partial(tls.RelevanceScope, baseline="prompt"),
     "gradient · (x − mean)": Contrast,
+    "sizes": GradientTimesInput,
 }
 
 
@@ -67,5 +66,5 @@ METHODS: dict[str, Method] = {
     f"{name}, {called}": _method(kind, rules)
     for called, rules in {"own derivative": None, **RULES}.items()
     for name, kind in KINDS.items()
-    if (name, rules) != ("Semantic", None)  # is in the table already
+    if (name, rules) not in (("Semantic", None), ("sizes", None))  # are in the table already
 }
