@@ -9,20 +9,25 @@ folder it prints what is stored there. `--into` puts the table into a page, betw
 Only pairs count to which the model gives the right answer at both prompts; of each kind the first N such pairs (6 by
 default). Brackets are 95% bootstrap intervals over pairs, and the last column has the mean Pearson correlation of each
 kind. Below the table stands by how much linear rules make a method agree better, pair by pair, and whether the second
-order tells where the first one is wrong, over the components that matter.
+order tells where the first one is wrong, over the components that matter. `--costs` measures anew what the methods cost at the
+first pair of each kind, in bare forward passes of the Hugging Face model over the same prompt (CPU time, the order of
+all ways shuffled in every round), which takes some five minutes.
 
 Command: python -m tests.real.model && python -m tests.benchmarks.circuits_table tests/real/.model
 """
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 import tl_scopes as tls
+from tests.benchmarks.setting import in_turns
 from tests.benchmarks.stored import (
     DATA,
     interval,
@@ -152,6 +157,32 @@ def measured(model: Any, folder: str, count: int) -> dict[str, Any]:
     return stored
 
 
+BARE, ROUNDS = "bare forward pass", 7
+
+
+def costs(model: Any, pair: tls.PromptPair, rounds: int = ROUNDS) -> dict[str, Any]:
+    """The seconds of each method at each site, in every round, with the forward pass of the clean prompt included."""
+    ids = models.tokenize(model, pair.clean)[None]
+    inner = model.original_model
+
+    def bare() -> object:
+        with torch.no_grad():
+            return inner(ids, use_cache=False)
+
+    def parts() -> object:
+        return tls.carried_by(tls.linearize(model, pair.clean), pair.scope, "qkv", list(pair.differing))
+
+    ways: dict[str, Any] = {BARE: bare, "linearize": lambda: tls.linearize(model, pair.clean), "carried, qkv": parts}
+    for site in SITES:
+        ways |= {
+            f"carried, {site}": partial(pair.carried, site),
+            f"attribution patching, {site}": partial(pair.attribution_patching, site),
+            f"second order, {site}": partial(pair.attribution_patching, site, order=2),
+        }
+    seconds = {way: [rounded(one, 4) for one in some] for way, some in in_turns(ways, rounds).items()}
+    return {"tokens": ids.shape[1], "differing": len(pair.differing), "seconds": seconds}
+
+
 def numbers(found: tls.Agreement) -> dict[str, list[list[float | None]]]:
     """For each method the `NUMBERS` of each pair."""
     rows: dict[str, list[list[float | None]]] = {}
@@ -219,6 +250,18 @@ def warning(stored: dict[str, Any], site: str) -> dict[str, str]:
     }
 
 
+def passes(stored: dict[str, Any], way: str) -> list[float]:
+    """What something costs at each pair whose costs are stored, in bare forward passes: medians over the rounds."""
+    seconds = [one["seconds"] for one in stored["costs"].values()]
+    return [median(one[way]) / median(one[BARE]) for one in seconds]
+
+
+def span(stored: dict[str, Any], *ways: str) -> str:
+    """The lowest and the highest of these costs: 2.4 to 4.2."""
+    every = [cost for way in ways for cost in passes(stored, way)]
+    return f"{min(every):.1f} to {max(every):.1f}"
+
+
 def below(stored: dict[str, Any]) -> str:
     """What stands below the table."""
     lines = []
@@ -226,6 +269,10 @@ def below(stored: dict[str, Any]) -> str:
         lines += [f"{site}: {method} gains {gain(stored, site, method)} under rules" for method in METHODS if
                   f"{method} under {RULES} rules" in METHODS]  # fmt: skip
         lines.append(f"{site}: {warning(stored, site)}")
+    if "costs" in stored:
+        lines += [f"tokens: {[one['tokens'] for one in stored['costs'].values()]}, in {BARE}es:"]
+        ways = next(iter(stored["costs"].values()))["seconds"]
+        lines += [f"{way}: {', '.join(f'{one:.2f}' for one in passes(stored, way))}" for way in ways]
     return "\n".join(lines)
 
 
@@ -236,15 +283,20 @@ def main() -> None:
     parser.add_argument("model", nargs="?", metavar="FOLDER")
     parser.add_argument("--pairs", type=int, default=6, metavar="N")
     parser.add_argument("--anew", action="store_true", help="forget what is stored: for another model")
+    parser.add_argument("--costs", action="store_true", help="measure what the methods cost, and nothing else")
     parser.add_argument("--into", type=Path, metavar="FILE")
     given = parser.parse_args()
     if given.into:  # before forty minutes of work
         page_with_marks(given.into, BEGIN, END)
     if given.anew:
         FILE.unlink(missing_ok=True)
-    if given.model:
+    if given.model and not given.costs:
         measured(models.load(given.model), given.model, given.pairs)
     stored = read(FILE)
+    if given.model and given.costs:
+        model = models.load(given.model)
+        stored["costs"] = {kind: costs(model, pairs(model, kind, 1)[0]) for kind in KINDS}
+        write(FILE, stored)
     print(f"{table(stored)}\n\n{below(stored)}")
     if given.into:
         put_into(given.into, table(stored), BEGIN, END)

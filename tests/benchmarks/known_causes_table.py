@@ -350,7 +350,9 @@ def _measured(options: argparse.Namespace) -> dict[str, Any]:
     for found in by_causes(model, askers, tasks, options, stored):
         print("\n\n".join([confirmed(found), *(to_markdown(found, measure) for measure in MEASURES), ""]), flush=True)
     if prompts:
-        by_deletion(model, askers, prompts, options.file, stored)
+        # What did not help at known causes is not asked of deletion, unless it is named.
+        asked = askers if options.only or options.also else {n: askers[n] for n in (*METHODS, *UNDER_RULES)}
+        by_deletion(model, asked, prompts, options.file, stored)
     return stored
 
 
@@ -385,7 +387,7 @@ def main() -> None:
         every = [_measured(options)]
     for stored in every:
         if "natural" in stored:
-            print(f"\n{of_real(stored)}")
+            print(f"\n{of_real(stored, stored['natural']['values'])}")
         for (begin, end), text in pages(stored).items():
             print(f"\n{text}")
             for page in options.into:
