@@ -15,7 +15,8 @@ import torch
 import tl_scopes as tls
 from tests import zoo
 from tests.benchmarks import known_causes_table as table
-from tests.benchmarks.known_causes_table import BEGIN, END, confirmed, put_into, to_markdown
+from tests.benchmarks.known_causes_table import BEGIN, END, confirmed, to_markdown
+from tests.benchmarks.stored import put_into
 from tl_scopes.faithfulness import KnownCause, confirm, differences, english, summary
 from tl_scopes.faithfulness.english import KINDS
 from tl_scopes.faithfulness.known_causes import (
@@ -516,6 +517,7 @@ def test_the_command(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
     command = [sys.executable, "-m", "tests.benchmarks.known_causes_table", "--count", "1", "--tasks", "agreement"]
+    command += ["--file", str(tmp_path / "stored.json")]
     run = subprocess.run([*command, "--into", str(page)], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.startswith("Confirmed: agreement 1 of 1.")
     assert all(f"| {measure} | agreement |" in run.stdout for measure in MEASURES)
@@ -561,7 +563,7 @@ def test_a_page_without_marks(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\nold\n")
     with pytest.raises(ValueError, match=r"page\.md' has no place for the table: put the lines"):
-        put_into(page, "new")
+        put_into(page, "new", BEGIN, END)
     assert page.read_text() == f"{BEGIN}\nold\n"
 
 

@@ -11,14 +11,16 @@ The benchmarks are run on demand, never by a plain `pytest`:
     python -m tests.benchmarks.throughput FOLDER  # prompts a second in batches, beside captum and inseq
     python -m tests.benchmarks.precision FOLDER --into docs/costs.md  # bfloat16 and float16 against float32
     python -m tests.benchmarks.known_causes_table --into docs/evidence.md  # takes some twenty minutes
-    python -m tests.benchmarks.known_causes_table --model FOLDER --also tests.benchmarks.rules_table:METHODS
+    python -m tests.benchmarks.known_causes_table --model FOLDER --into docs/evidence.md docs/decided.md  # some forty
     python -m tests.benchmarks.answers FOLDER --into docs/answers.md  # 1, 8 and 32 tokens; some fifteen minutes
-    python -m tests.benchmarks.circuits_table FOLDER --rules linear  # carried parts and patching, for docs/circuits.md
+    python -m tests.benchmarks.circuits_table FOLDER --into docs/circuits.md  # carried parts and patching
     python -m tests.benchmarks.fisher  # how far off Fisher Scope's estimate is
     python -m tests.benchmarks.corrections  # which corrections for sinks help; with --sink 0.15 under one made by hand
 
-What these commands print into the documentation is kept there alone. The notebooks show what others store in
-`tests/data`: `cases_table`, `open_checks`, `series_table` and `translation_table`, each with its command at its top.
+Where accuracy is measured, what is found at every prompt is stored in `tests/data`: by `known_causes_table` and
+`circuits_table`, of which the tables of the pages are made (`tests/test_stored_tables.py` makes them again), and by
+`cases_table`, `open_checks`, `series_table` and `translation_table`, whose figures the notebooks show; each has its
+command at its top. What the other commands print into the documentation, costs above all, is kept there alone.
 
 `bench_cost.py` alone gives the table of costs, `bench_growth.py` the picture; `-k "Semantic or captum"` picks rows.
 

@@ -9,9 +9,10 @@ folder it prints what is stored there. `--into` puts the table into a page, betw
 Only pairs count to which the model gives the right answer at both prompts; of each kind the first N such pairs (6 by
 default). Brackets are 95% bootstrap intervals over pairs, and the last column has the mean Pearson correlation of each
 kind. Below the table stands by how much linear rules make a method agree better, pair by pair, and whether the second
-order tells where the first one is wrong, over the components that matter. `--costs` measures anew what the methods cost at the
-first pair of each kind, in bare forward passes of the Hugging Face model over the same prompt (CPU time, the order of
-all ways shuffled in every round), which takes some five minutes.
+order tells where the first one is wrong, over the components that matter.
+
+`--costs` measures anew what the methods cost at the first pair of each kind, in bare forward passes of the Hugging Face
+model over the same prompt (CPU time, the order of all ways shuffled in every round), in some five minutes.
 
 Command: python -m tests.real.model && python -m tests.benchmarks.circuits_table tests/real/.model
 """

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 
 import tl_scopes as tls
-from tests.benchmarks.stored import DATA, made, page_with_marks, put_into, read, rounded, short, started, write
+from tests.benchmarks.stored import DATA, made, page_with_marks, put_into, read, rounded, started, with_ends, write
 from tl_scopes import models
 from tl_scopes.faithfulness import Perturbation, differences, summary
 from tl_scopes.faithfulness.english import KINDS, english
@@ -276,24 +276,28 @@ def of_a_real_model(causes: "pd.DataFrame", deletion: "pd.DataFrame") -> str:
 
 def of_rules(stored: Mapping[str, Any]) -> str:
     """The table of what rules do, by both judges; the best of each is bold."""
-    causes, deletion = _everything(causes_of(stored, UNDER_RULES)), deletion_of(stored, UNDER_RULES)
-    found = [(told(summary(one)), _less(one, _REFERENCE)) for one in (causes, deletion)]
+    columns = []
+    for results, digits in ((_everything(causes_of(stored, UNDER_RULES)), 2), (deletion_of(stored, UNDER_RULES), 1)):
+        means = told(summary(results), digits=digits)
+        best = max(float(text.split()[0]) for text in means.values())
+        for name, text in means.items():
+            mean, ends = text.split(" ", 1)
+            means[name] = f"**{mean}** {ends}" if float(mean) == best else text
+        columns += [means, told(differences(results, _REFERENCE), "difference", "+", digits)]
     lines = [
         "| | known causes | less `SemanticScope` | nats taken | less `SemanticScope` |",
         "|---|---|---|---|---|",
     ]
     for name, label in UNDER_RULES.items():
-        cells = [cell for means, less in found for cell in (means[name], less.get(name, ""))]
-        lines.append(f"| {label} | {' | '.join(cells)} |".replace("|  |", "| |"))
+        cells = " | ".join(column.get(name, "") for column in columns)
+        lines.append(f"| {label} | {cells} |".replace("|  |", "| |"))
     return "\n".join(lines)
 
 
-def told(table: "pd.DataFrame") -> dict[str, str]:
-    """The mean of each scope with its interval."""
-    return {
-        str(row.scope): f"{short(mean)} ({short(row.low)} to {short(row.high)})"
-        for row, mean in zip(table.itertuples(), table["mean"], strict=True)
-    }
+def told(table: "pd.DataFrame", column: str = "mean", sign: str = "", digits: int = 2) -> dict[str, str]:
+    """A column of `summary` or `differences`, by scope, with its intervals."""
+    rows = zip(table["scope"], table[column], table["low"], table["high"], strict=True)
+    return {str(scope): with_ends(mean, low, high, sign, digits) for scope, mean, low, high in rows}
 
 
 def of_bundled(stored: Mapping[str, Any]) -> str:

@@ -61,17 +61,23 @@ def started(path: Path, settings: Mapping[str, Any], made_with: Mapping[str, Any
 # -- numbers in words -------------------------------------------------------------------------------------------------
 
 
-def short(value: float, sign: str = "") -> str:
-    """A number to two digits as the pages write it: .84, 1.00, −.06; with the sign "+" also +.05."""
-    text = f"{value:{sign}.2f}".replace("-", "−")
-    return text.replace("0.", ".", 1) if abs(float(f"{value:.2f}")) < 1 else text
+def short(value: float, sign: str = "", digits: int = 2) -> str:
+    """A number as the pages write it: .84, 1.00, −.06; with the sign "+" also +.05. Nothing has no sign."""
+    if not float(f"{value:.{digits}f}"):
+        return f".{'0' * digits}"
+    text = f"{value:{sign}.{digits}f}".replace("-", "−")
+    return text.replace("0.", ".", 1) if abs(float(f"{value:.{digits}f}")) < 1 else text
+
+
+def with_ends(mean: float, low: float, high: float, sign: str = "", digits: int = 2) -> str:
+    """A mean with the ends of its interval: .84 (.80 to .88)."""
+    return "{} ({} to {})".format(*(short(one, sign, digits) for one in (mean, low, high)))
 
 
 def interval(values: torch.Tensor, sign: str = "") -> str:
-    """The mean with its 95% bootstrap interval: .84 (.80 to .88)."""
-    mean, low, high, _ = bootstrap(values.double()[:, None], 0.95, 10_000, seed=0)
-    ends = (short(end.item(), sign if abs(end.item()) >= 0.005 else "") for end in (low, high))
-    return f"{short(mean.item(), sign)} ({' to '.join(ends)})"
+    """The mean with its 95% bootstrap interval, as `faithfulness.summary` and `agreement` draw it."""
+    mean, low, high, _ = bootstrap(values.double()[:, None], 0.95, 2000, seed=0)
+    return with_ends(mean.item(), low.item(), high.item(), sign)
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------
