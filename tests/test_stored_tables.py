@@ -2,6 +2,8 @@
 
 import copy
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tests.benchmarks import circuits_table as circuits
 from tests.benchmarks import known_causes_table as causes
 from tests.benchmarks import stored
 from tests.benchmarks.stored import between, interval, read, short
+from tl_scopes.faithfulness import differences, summary
 from tl_scopes.faithfulness.english import KINDS
 from tl_scopes.faithfulness.known_causes import all_scopes
 from tl_scopes.tiny.counterfactuals import TASKS
@@ -62,9 +65,10 @@ PATCHING, RULED = "attribution patching", "carried under linear rules"
 
 
 def in_the_readme() -> list[str]:
+    pairs = sum(map(len, CIRCUITS["pairs"].values()))
     return [
-        f"On {sum(map(len, CIRCUITS['pairs'].values()))} prompt pairs of SmolLM2-135M it agrees with activation patching "
-        f"at a Pearson correlation of {interval(values('head_out', 'carried'))} over heads and "
+        f"On {pairs} prompt pairs of SmolLM2-135M it agrees with activation patching at a Pearson "
+        f"correlation of {interval(values('head_out', 'carried'))} over heads and "
         f"{interval(values('mlp_out', 'carried'))} over MLPs ({mean('head_out', RULED)} and {mean('mlp_out', RULED)} "
         "under linear rules)",
         f"attribution patching, which needs the corrupted prompt, at {mean('head_out', PATCHING)} and "
@@ -138,8 +142,8 @@ def prompts() -> int:
 def in_evidence() -> list[str]:
     leads = [first(judged("lead")[name]).lstrip("+") for name in ("frozen attention", "position corrected")]
     return [
-        f"on these {prompts()} prompts it finds the causes at {precision('relevance, linear')} where Semantic Scope has "
-        f"{precision('Semantic')}, and at {first(precision('relevance, baseline prompt, linear'))} with",
+        f"on these {prompts()} prompts it finds the causes at {precision('relevance, linear')} where Semantic Scope "
+        f"has {precision('Semantic')}, and at {first(precision('relevance, baseline prompt, linear'))} with",
         "Frozen attention gains {} over Semantic Scope and position correction {}".format(*leads),
         f"without rules are near chance ({first(precision('random', 'subject and verb'))}); integrated gradients, "
         f"{first(precision('integrated gradients', 'subject and verb'))}, are furthest above it",
