@@ -20,6 +20,7 @@ Command: python -m tests.real.model && python -m tests.benchmarks.circuits_table
 import argparse
 from collections.abc import Iterator
 from functools import partial
+from inspect import signature
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -139,7 +140,9 @@ def pairs(model: Any, kind: str, count: int) -> list[tls.PromptPair]:
 
 def measured(model: Any, folder: str, count: int) -> dict[str, Any]:
     """Measure what is not stored yet, kind by kind and site by site, and store it."""
+    products = signature(tls.PromptPair.attribution_patching).parameters["products"].default
     settings = {"pairs of a kind": count, "rules": RULES, "components that overlap": TOP, "matters from": MATTER}
+    settings |= {"Hessian products": products}
     stored = started(FILE, settings, made(model, folder))
     stored.setdefault("numbers", list(NUMBERS))
     for part in ("pairs", "values", "components"):
