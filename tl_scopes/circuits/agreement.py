@@ -121,7 +121,8 @@ def agreement(
         rules: with them `carried_by` and attribution patching under these rules are compared too, as in `linearize`.
 
     Cost: for each pair and site one forward pass for every component, by `transformer_lens.patching` (pairs of one
-        length together on TransformerLens 4), and some four for each of the other methods.
+        length together on TransformerLens 4), and some three to five for each of the other methods, seven to
+        thirteen for the second order.
 
     Raises:
         ValueError: for no pairs, for another site or order, and as `carried_by` does.

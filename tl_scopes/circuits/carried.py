@@ -61,8 +61,9 @@ def carried_by(
     Unit: that of the scope.
     Cost: one forward pass, a backward pass for each cotangent, and for each cotangent the cheaper of two ways: another
         backward pass for each source token (forward mode, which also tells positions), or half a one for each
-        component (backward mode). Measured for one source token of a scope with one cotangent on SmolLM2-135M, all 270
-        heads, prompts of 6 and 25 tokens: 2.0 and 2.4 times the forward pass of `linearize`, by "qkv" 2.0 and 2.5. A
+        component (backward mode). Measured for one source token of a scope with one cotangent on SmolLM2-135M, four
+        prompts of 6 to 25 tokens: 3.8 to 5.5 bare forward passes of the Hugging Face model by "head", "layer" and
+        "position", 4.2 to 5.6 by "qkv", with the 1.0 to 1.4 that `linearize` takes of them (`docs/circuits.md`). A
         progress bar says how many backward passes there are; it appears on a terminal after three seconds. Until the
         end it takes the memory of three linearisations; of one made with `checkpoint=True` little more than that one,
         at three forward passes for each source token.
