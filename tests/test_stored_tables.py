@@ -25,6 +25,21 @@ DOCS = ROOT / "docs"
 CIRCUITS, REAL, BUNDLED = read(circuits.FILE), read(causes.REAL_FILE), read(causes.BUNDLED_FILE)
 
 
+NOT_YET = "this is not measured yet: run python -m tests.benchmarks.known_causes_table{}"
+"""Why a test is skipped: what was stopped, or never begun, has no figures to compare a page with."""
+
+
+def need(there: bool, model: str = " --model tests/real/.model") -> None:
+    if not there:
+        pytest.skip(NOT_YET.format(model))
+
+
+def asked(judge: str, *names: str) -> bool:
+    """Whether all of these methods were asked by a judge, "tasks" or "natural"."""
+    records = [*REAL["tasks"].values()] if judge == "tasks" else [REAL["natural"]]
+    return all(name in record["values"] for name in names for record in records)
+
+
 def said(page: str) -> str:
     """The text of a page, with one space between words."""
     return " ".join((ROOT / page).read_text(encoding="utf-8").split())
@@ -42,10 +57,12 @@ def test_the_table_of_circuits() -> None:
     [("evidence.md", (causes.REAL_BEGIN, causes.REAL_END)), ("decided.md", (causes.RULES_BEGIN, causes.RULES_END))],
 )
 def test_the_tables_of_a_real_model(page: str, marks: tuple[str, str]) -> None:
+    need(asked("natural", *(causes.METHODS if page == "evidence.md" else causes.UNDER_RULES)))
     assert between(DOCS / page, *marks) == causes.pages(REAL)[marks]
 
 
 def test_the_table_of_the_bundled_model() -> None:
+    need(list(BUNDLED.get("tasks", ())) == list(TASKS), "")
     marks = (causes.BEGIN, causes.END)
     assert between(DOCS / "evidence.md", *marks) == causes.pages(BUNDLED)[marks]
 
@@ -154,9 +171,6 @@ def in_evidence() -> list[str]:
         "Frozen attention gains {} over Semantic Scope and position correction {}".format(*leads),
         f"without rules are near chance ({first(precision('random', 'subject and verb'))}); integrated gradients, "
         f"{first(precision('integrated gradients', 'subject and verb'))}, are furthest above it",
-        f'under `rules="lookup"`: {nats("relevance, lookup")} nats on {len(REAL["natural"]["prompts"])} prompts (its '
-        f"sizes alone {nats('sizes, lookup')}), where Semantic Scope takes {nats('Semantic')}. Leave-one-out takes "
-        f"{nats('leave-one-out')}",
         f"and fewer on the real one ({first(precision('attention rollout'))} against {first(precision('random'))})",
     ]
 
@@ -168,6 +182,21 @@ def in_decided() -> list[str]:
     return [
         f"over {prompts()} prompts of {len(KINDS)} kinds",
         'at subject and verb: {}, and {} under "linear", {} for `RelevanceScope` with either baseline'.format(*verbs),
+    ]
+
+
+def by_deletion() -> list[str]:
+    need(asked("natural", *causes.UNDER_RULES))
+    return [
+        f'under `rules="lookup"`: {nats("relevance, lookup")} nats on {len(REAL["natural"]["prompts"])} prompts (its '
+        f"sizes alone {nats('sizes, lookup')}), where Semantic Scope takes {nats('Semantic')}. Leave-one-out takes "
+        f"{nats('leave-one-out')}",
+    ]
+
+
+def of_no_help() -> list[str]:
+    need(asked("tasks", *causes.methods(None, None)))
+    return [
         f"counting inputs from the mean embedding of the vocabulary "
         f'({first(precision("gradient · (x − mean), linear"))} under "linear", where the plain product has '
         f"{first(precision('relevance, linear'))}); the prompt's other tokens without rules "
@@ -189,18 +218,20 @@ def test_the_docstring_has_the_costs_that_are_stored() -> None:
     assert '{} by "qkv", with the {} that `linearize` takes'.format(*spans) in text
 
 
-PAGES: dict[str, Callable[[], list[str]]] = {
-    "README.md": in_the_readme,
-    "docs/circuits.md": in_circuits,
-    "docs/evidence.md": in_evidence,
-    "docs/decided.md": in_decided,
-}
+PHRASES: list[tuple[str, Callable[[], list[str]]]] = [
+    ("README.md", in_the_readme),
+    ("docs/circuits.md", in_circuits),
+    ("docs/evidence.md", in_evidence),
+    ("docs/evidence.md", by_deletion),
+    ("docs/decided.md", in_decided),
+    ("docs/decided.md", of_no_help),
+]
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_the_text_has_the_figures_that_are_stored(page: str) -> None:
+@pytest.mark.parametrize(("page", "phrases"), PHRASES)
+def test_the_text_has_the_figures_that_are_stored(page: str, phrases: Callable[[], list[str]]) -> None:
     text = said(page)
-    assert [phrase for phrase in PAGES[page]() if phrase not in text] == []
+    assert [phrase for phrase in phrases() if phrase not in text] == []
 
 
 # -- what is stored ---------------------------------------------------------------------------------------------------
@@ -233,8 +264,9 @@ def test_methods_have_the_names_that_agreement_gives_them(tiny: Any) -> None:
 )
 def test_a_name_means_the_scope_that_was_measured(found: dict[str, Any], askers: dict[str, Any], tasks: Any) -> None:
     """Each name is stored with its scope as it is written, which the name must still mean."""
-    assert found["scopes"] == {name: causes.written(asker) for name, asker in askers.items()}
-    assert list(found["tasks"]) == list(tasks)
+    need(list(found.get("tasks", ())) == list(tasks), "" if tasks is TASKS else " --model tests/real/.model")
+    assert found["scopes"].items() <= {name: causes.written(asker) for name, asker in askers.items()}.items()
+    assert set(found["scopes"]) >= (set(all_scopes()) if tasks is TASKS else {*causes.METHODS, *causes.UNDER_RULES})
     for record in found["tasks"].values():
         assert set(record["values"]) == set(found["scopes"])
         assert {len(values) for values in record["values"].values()} == {len(record["prompts"])}
@@ -242,7 +274,7 @@ def test_a_name_means_the_scope_that_was_measured(found: dict[str, Any], askers:
 
 
 def test_the_prompts_are_those_of_the_script() -> None:
-    for found in (REAL, BUNDLED):
+    for found in filter(None, (REAL, BUNDLED)):
         settings = found["settings"]
         for task, record in found["tasks"].items():
             drawn = causes._examples(task, settings["examples of a task"], settings["seed"])
@@ -253,7 +285,7 @@ def test_the_prompts_are_those_of_the_script() -> None:
 
 
 def test_what_it_was_measured_with_is_stored() -> None:
-    for found in (CIRCUITS, REAL, BUNDLED):
+    for found in filter(None, (CIRCUITS, REAL, BUNDLED)):
         assert set(found["made with"]) >= {"tl_scopes", "transformer_lens", "torch", "model", "weights", "date"}
     assert (
         CIRCUITS["made with"]["model"]
@@ -265,19 +297,19 @@ def test_what_it_was_measured_with_is_stored() -> None:
 
 def test_the_files_are_small() -> None:
     files = (circuits.FILE, causes.REAL_FILE, causes.BUNDLED_FILE)
-    assert max(file.stat().st_size for file in files) < 300_000
+    assert max(file.stat().st_size for file in files if file.exists()) < 300_000
 
 
 def test_another_name_makes_another_table() -> None:
     """A figure that stands under another scope's name is found."""
+    need(asked("natural", *causes.METHODS))
+    marks = (causes.REAL_BEGIN, causes.REAL_END)
     renamed = json.loads(json.dumps(REAL).replace('"Fisher"', '"Temperature again"'))
-    with pytest.raises(KeyError):
-        causes.pages(renamed)
+    assert causes.pages(renamed)[marks] != causes.pages(REAL)[marks]
     swapped = copy.deepcopy(REAL)
     for record in [*swapped["tasks"].values(), swapped["natural"]]:
         values = record["values"]
         values["Fisher"], values["Temperature"] = values["Temperature"], values["Fisher"]
-    marks = (causes.REAL_BEGIN, causes.REAL_END)
     assert causes.pages(swapped)[marks] != causes.pages(REAL)[marks]
     other = json.loads(json.dumps(CIRCUITS).replace("attribution patching under", "carried twice under"))
     with pytest.raises(ValueError, match="carried twice under linear rules"):
@@ -351,6 +383,7 @@ def test_numbers_are_written_as_the_pages_write_them() -> None:
 
 def test_tables_of_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """`--stored` measures nothing, and puts each table where a page has its marks."""
+    need(asked("natural", *causes.UNDER_RULES))
     page = tmp_path / "page.md"
     page.write_text(f"a\n{causes.RULES_BEGIN}\nold\n{causes.RULES_END}\nb\n")
     monkeypatch.setattr("sys.argv", ["known_causes_table", "--stored", "--into", str(page)])
