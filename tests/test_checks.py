@@ -17,7 +17,7 @@ from tests import zoo
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
-from tl_scopes.diagnostics.checks import ROUNDINGS
+from tl_scopes.diagnostics.checks import ROUNDINGS, _leave_one_out
 from tl_scopes.diagnostics.evidence import TOLERANCE, Effects, Evidence
 from tl_scopes.diagnostics.sinks import attention_mass
 from tl_scopes.jacobian.metric import LocalMetric
@@ -154,7 +154,7 @@ def test_a_place_that_takes_all(llama: Any) -> None:
         "its place explains it",
         at_a_place.finding,
     )
-    assert at_a_place.cost == "the scope 3 times"
+    assert at_a_place.cost == "the scope at 2 shuffles"
     few = tls.check(tls.linearize(llama, PROMPT[:2]), OneHot(0))["position"]
     assert few.finding == "there are too few tokens to shuffle"
     path = tls.PathIntegratedScope(TARGET, steps=2, start=0.9)
@@ -186,6 +186,16 @@ def test_third_of_six_is_not_fine(llama: Any, monkeypatch: pytest.MonkeyPatch) -
         found = tls.check(tls.linearize(llama, PROMPT), tls.SemanticScope(TARGET))["leave-one-out"]
         assert f"the first is number {rank} of 6" in found.finding
         assert found.verdict == verdict
+
+
+def test_how_often_random_scores_pass(llama: Any) -> None:
+    """Where effects know nothing of the scores, a quarter of all orders of ten tokens are fine, as `check` says."""
+    one = evidence(llama, tls.SemanticScope(TARGET))
+    generator, fine, draws = torch.Generator().manual_seed(0), 0, 4000
+    for _ in range(draws):
+        one.__dict__["effects"] = Effects(list(range(10)), 5, None, torch.randperm(10, generator=generator).double())
+        fine += not _leave_one_out(one).looked
+    assert fine / draws == pytest.approx(0.257, abs=0.03)
 
 
 # -- linearity --------------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
         weights        Do folding, centring, a soft-cap or half precision change what the scores mean?
         leave-one-out  Do the top 5 tokens change the prediction more than 5 others, drawn at random, when the mean
                        embedding takes their place? By the scope's metric, and in KL divergence. Look: half of the top
-                       ones or fewer do, or the first one is not among the first third. A sixth of random scores passes.
+                       ones or fewer do, or the first one is not among the first four of ten. A quarter of random scores
+                       passes.
         estimation     How far off is a score that was estimated, by what the scope says of it? Look: above 5%.
 
     What the checks need to know about a scope, the scope says itself: its metric, whether its scores are slopes of it,
@@ -80,7 +81,7 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
         without: positions to set aside first, as by `Attribution.without`; shares are then of the other tokens.
         thorough: replace every token, and give the rank correlation; measure the radius, by `linearity`.
 
-    Cost: three times the scope's own, once at the prompt and twice at its tokens shuffled; some 20 forward passes, and
+    Cost: three times the scope's own, at the prompt and at two shuffles of its tokens; some 20 forward passes, and
         three Hessian products where the scope's metric is a number. Each line says what it took. With `thorough` some
         260 forward passes, and 380 of the bundled model: as `linearity` of three tokens, and leave-one-out.
 
@@ -105,8 +106,7 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
     aside = _several(without)
     lin.require_repeatable()
     lin = scope.with_answer(lin)
-    answer = scope(lin)
-    evidence = Evidence(lin, scope, answer.without(aside) if aside else answer, thorough)
+    evidence = Evidence(lin, scope, scope(lin), thorough, aside)
     return Checks(tuple(_made(name, ask, evidence) for name, ask in _CHECKS.items()), evidence.answer)
 
 
@@ -188,7 +188,7 @@ def _position(one: Evidence) -> Finding:
     )
     if looked:
         said += ": its place explains it, which PositionCorrectedScope divides out"
-    return Finding(looked, said, f"the scope {one.shuffles + 1} times")
+    return Finding(looked, said, f"the scope at {one.shuffles} shuffles")
 
 
 def _repetition(one: Evidence) -> Finding:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -60,8 +60,17 @@ class Evidence:
     shuffles = 2
     """How often the prompt is shuffled."""
 
-    def __init__(self, lin: Linearization, scope: Scope, answer: Attribution, thorough: bool) -> None:
-        self.lin, self.scope, self.answer, self.thorough = lin, scope, answer, thorough
+    def __init__(
+        self,
+        lin: Linearization,
+        scope: Scope,
+        answer: Attribution,
+        thorough: bool,
+        without: Sequence[SupportsIndex] = (),
+    ) -> None:
+        self.lin, self.scope, self.thorough = lin, scope, thorough
+        self.scores = answer.scores
+        self.answer = answer = answer.without(without) if without else answer
         self.shares = dict(zip(answer.positions, answer.share.tolist(), strict=True))
         self.random = prompt_generator(lin, "check")
 
@@ -77,10 +86,10 @@ class Evidence:
     def expected(self) -> dict[int, float]:
         """The share of each place when the prompt's tokens are shuffled.
 
-        Cost: that of the scope, once and for each shuffle.
+        Cost: that of the scope, and a forward pass, for each shuffle.
         """
-        corrected = PositionCorrectedScope(self.scope, shuffles=self.shuffles).measure(self.lin)
-        shares = corrected.details["expected"]
+        own = self.scores.to(self.lin.embeddings.device)
+        _, shares, _ = PositionCorrectedScope(self.scope, shuffles=self.shuffles).shares(self.lin, own)
         kept = {i: float(shares[i]) for i in self.shares}
         return {i: share / sum(kept.values()) for i, share in kept.items()}
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, SupportsIndex
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_scopes import models
@@ -131,35 +131,44 @@ class PositionCorrectedScope(Around):
         return "prompt"
 
     def measure(self, lin: Linearization) -> Measurement:
-        first = int(models.starts_with_bos(lin.model, lin.tokens))
-        target, _ = targets_of(self.scope, lin)
-        # An answer of several tokens stays behind the shuffled prompt, and so the target stays what it is.
-        scope = self.scope if target is None or len(target) > 1 else self.scope.with_target(lin, target.id)
-        generator = source(lin, self.generator, "shuffles")
-        own = scope.measure(lin)
-        shares = [self._share(own, lin.scored)]
-        for _ in range(self.shuffles):
-            prompt = lin.single[0].tokens
-            shuffled = _shuffled(prompt, first, generator)
-            other = lin.at_tokens(torch.cat([shuffled, lin.tokens[len(prompt) :]]))
-            shares.append(self._share(scope.measure(other), lin.scored))
-        others = torch.stack(shares[1:])
-        # Where no shuffle gives a position anything, the prompt is counted as one of its own arrangements.
-        expected = torch.where(others.mean(0) > 0, others.mean(0), shares[0] / len(shares))
-        scores = torch.where(expected > 0, shares[0] / expected, 0)
-        spread = torch.where(expected > 0, others.std(0) / self.shuffles**0.5 / expected, 0)
+        own = self.scope.measure(lin)
+        share, expected, error = self.shares(lin, own.scores)
+        scores = torch.where(expected > 0, share / expected, 0)
+        spread = torch.where(expected > 0, error / expected, 0)
         if "standard_error" in own.details:  # the scope's own score is an estimate
             spread = (spread.square() + (own.details["standard_error"] / own.scores).square().nan_to_num(0.0)).sqrt()
         found = {"expected": expected, "uncorrected": own.scores, "standard_error": scores * spread}
         return Measurement(scores, {**own.details, **found})
 
-    def _share(self, found: Measurement, scored: int) -> Tensor:
-        if found.scores.min() < 0:
+    def shares(
+        self, lin: Linearization, scores: Float[Tensor, " token"]
+    ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"], Float[Tensor, " token"]]:
+        """The shares of the scope's scores that are given, those expected at their positions, and the error of these.
+
+        Cost: that of the scope, and a forward pass, for each shuffle.
+        """
+        first = int(models.starts_with_bos(lin.model, lin.tokens))
+        target, _ = targets_of(self.scope, lin)
+        # An answer of several tokens stays behind the shuffled prompt, and so the target stays what it is.
+        scope = self.scope if target is None or len(target) > 1 else self.scope.with_target(lin, target.id)
+        generator = source(lin, self.generator, "shuffles")
+        share, shuffled = self._share(scores, lin.scored), []
+        prompt = lin.single[0].tokens
+        for _ in range(self.shuffles):
+            other = lin.at_tokens(torch.cat([_shuffled(prompt, first, generator), lin.tokens[len(prompt) :]]))
+            shuffled.append(self._share(scope.measure(other).scores[: len(scores)], lin.scored))
+        others = torch.stack(shuffled)
+        # Where no shuffle gives a position anything, the prompt is counted as one of its own arrangements.
+        expected = torch.where(others.mean(0) > 0, others.mean(0), share.to(others) / (self.shuffles + 1))
+        return share, expected, others.std(0) / self.shuffles**0.5
+
+    def _share(self, scores: Tensor, scored: int) -> Tensor:
+        if scores.min() < 0:
             raise ValueError(
-                f"{as_written(self.scope)} has negative scores, {found.scores.min():.3g} for one token, which have no "
+                f"{as_written(self.scope)} has negative scores, {scores.min():.3g} for one token, which have no "
                 "shares: take a scope whose scores are sizes, without a sign."
             )
-        counted = found.scores.clone()
+        counted = scores.clone()
         counted[scored:] = 0
         return counted / counted.sum().clamp(min=torch.finfo(counted.dtype).tiny)
 
