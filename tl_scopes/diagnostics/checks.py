@@ -58,16 +58,16 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
                        tokens are shuffled, twice. Look: the place gets twice an even share, and its token hardly more.
         repetition     Is the first token the target itself, earlier in the prompt, while the model answers something
                        else? Scopes put it first whether or not it was looked up. Look: if so.
-        linearity      How far does the first order reach? The radius of 10% error that curvature predicts along the
-                       steepest direction of the top 3 tokens, as a part of the distance to the nearest other token. For
-                       a metric that is a vector it is measured instead, on the way to that token. A few percent are
-                       usual, since scores are about small moves. Look: below 1%. A prediction is also
-                       measured at its end, since near an inflection it says nothing.
+        linearity      How far does the first order reach? The radius of 10% error along the steepest direction of the
+                       top 3 tokens, as a part of the distance to the nearest other token. A step of 1% of that way
+                       predicts it, and what is predicted is measured at its end. For a metric that is a vector there is
+                       one step, towards that token. A few percent are usual, since scores are about small moves. Look:
+                       below 1%.
         saturation     Has a confident prediction flattened the gradients? `LinearityReport.saturated`.
         weights        Do folding, centring, a soft-cap or half precision change what the scores mean?
-        leave-one-out  Do the top 5 tokens change the prediction more than 5 others, drawn at random, when the mean
+        leave-one-out  Do the top 3 tokens change the prediction more than 3 others, drawn at random, when the mean
                        embedding takes their place? By the scope's metric, and in KL divergence. Look: half of the top
-                       ones or fewer do, or the first one is not among the first four of ten. A quarter of random scores
+                       ones or fewer do, or the first one is not among the first two of six. A quarter of random scores
                        passes.
         estimation     How far off is a score that was estimated, by what the scope says of it? Look: above 5%.
 
@@ -81,9 +81,9 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
         without: positions to set aside first, as by `Attribution.without`; shares are then of the other tokens.
         thorough: replace every token, and give the rank correlation; measure the radius, by `linearity`.
 
-    Cost: three times the scope's own, at the prompt and at two shuffles of its tokens; some 20 forward passes, and
-        three Hessian products where the scope's metric is a number. Each line says what it took. With `thorough` some
-        260 forward passes, and 380 of the bundled model: as `linearity` of three tokens, and leave-one-out.
+    Cost: three times the scope's own, at the prompt and at two shuffles of its tokens; some 15 forward passes, and
+        a backward pass. Each line says what it took. With `thorough` some 260 forward passes, and 380 of the bundled
+        model: as `linearity` of three tokens, and leave-one-out.
 
     Raises:
         TypeError: for something that is not a Linearization, or not a scope; for positions that are not several
