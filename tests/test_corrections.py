@@ -17,7 +17,7 @@ from tests.zoo import PROMPT, Specimen
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Target, held_attention
 from tl_scopes.scopes.baselines import IntegratedGradients, RandomBaseline
-from tl_scopes.scopes.scope import Measurement
+from tl_scopes.scopes.measurement import Measurement
 
 TARGET = 7
 SCOPES = (tls.SemanticScope(TARGET), tls.FisherScope(exact=True), IntegratedGradients(steps=3))

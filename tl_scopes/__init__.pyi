@@ -44,14 +44,14 @@ from .scopes.corrections import FrozenAttentionScope as FrozenAttentionScope
 from .scopes.corrections import PositionCorrectedScope as PositionCorrectedScope
 from .scopes.corrections import UnderRulesScope as UnderRulesScope
 from .scopes.direction import DirectionScope as DirectionScope
+from .scopes.first_order import JacobianScope as JacobianScope
 from .scopes.fisher import FisherScope as FisherScope
 from .scopes.heta import HetaScope as HetaScope
+from .scopes.measurement import Estimate as Estimate
+from .scopes.measurement import Measurement as Measurement
 from .scopes.metric import MetricScope as MetricScope
 from .scopes.path_integrated import PathIntegratedScope as PathIntegratedScope
 from .scopes.relevance import RelevanceScope as RelevanceScope
-from .scopes.scope import Estimate as Estimate
-from .scopes.scope import JacobianScope as JacobianScope
-from .scopes.scope import Measurement as Measurement
 from .scopes.scope import Scope as Scope
 from .scopes.semantic import SemanticScope as SemanticScope
 from .scopes.spectral import SpectralScope as SpectralScope

@@ -12,7 +12,8 @@ from tl_scopes.models import Answer, Generated, LinearRules, Model, Prompt, Read
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
-from tl_scopes.scopes.scope import Scope, as_written, require_scope, warn
+from tl_scopes.scopes.scope import Scope, require_scope, warn
+from tl_scopes.scopes.written import as_written
 
 
 def linearize(

@@ -20,7 +20,8 @@ from tl_scopes.models import Model, Prompt, Provenance, Rules, Work
 from tl_scopes.models.arguments import require_name
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.direction import DirectionScope
-from tl_scopes.scopes.scope import Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 from tl_scopes.views import feature_map as card
 from tl_scopes.views.markup import saved
 

@@ -12,7 +12,8 @@ from tl_scopes.models import Answer, Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Scope, as_written, require_scope, warn
+from tl_scopes.scopes.scope import Scope, require_scope, warn
+from tl_scopes.scopes.written import as_written
 
 _WINDOW = 16
 """Batches' worth of prompts that are read ahead and sorted by length, so that a batch needs little padding."""

@@ -20,7 +20,8 @@ from tl_scopes.models import Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.scopes.fingerprint import identity
-from tl_scopes.scopes.scope import Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 
 
 def attribute_corpus(

@@ -15,7 +15,8 @@ from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.jacobian.randomness import require_generator
 from tl_scopes.jacobian.softmax import left_open
 from tl_scopes.models.arguments import as_number
-from tl_scopes.scopes.scope import Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 
 _ROUNDING_DRAWS = 8
 

@@ -36,10 +36,12 @@ from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
 from tl_scopes.scopes.relevance import RelevanceScope
-from tl_scopes.scopes.scope import Scope, TargetScope, as_written
+from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.spectral import SpectralScope
+from tl_scopes.scopes.target import TargetScope
 from tl_scopes.scopes.temperature import TemperatureScope
+from tl_scopes.scopes.written import as_written
 from tl_scopes.tiny import load_tiny
 from tl_scopes.tiny.counterfactuals import TASKS, counterfactuals
 from tl_scopes.tiny.example import Example

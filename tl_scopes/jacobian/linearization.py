@@ -1,6 +1,6 @@
 """y(x + δ) ≈ y + Σ_t J_t δ_t: the model at one prompt, made linear."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, SupportsIndex, cast
@@ -14,7 +14,6 @@ from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import Ends
 from tl_scopes.jacobian.tensor_arguments import require_real
 from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Token, Trace
-from tl_scopes.progress import progress_bar
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -229,7 +228,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
         """
         self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
-        return vjps([self], [cotangents])[0]
+        return pullback.vjps(self.model, self.trace, self.wrt, [self.ends], [cotangents])[0]
 
     def squared_norms(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token"]:
         """‖cᵀJ_t‖² for every probe c and token t, which all first-order scopes are made of.
@@ -242,7 +241,7 @@ class Linearization:
         Raises: as `vjp` does.
         """
         self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
-        return squared_norms([self], [cotangents])[0]
+        return pullback.squared_norms(self.model, self.trace, self.wrt, [self.ends], [cotangents])[0]
 
     def jvp(self, tangents: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe d_of"]:
         """Σ_t J_t δ_t for every probe δ: the first-order change of y.
@@ -257,7 +256,7 @@ class Linearization:
             RuntimeError: under an attention kernel that has no double backward.
         """
         self._check("tangents", tangents, (None, *self.embeddings.shape), "[probe token d_model]")
-        return jvps([self], [tangents])[0]
+        return pullback.jvps(self.model, self.trace, self.wrt, [self.ends], [tangents])[0]
 
     def as_matrix(self) -> Float[Tensor, "d_of token d_model"]:
         """J itself: `as_matrix()[:, t]` is J_t.
@@ -443,85 +442,6 @@ def require_linearization(lin: object, name: str) -> None:
             f"{name} takes a Linearization, got {type(lin).__name__}: write lin = tls.linearize(model, prompt), then "
             f"tls.{name}(lin, ...)."
         )
-
-
-def vjps(
-    lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
-) -> list[Float[Tensor, "_ _ d_model"]]:
-    """cᵀJ [probe token d_model] for the cotangents [probe d_of] of each of several linearisations.
-
-    They share a forward pass, and go back through it together. In float32, or float64 for a float64 model.
-    """
-    dtype = models.sum_dtype(lins[0].trace.output)
-    shapes = [(len(c), *lin.embeddings.shape) for lin, c in zip(lins, cotangents, strict=True)]
-    pulled = [torch.empty(shape, dtype=dtype, device=lins[0].readout.device) for shape in shapes]
-    slots = [slot for of_one in pulled for slot in of_one]
-    for batch in _pull(lins, cotangents):
-        for i, gradient, scale in batch:
-            slots[i].copy_(gradient).mul_(scale)
-    return pulled
-
-
-def cotangents_of(
-    lins: Sequence[Linearization], functions: Sequence[Callable[[Float[Tensor, "*row vocab"]], Tensor]]
-) -> list[Float[Tensor, " d_of"]]:
-    """`Linearization.cotangent` for a function of each of several linearisations of one forward pass.
-
-    They go back through the unembedding together, which is read once and not once for each of them. Where two of them
-    read the same row, or a hook may mix the rows, they go one by one.
-
-    Raises: as `Linearization.cotangent` does.
-    """
-    one, rows = lins[0], [row for lin in lins for row in lin.ends.rows]
-    if len(lins) == 1 or len(set(rows)) < len(rows) or not models.rows_are_apart(one.model, one.trace):
-        return [lin.cotangent(function) for lin, function in zip(lins, functions, strict=True)]
-    for lin in lins:
-        lin.require_readout()
-    readout, logits = models.readout_graph(one.model, one.trace, rows)
-    gradient, scales = torch.empty_like(logits), []
-    sizes = [len(lin.ends.rows) for lin in lins]
-    for lin, function, written in zip(lins, functions, gradient.split(sizes), strict=True):
-        units, of_one = pullback.near_one(lin._gradient(function)[None])
-        written.copy_(units.reshape(written.shape))
-        scales += of_one
-    (pulled,) = torch.autograd.grad(logits, readout, gradient, retain_graph=True)
-    return [models.precise(of_lin).flatten() * scale for of_lin, scale in zip(pulled.split(sizes), scales, strict=True)]
-
-
-def jvps(
-    lins: Sequence[Linearization], tangents: Sequence[Float[Tensor, "_ _ d_model"]]
-) -> list[Float[Tensor, "_ d_of"]]:
-    """Σ_t J_t δ_t [probe d_of] for the tangents δ of each of several linearisations, of different prompts of a batch.
-
-    Raises:
-        NoSecondDerivativeError: under an attention kernel that has no double backward.
-    """
-    one = lins[0]
-    return pullback.jvps(one.model, one.trace, one.wrt, [lin.ends for lin in lins], tangents)
-
-
-def squared_norms(
-    lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
-) -> list[Float[Tensor, "_ _"]]:
-    """‖cᵀJ_t‖² [probe token] for the cotangents [probe d_of] of each of several linearisations of one forward pass.
-
-    In float64, with memory for one batch of cotangents. A progress bar appears on a terminal after a few seconds.
-    """
-    precise = models.precise(lins[0].readout)
-    norms = [precise.new_empty(len(c), len(lin.tokens)) for lin, c in zip(lins, cotangents, strict=True)]
-    slots = [slot for of_one in norms for slot in of_one]
-    with progress_bar(len(slots), "cotangents") as bar:
-        for batch in _pull(lins, cotangents):
-            for i, gradient, scale in batch:
-                slots[i].copy_(models.precise(gradient).square().sum(-1) * scale**2)
-            bar.update(len(batch))
-    return norms
-
-
-def _pull(lins: Sequence[Linearization], cotangents: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor, float]]]:
-    one = lins[0]
-    dealt = pullback.pulls([lin.ends for lin in lins], cotangents)
-    return pullback.pull(one.model, one.trace, one.wrt, dealt)
 
 
 def linearize_prompt(

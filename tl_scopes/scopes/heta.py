@@ -19,7 +19,8 @@ from tl_scopes.jacobian.replacement import each_alone, effects, substitute
 from tl_scopes.jacobian.softmax import log_prob
 from tl_scopes.models import Target, Token
 from tl_scopes.models.arguments import as_flag, as_number
-from tl_scopes.scopes.scope import Measurement, Scope
+from tl_scopes.scopes.measurement import Measurement
+from tl_scopes.scopes.scope import Scope
 
 
 @dataclass(frozen=True)

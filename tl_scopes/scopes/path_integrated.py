@@ -15,7 +15,8 @@ from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
 from tl_scopes.models.arguments import as_number
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Estimate, Measurement, TargetScope, estimate_by, how_often
+from tl_scopes.scopes.measurement import Estimate, Measurement, estimate_by, how_often
+from tl_scopes.scopes.target import TargetScope
 
 _TOLERABLE = 0.05
 """With a fixed number of steps, a warning is given where the completeness gap is a larger share of Σ|signed|."""

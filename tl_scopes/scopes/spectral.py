@@ -14,7 +14,8 @@ from tl_scopes.jacobian.metric import Metric
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.jacobian.spectrum import Sketch, jackknife
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Estimate, Measurement, Scope, estimate_by
+from tl_scopes.scopes.measurement import Estimate, Measurement, estimate_by
+from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.singular_directions import SingularDirection, singular_directions
 
 
