@@ -223,8 +223,8 @@ class TestBadInput:
 
     @pytest.mark.usefixtures("no_type_checks")
     def test_shuffles(self) -> None:
-        for shuffles in (1, 2.5, True):
-            with pytest.raises(ValueError, match=f"shuffles is a number, 2 at least, got {shuffles}"):
+        for shuffles, error, got in ((1, ValueError, "got 1"), (2.5, TypeError, "and an integer, got 2.5")):
+            with pytest.raises(error, match=f"shuffles is a number, 2 at least, {got}"):
                 tls.PositionCorrectedScope(RandomBaseline(), shuffles)  # type: ignore[arg-type]
 
     @pytest.mark.usefixtures("no_type_checks")

@@ -1,5 +1,4 @@
 from .answers import AnswerMap as AnswerMap
-from .answers import Traced as Traced
 from .api import answer_map as answer_map
 from .api import attribute as attribute
 from .api import attribution_map as attribution_map
@@ -40,6 +39,7 @@ from .results.attribution import Attribution as Attribution
 from .results.attribution_map import AttributionMap as AttributionMap
 from .results.comparison import Comparison as Comparison
 from .results.comparison import compare as compare
+from .results.traced import Traced as Traced
 from .scopes.corrections import FrozenAttentionScope as FrozenAttentionScope
 from .scopes.corrections import PositionCorrectedScope as PositionCorrectedScope
 from .scopes.corrections import UnderRulesScope as UnderRulesScope

@@ -274,7 +274,7 @@ def generate(
 
     Raises: as `linearize` does for prompts. ValueError for max_new_tokens below 1, a prompt that leaves no room in the
         context, where the model says nothing but its end of sequence, and for `temperature` and other options of
-        sampling without `do_sample=True`.
+        sampling without `do_sample=True`. TypeError for max_new_tokens that is not an integer.
 
     Example:
         >>> said = tls.generate(model, "The keys to the old cabinet near the door", 3)

@@ -239,6 +239,7 @@ class FeatureMap:
         activation. What the others carry is then in `around`.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
         count = models.as_count(count, "count must be at least 1")

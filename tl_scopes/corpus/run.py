@@ -104,8 +104,8 @@ def attribute_corpus(
 
     Raises:
         TypeError: for something that is not a scope, or a scope whose scores `carried_by` cannot split; for a table
-            where there must be rows; for an option that is not a bool; for a scope with an option whose contents cannot
-            be read.
+            where there must be rows; for an option that is not a bool, or not an integer; for a scope with an option
+            whose contents cannot be read.
         ValueError: for another `predictions` or `carried_by`, for both together, for `strongest` without the latter;
             for a scope that names a target of several tokens, or score_answer, where every prediction is asked about;
             for a foil there, without an answer or target, or for a scope that does not compare;

@@ -122,9 +122,7 @@ def sink_report(
     """
     require_linearization(lin, "sink_report")
     named = None if scopes is None else names_as_written(scopes)
-    count = models.as_int(early, "early is a number of tokens, an integer")
-    if count < 1:
-        raise ValueError(f"early is how many tokens from the start to look at, 1 at least, got {count}.")
+    count = models.as_count(early, "early is how many tokens from the start to look at, 1 at least")
     rule = "threshold is a part of the attention between 0 and 1"
     threshold = as_number(threshold, rule, lambda mass: 0 < mass < 1)
     lin.require_readout()

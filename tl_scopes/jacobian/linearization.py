@@ -286,7 +286,7 @@ class Linearization:
 
         Cost: one forward pass over all points.
 
-        Raises: as `at` does.
+        Raises: as `at` does; ValueError for no points.
         """
         models.check_model(self.model)
         self._check("embeddings", embeddings, (None, *self.embeddings.shape), "[point token d_model]")

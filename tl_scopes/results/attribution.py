@@ -203,6 +203,7 @@ class Attribution:
         """The most influential tokens, the score of the largest size first; all tokens where there are fewer.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
         count = as_count(count, "count must be at least 1")

@@ -68,8 +68,8 @@ class FisherScope(Scope):
         readout; `rank` some ten products per direction, or where the readout has fewer than 16 dimensions per
         direction, all of F.
     Raises: ValueError for a linearisation that does not end at the readout; for numbers out of range; for a generator
-        on another device. TypeError for a generator that is not a torch.Generator, and for an `exact` that is not a
-        bool.
+        on another device. TypeError for numbers of passes that are not integers, for a generator that is not a
+        torch.Generator, and for an `exact` that is not a bool.
     Source: Liu et al. 2026 (arXiv:2601.16407), Fisher Scope. Splitting off a leading part that is exact: Hutch++ (Meyer
         et al. 2021, arXiv:2010.09649), with the remainder as in Nyström++ (Persson et al. 2022, arXiv:2109.10659).
     Departure: the paper's code keeps the leading direction only. The default is an estimate since the exact answer is

@@ -58,8 +58,8 @@ class HetaScope(Scope):
         nor "blocks.L.hook_resid_pre"; for a linearisation that `at` moved, or whose model has other hooks or weights by
         now; for a target or a mask that is several tokens or unknown, numbers out of range, a generator on another
         device. RuntimeError under an attention kernel that cannot be differentiated twice: load with
-        attn_implementation="eager". TypeError for a generator that is not a torch.Generator, and for a `normalize` that
-        is not a bool.
+        attn_implementation="eager". TypeError for probes that are not an integer, for a generator that is not a
+        torch.Generator, and for a `normalize` that is not a bool.
     Source: Pramanik et al. 2026, HETA (arXiv:2604.13258), section 4 and equation 5.
     Departure: from the authors' code, where that departs from the equations. Its values leave out the norm before
         attention and the biases, and cut grouped-query values as if each query head had its own: here they are those

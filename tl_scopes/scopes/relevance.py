@@ -63,10 +63,6 @@ class RelevanceScope(TargetScope):
             )
 
     @property
-    def is_slope(self) -> bool:
-        return False
-
-    @property
     def grouping(self) -> Literal["sum"]:
         return "sum"
 

@@ -87,7 +87,11 @@ class Scope(ABC):
 
     @property
     def is_slope(self) -> bool:
-        """Whether scores are slopes of `metric` at the prompt, so that they predict its change under small moves."""
+        """Whether scores are slopes of `metric` at the prompt, so that they predict its change under small moves.
+
+        The size of a gradient is one, the slope of the steepest move; a gradient times an input is another, the slope
+        of the move that takes the input away. An average of slopes along a path is not a slope at the prompt.
+        """
         return True
 
     @property
