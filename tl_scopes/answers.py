@@ -65,7 +65,7 @@ class AnswerMap:
         answers: one Attribution for each row, in their order: the scores of the prompt's tokens and of the answer's
             tokens before it.
         groups: which tokens each unit consists of, counted from the start of the prompt: those of the prompt, and those
-            of the answer, which are the rows. A unit is a token, but for what `by` returns.
+            of the answer, which are the rows. A unit is a token, except in what `by` returns.
         prompt_length: how many of the units, and so of the columns, are of the prompt.
         answer_texts: the text of each row.
         scope: the question; None in a map that was read back, from JSON or a pickle, and in a copy.
@@ -120,7 +120,7 @@ class AnswerMap:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled and copied: the rows, as in JSON, and neither the model nor the graph of its pass."""
+        """What is pickled and copied are the rows, as in JSON, and neither the model nor the graph of its pass."""
         return {**vars(self), "scope": None, "lin": None}
 
     def __len__(self) -> int:
@@ -353,7 +353,9 @@ class AnswerMap:
         return whole[["row", "answer_token", *[name for name in whole if name not in ("row", "answer_token")]]]
 
     def to_json(self) -> str:
-        """The rows as text that `from_json` reads back without loss; not the model, so that spans end with it."""
+        """The rows as text that `from_json` reads back without loss. The model is not in it, so that what was read back
+        cannot be asked about spans.
+        """
         record = {
             "format": "tl_scopes.AnswerMap",
             "version": VERSION,

@@ -39,11 +39,11 @@ class Linearization:
     trace: Trace
     """The forward pass: of this prompt alone, or shared with other prompts or positions."""
     row: int = 0
-    """Its place among those that the forward pass reads."""
+    """Which of the rows that the forward pass reads is this prediction."""
     notes: tuple[str, ...] = ()
     """Sentences about the prompt that a reader of the scores should know: that it begins with two BOS tokens, say."""
     parts: tuple[str, ...] = ()
-    """Of a chat: for each token whose it is, "user" say, or "template"."""
+    """In a chat, whose words each token is, "user" say, or "template"; empty for other prompts."""
 
     def __repr__(self) -> str:
         return (
@@ -61,7 +61,7 @@ class Linearization:
 
     @property
     def single(self) -> tuple["Linearization", ...]:
-        """The predictions that this is about, each for itself: this one alone."""
+        """The predictions that this is about, one by one: here it is one alone."""
         return (self,)
 
     @property
@@ -71,7 +71,7 @@ class Linearization:
 
     @property
     def scored(self) -> int:
-        """How many of the tokens answers have scores for, from the first on: all."""
+        """How many tokens get a score, counted from the first: here all of them."""
         return len(self.tokens)
 
     @property
@@ -125,7 +125,7 @@ class Linearization:
 
     @property
     def computed_in(self) -> str:
-        """The precision that the model computed in, by its name: that of torch.autocast inside of it."""
+        """The name of the precision that the model computed in, which torch.autocast may have chosen."""
         return str(self.trace.state.autocast or self.readout.dtype).removeprefix("torch.")
 
     @property
@@ -432,7 +432,7 @@ class Linearization:
 
 
 def require_linearization(lin: object, name: str) -> None:
-    """Refuse what is not a Linearization, for a function of this name.
+    """Refuse what is not a Linearization. The error names the function that was called.
 
     Raises:
         TypeError: with the line to write instead.

@@ -45,7 +45,7 @@ class Traced:
         chosen: Sequence[int],
         hops: int,
     ) -> "Traced":
-        """Follow the shares of some tokens of an answer to the prompt.
+        """Follow the shares of some tokens of an answer to the prompt: w R, w Q R, w Q² R and so on.
 
         Args:
             rows: the Attribution of each token of the answer.
@@ -98,7 +98,7 @@ class Traced:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Of a chat: for each token of the prompt whose it is."""
+        """In a chat, whose words each token of the prompt is; empty for other prompts."""
         return self.answer.parts
 
     def top(self, count: int | SupportsIndex = 5) -> tuple[Influence, ...]:
@@ -133,7 +133,7 @@ class Traced:
 
 
 def _joined(answers: list[Attribution]) -> Target | None:
-    """What several rows explain, one token after another; None where one of them has no target."""
+    """The targets of several rows, one after another, as one target; None where a row has none."""
     targets = [answer.target for answer in answers if answer.target is not None]
     if len(targets) < len(answers):
         return None

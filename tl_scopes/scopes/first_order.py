@@ -35,7 +35,7 @@ class JacobianScope(Scope):
         """The directions of the readout that the question is about."""
 
     def metric(self, lin: Linearization) -> Metric | None:
-        """c·y for every cotangent c, with the cotangents of this point."""
+        """The numbers c·y, with the cotangents c of this point at every other point too."""
         cotangents = self.joint_cotangents(lin)
         return lambda readout, logits: cotangents.to(readout) @ readout
 
@@ -44,7 +44,7 @@ class JacobianScope(Scope):
         return None if type(self).metric is JacobianScope.metric else super().value(lin)
 
     def combine(self, lin: Linearization, squared_norms: Float[Tensor, "probe token"]) -> Measurement:
-        """√(Σ_c ‖cᵀJ_t‖²)."""
+        """The scores √(Σ_c ‖cᵀJ_t‖²), from the squared norms for each cotangent."""
         return Measurement(squared_norms.sum(0).sqrt())
 
     def measure(self, lin: Linearization) -> Measurement:

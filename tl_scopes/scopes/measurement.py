@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
 
 
 def estimate_by(answer: Attribution, error: Float[Tensor, "token"], kind: str) -> Estimate | None:
-    """How well the largest score is known, from an error per token of this kind; None where no token has an error."""
+    """How well the largest score is known, from an error of this kind for each token; None where all of them are 0."""
     if not error.any():
         return None
     first = answer.top(1)[0]
@@ -46,7 +46,7 @@ def estimate_by(answer: Attribution, error: Float[Tensor, "token"], kind: str) -
 
 
 def how_often(missed: Sized, answers: Sized) -> str:
-    """The end of a warning about the worst of several answers: how many others it is about."""
+    """The end of a warning about the worst of several answers, which says how many others missed too."""
     if len(answers) == 1:
         return ""
     return f" This is the worst of {len(missed)} such predictions, of {len(answers)} in all."

@@ -38,7 +38,7 @@ class Scope(ABC):
         """The unit of a score."""
 
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
-        """`measure` for several linearisations of one forward pass."""
+        """`measure` for several linearisations of one forward pass, which a scope may take together."""
         return [self.measure(lin) for lin in lins]
 
     # -- what the scores are about ------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class Scope(ABC):
         return None, None
 
     def with_target(self, lin: Linearization, target: int) -> "Scope":
-        """The same question about this target, where it has one that was left to the prediction."""
+        """The same question about this target, where the scope has left its target to the prediction."""
         if isinstance(lin, Span):
             return self  # what is said is what is explained
         if is_dataclass(self) and getattr(self, "target", 0) is None and self.explained(lin)[0] is not None:
@@ -101,16 +101,18 @@ class Scope(ABC):
 
     @property
     def asks_for_mean(self) -> bool:
-        """Whether the mean embedding of the vocabulary was left out of its option `mean`, and is computed at each
-        prompt: what asks many prompts can hand it in."""
+        """Whether the scope computes the mean embedding of the vocabulary at each prompt, since it was given no `mean`.
+
+        A call on many prompts computes it once and hands it in.
+        """
         return False
 
     @property
     def runs_again(self) -> Literal["no", "point", "prompt"]:
         """What the scope has to run the model on again: nothing, points near the linearisation's, or the prompt itself.
 
-        It is refused then when the model's hooks or weights have changed since it was linearised; and where the prompt
-        itself is run, at a point that `Linearization.at` moved to.
+        The scope then refuses a model whose hooks or weights have changed since it was linearised; and where it runs
+        the prompt itself, it refuses a point that `Linearization.at` moved to.
         """
         return "no"
 
@@ -125,26 +127,27 @@ class Scope(ABC):
 
     @property
     def takes_spans(self) -> bool:
-        """Whether it can be asked about all predictions of an answer together, a `Span`."""
+        """Whether the scope can be asked about all predictions of an answer together, a `Span`."""
         return False
 
     @property
     def compares(self) -> bool:
-        """Whether it can be asked about the difference of two answers."""
+        """Whether the scope can be asked about the difference of two answers."""
         return False
 
     @property
     def grouping(self) -> Literal["norm", "sum", "signed"] | None:
-        """What the score of several tokens together is: √Σ score² for norms, whose gradients are written one after
-        another; Σ score; for sizes of signed numbers |Σ signed|, with the detail "signed"; None where it is not known
-        from the scores of the tokens.
+        """How the score of several tokens together follows from the scores of each; None where it does not.
+
+        "norm" is √Σ score², for norms of gradients, which are written one after another. "sum" is Σ score. "signed" is
+        |Σ signed|, for sizes of signed numbers, which the answer has as its detail "signed".
         """
         return None
 
     def estimate(self, answer: Attribution) -> Estimate | None:
         """How well the scores of an answer to this question are known; None where nothing was estimated.
 
-        Unless a scope says otherwise, the detail "standard_error" tells.
+        Unless a scope says otherwise, it is read from the detail "standard_error".
         """
         error = answer.details.get("standard_error")
         return None if error is None else estimate_by(answer, error, "standard error")
@@ -184,9 +187,12 @@ class Scope(ABC):
         return answers[0]
 
     def ask(self, lins: Sequence[Linearization]) -> list[Attribution]:
-        """Ask it of several linearisations of one forward pass, together where the scope can."""
+        """Ask it of several linearisations of one forward pass, together where the scope can.
+
+        Raises: as the scope does.
+        """
         if not self.takes_spans and all(isinstance(lin, Span) and len(lin.rows) == 1 for lin in lins):
-            # A prediction of an answer is a prediction, of which it is known what is to be explained.
+            # One token of an answer is an ordinary prediction, whose target is that token.
             for lin in lins:
                 self.with_answer(lin)  # says so where the question names another target
             asked = [(self.with_target(lin.single[0], lin.answer.tokens[0].id), lin.single[0]) for lin in lins]  # type: ignore[attr-defined]
@@ -211,14 +217,15 @@ class Scope(ABC):
         against: Target | None = None,
         vocab: int | None = None,
     ) -> Exchange | None:
-        """The prompt and what is said after it that the question is about: an answer that is given, or the target that
-        the scope names, where that or what it is compared with is several tokens. It is None where the question is
-        about the next prediction.
+        """The prompt with the answer that the question is about; None where it is about the next prediction.
+
+        The answer is the one that is given; or else the target that the scope names, where the target or what it is
+        compared with is several tokens.
 
         Args:
             model: a checked model.
             read: the prompt.
-            answer, against: what is said after it, and what that is compared with; None where neither is given.
+            answer, against: what is said after it, and what that is compared with; None where it is not given.
             vocab: how many logits the model has; None is as many as it has token ids.
 
         Raises:
@@ -244,8 +251,11 @@ class Scope(ABC):
         return Exchange.of(model, read._replace(notes=read.notes + notes), named, versus)
 
     def with_answer(self, lin: Linearization) -> Linearization:
-        """The linearisation that the question is about, where it names an answer of several tokens that has to be put
-        behind the prompt first, which takes a forward pass; else the one given.
+        """The linearisation that the question is about: the one given, unless the scope names several tokens.
+
+        Such an answer is put behind the prompt and linearised with it.
+
+        Cost: a forward pass where there is such an answer.
 
         Raises:
             ValueError: when the model's hooks or weights have changed since it was linearised; when the linearisation
@@ -315,7 +325,7 @@ class Scope(ABC):
         """Refuse a model that would compute something else now, where the scope runs it again.
 
         Raises:
-            ValueError: then, see `runs_again`.
+            ValueError: for hooks or weights that have changed, and for a point that `at` moved to: see `runs_again`.
         """
         if self.runs_again == "prompt":
             lin.require_repeatable()
@@ -339,17 +349,17 @@ def circumstances(scope: Scope, lin: Linearization) -> dict[str, Any]:
 
 
 def targets_of(scope: Scope, lin: Linearization) -> tuple[Target | None, Target | None]:
-    """What a scope explains, and what that is compared with; a scope of the user's may name a Token, as in 0.1."""
+    """What a scope explains, and what that is compared with; a user's scope may give a Token for a Target."""
     target, versus = (Target((one,)) if isinstance(one, Token) else one for one in scope.explained(lin))
     return target, versus
 
 
-def most_likely(lin: Linearization, count: int = _PREDICTIONS) -> tuple[Prediction, ...]:
+def most_likely(lin: Linearization) -> tuple[Prediction, ...]:
     """The most likely next tokens, best first; empty where the linearisation ends before the logits."""
     if lin.trace.logits is None:
         return ()
     first = lin.single[0]
-    best = first.log_probs.exp().topk(min(count, len(first.log_probs)))
+    best = first.log_probs.exp().topk(min(_PREDICTIONS, len(first.log_probs)))
     return tuple(
         Prediction(lin.token(id), p) for id, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )

@@ -28,8 +28,9 @@ class TargetScope(Scope):
     length. A difference of log-probabilities of two tokens is a difference of logits, so that there both quantities are
     the same.
 
-    A target may be text, an id, a list of ids, or a set of tokens any of which is meant: then it is log Σ_v exp z_v.
-    Where nothing else is said, one token is explained by its logit, as in the paper, and several by S.
+    A target is a text, an id, a list of ids, or a set of tokens any of which is meant. The logit of a set is
+    log Σ_v exp z_v. Unless `quantity` says otherwise, one token is explained by its logit, as in the paper, and several
+    are explained by S.
     """
 
     target: str | SupportsIndex | Collection[Any] | None = None
@@ -41,7 +42,7 @@ class TargetScope(Scope):
             value = getattr(self, name)
             if isinstance(value, Set):
                 object.__setattr__(self, name, frozenset(value))
-            elif getattr(value, "ndim", 0) or isinstance(value, list):  # of torch or NumPy
+            elif getattr(value, "ndim", 0) or isinstance(value, list):  # or a tensor, or an array
                 object.__setattr__(self, name, tuple(value if isinstance(value, list) else value.tolist()))
             elif value is not None and not isinstance(value, str | tuple):
                 with suppress(TypeError):  # a number of NumPy or torch is shown as the number that it is
@@ -140,7 +141,7 @@ class TargetScope(Scope):
         return True
 
     def depends_on_mean_logit(self, lin: Linearization) -> bool:
-        """A single logit does. A difference of logits and a log-probability do not."""
+        """Whether the question is about a single logit: a difference of logits and a log-probability do not depend."""
         against = lin.against if isinstance(lin, Span) else None
         return self.quantity_of(lin) == "logit" and self.versus is None and against is None
 
