@@ -97,13 +97,13 @@ class Substitutes:
 
     @classmethod
     def of(cls, model: Model, perturbation: Perturbation, prompts: Mapping[int, Tensor]) -> "Substitutes":
-        """Prepare them for a model and its prompts, after `check`."""
+        """Prepare them for a model and its prompts, after `require_possible`."""
         length = max(map(len, prompts.values()))
         mean = models.mean_embedding(model, length) if "mean" in perturbation.replacements else None
         return cls(model, mean, prompts)
 
     @staticmethod
-    def check(model: Model, perturbation: Perturbation, prompts: Mapping[int, Tensor]) -> None:
+    def require_possible(model: Model, perturbation: Perturbation, prompts: Mapping[int, Tensor]) -> None:
         """Refuse a perturbation for which model or prompts lack something.
 
         Raises:

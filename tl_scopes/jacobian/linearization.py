@@ -12,7 +12,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import Ends
-from tl_scopes.jacobian.tensor_arguments import require_real
+from tl_scopes.jacobian.tensor_arguments import require_shape
 from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Token, Trace
 
 
@@ -227,7 +227,7 @@ class Linearization:
             ValueError: for cotangents of another shape, and complex or sparse ones.
             TypeError: for something that is not a tensor.
         """
-        self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
+        require_shape(cotangents, "cotangents", (None, *self.readout.shape), "[probe d_of]")
         return pullback.vjps(self.model, self.trace, self.wrt, [self.ends], [cotangents])[0]
 
     def squared_norms(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token"]:
@@ -240,7 +240,7 @@ class Linearization:
 
         Raises: as `vjp` does.
         """
-        self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
+        require_shape(cotangents, "cotangents", (None, *self.readout.shape), "[probe d_of]")
         return pullback.squared_norms(self.model, self.trace, self.wrt, [self.ends], [cotangents])[0]
 
     def jvp(self, tangents: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe d_of"]:
@@ -255,7 +255,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
             RuntimeError: under an attention kernel that has no double backward.
         """
-        self._check("tangents", tangents, (None, *self.embeddings.shape), "[probe token d_model]")
+        require_shape(tangents, "tangents", (None, *self.embeddings.shape), "[probe token d_model]")
         return pullback.jvps(self.model, self.trace, self.wrt, [self.ends], [tangents])[0]
 
     def as_matrix(self) -> Float[Tensor, "d_of token d_model"]:
@@ -278,7 +278,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
             RuntimeError: under `torch.inference_mode`.
         """
-        self._check("embeddings", embeddings, tuple(self.embeddings.shape), "[token d_model]")
+        require_shape(embeddings, "embeddings", tuple(self.embeddings.shape), "[token d_model]")
         return self.at_each(embeddings[None])[0]
 
     def at_each(self, embeddings: Float[Tensor, "point token d_model"]) -> tuple["Linearization", ...]:
@@ -289,7 +289,7 @@ class Linearization:
         Raises: as `at` does; ValueError for no points.
         """
         models.check_model(self.model)
-        self._check("embeddings", embeddings, (None, *self.embeddings.shape), "[point token d_model]")
+        require_shape(embeddings, "embeddings", (None, *self.embeddings.shape), "[point token d_model]")
         lins = self._at_each(embeddings)
         for lin in lins:
             lin.require_finite()
@@ -386,7 +386,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
         """
         readout, logits = self._readout_and_logits
-        self._check("cotangents", cotangents, (None, *self.logits.shape), "[probe vocab]")
+        require_shape(cotangents, "cotangents", (None, *self.logits.shape), "[probe vocab]")
         units, scales = pullback.near_one(cotangents)
         together = self.unembeds_together
         pulled = pullback.products(
@@ -402,7 +402,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
         """
         readout, logits = self._readout_and_logits
-        self._check("tangents", tangents, (None, *self.readout.shape), "[probe d_of]")
+        require_shape(tangents, "tangents", (None, *self.readout.shape), "[probe d_of]")
         units, scales = pullback.near_one(tangents)
         units = units.reshape(-1, *readout.shape)
         cotangent = torch.zeros_like(logits, requires_grad=True)
@@ -423,12 +423,6 @@ class Linearization:
     def _readout_and_logits(self) -> tuple[Float[Tensor, "row d_of"], Float[Tensor, "row vocab"]]:
         self.require_readout()
         return models.readout_graph(self.model, self.trace, self.ends.rows)
-
-    def _check(self, what: str, value: Tensor, shape: tuple[int | None, ...], axes: str) -> None:
-        require_real(value, what, axes)
-        expected = [str(n) if n is not None else "any number" for n in shape]
-        if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
-            raise ValueError(f"{what} must have the shape {axes} = [{', '.join(expected)}], got {list(value.shape)}.")
 
 
 def require_linearization(lin: object, name: str) -> None:

@@ -108,7 +108,7 @@ class FisherScope(Scope):
 
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
         for lin in lins:
-            self._check(lin)
+            self._require_askable(lin)
         if self.rtol is not None:
             return [self._estimated([lin], self.rtol)[0] for lin in lins]
         if self.rank is not None:
@@ -283,7 +283,7 @@ class FisherScope(Scope):
         Raises:
             ValueError: as for the scores.
         """
-        self._check(lin)
+        self._require_askable(lin)
         none = lin.log_probs.new_zeros(0, len(lin.readout))
         if self.rank is not None:
             return self._leading(lin, self.rank)[0], none
@@ -301,7 +301,7 @@ class FisherScope(Scope):
     def _random(self, lin: Linearization) -> torch.Generator:
         return source(lin, self.generator, "FisherScope")
 
-    def _check(self, lin: Linearization) -> None:
+    def _require_askable(self, lin: Linearization) -> None:
         lin.require_readout()
         for name in ("probes", "rank"):
             value = getattr(self, name)

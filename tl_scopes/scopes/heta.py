@@ -98,7 +98,7 @@ class HetaScope(Scope):
 
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
         for lin in lins:
-            self._check(lin)
+            self._require_askable(lin)
         flows = [attention_flow(lin) for lin in lins]
         bends = self._curvatures(lins) if self.beta else [flow.new_zeros(1, len(flow)) for flow in flows]
         losses = [information(lin, self.mask) for lin in lins] if self.gamma else list(map(torch.zeros_like, flows))
@@ -175,7 +175,7 @@ class HetaScope(Scope):
     def _random(self, lin: Linearization) -> torch.Generator:
         return source(lin, self.generator, "HetaScope")
 
-    def _check(self, lin: Linearization) -> None:
+    def _require_askable(self, lin: Linearization) -> None:
         lin.require_readout()
         if lin.rules is not None:
             raise ValueError(
