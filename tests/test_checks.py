@@ -23,7 +23,7 @@ from tl_scopes.diagnostics.sinks import attention_mass
 from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.jacobian.replacement import effects, substitute
 from tl_scopes.scopes.baselines import LeaveOneOut, RandomBaseline
-from tl_scopes.scopes.scope import Measurement
+from tl_scopes.scopes.measurement import Measurement
 from tl_scopes.tiny.tasks import examples
 
 TARGET = 7

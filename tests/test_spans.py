@@ -442,7 +442,10 @@ def test_rows_as_json(tiny: Any, no_type_checks: None) -> None:
     for wrong, message in (
         ("{", "not an AnswerMap but broken JSON"),
         ("{}", 'not an AnswerMap: its "format" is not "tl_scopes.AnswerMap"'),
-        (text.replace('"version": 1', '"version": 9', 1), "this AnswerMap has the version 9, and 1 is read here"),
+        (
+            text.replace('"version": 1', '"version": 9', 1),
+            "this AnswerMap was written by a later version of tl_scopes: upgrade to read it",
+        ),
         (text.replace('"groups"', '"group"'), "this AnswerMap does not hold what it should: KeyError"),
         (text.replace('"prompt_length": 10', '"prompt_length": 9'), "has 3 rows, 3 texts and 4 groups of the answer"),
     ):
@@ -450,6 +453,8 @@ def test_rows_as_json(tiny: Any, no_type_checks: None) -> None:
             tls.AnswerMap.from_json(wrong)
     with pytest.raises(TypeError, match="an AnswerMap is read from the text that to_json wrote, got bytes"):
         tls.AnswerMap.from_json(b"{}")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="an answer map has a row for each token of the answer, got none"):
+        tls.AnswerMap.of_tokens([], [])
 
 
 def test_pictures_of_an_answer(tiny: Any, tmp_path: Path) -> None:

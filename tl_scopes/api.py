@@ -12,7 +12,8 @@ from tl_scopes.models import Answer, Generated, LinearRules, Model, Prompt, Read
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
-from tl_scopes.scopes.scope import Scope, as_written, require_scope, warn
+from tl_scopes.scopes.scope import Scope, require_scope, warn
+from tl_scopes.scopes.written import as_written
 
 
 def linearize(
@@ -273,7 +274,7 @@ def generate(
 
     Raises: as `linearize` does for prompts. ValueError for max_new_tokens below 1, a prompt that leaves no room in the
         context, where the model says nothing but its end of sequence, and for `temperature` and other options of
-        sampling without `do_sample=True`.
+        sampling without `do_sample=True`. TypeError for max_new_tokens that is not an integer.
 
     Example:
         >>> said = tls.generate(model, "The keys to the old cabinet near the door", 3)

@@ -70,6 +70,12 @@ class Question(NamedTuple):
     """What the scores are about; the target follows, where there is one."""
     options: Mapping[str, Any] = {}
 
+    def about(self, named: Mapping[str, str | None]) -> Any:
+        """The scope that asks it about these tokens."""
+        import tl_scopes as tls
+
+        return getattr(tls, self.scope)(**self.options, **{name: as_token(token) for name, token in named.items()})
+
 
 QUESTIONS = {
     Scope.SEMANTIC: Question(
@@ -238,7 +244,6 @@ def main(
             _require_writable(name, path)
 
     with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
-        import torch
         from transformers.utils import logging
 
         import tl_scopes as tls
@@ -248,13 +253,10 @@ def main(
         if model is None or Path(model).exists() or not sys.stderr.isatty():
             logging.disable_progress_bar()  # nothing is downloaded, or nobody watches
         with exits(1, Exception):
-            load = tls.load_tiny if model is None else partial(models.load, model)
-            loaded = load(device=device, dtype=getattr(torch, dtype))
+            loaded = loader(model, device, dtype)()
             models.check_model(loaded)
         with exits(2, ValueError), exits(1, RuntimeError, MemoryError):
-            asked = getattr(tls, question.scope)(
-                **question.options, **{name: as_token(token) for name, token in named.items()}
-            )
+            asked = question.about(named)
             asked_of: Any = [{"role": "user", "content": text}] if chat else text
             said = answer if generate is None else tls.generate(loaded, asked_of, generate, prepend_bos=bos)
             options: dict[str, Any] = {
@@ -282,6 +284,17 @@ def main(
             report(found, question.subject, question.score, top, checks)
         page = partial(card.page, found, *([checks._repr_html_()] if checks else []))
         _write_all((html, page), (json, found.to_json))
+
+
+def loader(model: str | None, device: str | None, dtype: str) -> Callable[[], Any]:
+    """What loads the model of this name, or the one that comes with the package."""
+    import torch
+
+    import tl_scopes as tls
+    from tl_scopes import models
+
+    load = tls.load_tiny if model is None else partial(models.load, model)
+    return partial(load, device=device, dtype=getattr(torch, dtype))
 
 
 def _require_writable(name: str, path: Path | None) -> None:

@@ -19,8 +19,8 @@ from tl_scopes.cli import (
     Precision,
     RuleNames,
     Scope,
-    as_token,
     exits,
+    loader,
     named_tokens,
     rule_names,
 )
@@ -98,22 +98,16 @@ def corpus(
         columns = dict(map(_column, column or []))
 
     with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
-        import torch
-
         import tl_scopes as tls
-        from tl_scopes import models
 
-        options: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
         kept: dict[str, Any] = {"predictions": predictions.value, "carried_by": carried_by and carried_by.value}
         with exits(2, ValueError), exits(1, RuntimeError, MemoryError, OSError):
-            asked = getattr(tls, question.scope)(
-                **question.options, **{name: as_token(token) for name, token in named.items()}
-            )
+            asked = question.about(named)
             found = tls.attribute_corpus(
                 prompts,
                 out,
                 asked,
-                model=partial(tls.load_tiny, **options) if model is None else partial(models.load, model, **options),
+                model=loader(model, device, dtype),
                 columns=columns,
                 rules=rule_names(rules),
                 prepend_bos=bos,

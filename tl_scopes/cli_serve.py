@@ -18,6 +18,7 @@ from tl_scopes.cli import (
     RuleNames,
     Scope,
     exits,
+    loader,
     rule_names,
 )
 
@@ -67,8 +68,6 @@ def serve(
     """Serve the explorer until Ctrl+C."""
     asked = list(dict.fromkeys(scope or [Scope.SEMANTIC, Scope.TEMPERATURE]))
     with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
-        import torch
-
         import tl_scopes as tls
         from tl_scopes import models
         from tl_scopes.serve import PromptServer
@@ -82,12 +81,11 @@ def serve(
             return tls.explore(loaded, said, scopes, answer=answer, **options)
 
         with exits(2, ValueError):  # before the model is loaded, which takes a while
-            scopes = [getattr(tls, QUESTIONS[name].scope)(**QUESTIONS[name].options) for name in asked]
+            scopes = [QUESTIONS[name].about({}) for name in asked]
             server = PromptServer(explore, host, port)
         with server:
             with exits(1, Exception):
-                load = tls.load_tiny if model is None else partial(models.load, model)
-                loaded = load(device=device, dtype=getattr(torch, dtype))
+                loaded = loader(model, device, dtype)()
                 models.check_model(loaded)
             server.title = f"tl_scopes: {models.model_name(loaded)}"
             typer.echo(f"{server.title} at {server.url} (Ctrl+C ends it)", err=True)

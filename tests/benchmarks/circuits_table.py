@@ -18,7 +18,7 @@ import torch
 
 import tl_scopes as tls
 from tl_scopes import models
-from tl_scopes.faithfulness.statistics import bootstrap
+from tl_scopes.bootstrap import bootstrap
 from tl_scopes.rank_correlation import spearman
 
 if TYPE_CHECKING:

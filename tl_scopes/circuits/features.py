@@ -20,7 +20,8 @@ from tl_scopes.models import Model, Prompt, Provenance, Rules, Work
 from tl_scopes.models.arguments import require_name
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.direction import DirectionScope
-from tl_scopes.scopes.scope import Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 from tl_scopes.views import feature_map as card
 from tl_scopes.views.markup import saved
 
@@ -238,6 +239,7 @@ class FeatureMap:
         activation. What the others carry is then in `around`.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
         count = models.as_count(count, "count must be at least 1")

@@ -178,6 +178,7 @@ class Paths:
             token: the source token, as text or position in the prompt; None is the one with the largest score.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1, and a token that is not among the source tokens.
         """
         count = as_count(count, "count must be at least 1")

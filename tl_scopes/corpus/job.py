@@ -46,7 +46,7 @@ class Settings:
         """The options that both calls on many prompts share, each of its type.
 
         Raises:
-            TypeError: for an option that is not a bool.
+            TypeError: for an option that is not a bool, and a batch_size that is not an integer.
             ValueError: for a batch_size below 1, and unknown rules.
         """
         bos = given["prepend_bos"]

@@ -12,7 +12,8 @@ from tl_scopes.models import Answer, Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Scope, as_written, require_scope, warn
+from tl_scopes.scopes.scope import Scope, require_scope, warn
+from tl_scopes.scopes.written import as_written
 
 _WINDOW = 16
 """Batches' worth of prompts that are read ahead and sorted by length, so that a batch needs little padding."""
@@ -67,7 +68,7 @@ def attribute_many(
 
     Raises:
         TypeError: for something that is not a scope, for one prompt or a table where there must be several prompts, for
-            `progress` or `checkpoint` that is neither True nor False.
+            `progress` or `checkpoint` that is neither True nor False, for a batch_size that is not an integer.
         ValueError: for a batch_size below 1, and for another on_error; for answers together with targets, foils without
             either; where there are fewer or more of them than prompts. Else as `attribute` does.
         RuntimeError: when the model's hooks are no longer those of the call: answers are computed as they are asked

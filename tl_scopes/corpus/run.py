@@ -20,7 +20,8 @@ from tl_scopes.models import Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.scopes.fingerprint import identity
-from tl_scopes.scopes.scope import Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 
 
 def attribute_corpus(
@@ -103,8 +104,8 @@ def attribute_corpus(
 
     Raises:
         TypeError: for something that is not a scope, or a scope whose scores `carried_by` cannot split; for a table
-            where there must be rows; for an option that is not a bool; for a scope with an option whose contents cannot
-            be read.
+            where there must be rows; for an option that is not a bool, or not an integer; for a scope with an option
+            whose contents cannot be read.
         ValueError: for another `predictions` or `carried_by`, for both together, for `strongest` without the latter;
             for a scope that names a target of several tokens, or score_answer, where every prediction is asked about;
             for a foil there, without an answer or target, or for a scope that does not compare;

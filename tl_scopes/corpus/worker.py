@@ -18,7 +18,7 @@ from tl_scopes.corpus.table import Kind, attributions, rows_of, schema
 from tl_scopes.models import Model, Provenance
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.scopes.fingerprint import settings_of
-from tl_scopes.scopes.scope import as_written
+from tl_scopes.scopes.written import as_written
 from tl_scopes.tiny import load_tiny
 
 if TYPE_CHECKING:

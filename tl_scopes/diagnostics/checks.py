@@ -15,6 +15,7 @@ from tl_scopes.diagnostics.sink_report import can_be_sinks, uniform_mass
 from tl_scopes.diagnostics.sinks import attention_mass
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.models.arguments import as_flag
+from tl_scopes.models.errors import first_sentence
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.scopes.scope import Scope, require_scope
 
@@ -130,12 +131,8 @@ def _made(name: str, ask: Callable[[Evidence], Finding], evidence: Evidence) -> 
     try:
         looked, said, cost = ask(evidence)
     except (ValueError, RuntimeError, MemoryError) as error:
-        return Check(name, "not applicable", _first_sentence(error), "none")
+        return Check(name, "not applicable", first_sentence(error), "none")
     return Check(name, "look" if looked else "fine", said, cost)
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def _several(positions: object) -> list[SupportsIndex]:

@@ -210,7 +210,7 @@ class Exchange:
     against: Target | None = None
     """Another answer to compare with."""
     parts: tuple[str, ...] = ()
-    """Of a chat: for each token of the prompt whose it is."""
+    """In a chat, whose words each token of the prompt is; empty for other prompts."""
     notes: tuple[str, ...] = ()
     """Sentences about prompt and answer that a reader of the scores should know."""
 

@@ -39,7 +39,7 @@ class ReadPrompt(NamedTuple):
     notes: tuple[str, ...]
     """Sentences about it that a reader of the scores should know."""
     parts: tuple[str, ...] = ()
-    """Of a chat: for each token whose it is, "user" say, or "template" for what the chat's template puts around."""
+    """In a chat, whose words each token is, "user" say, or "template" for what the chat's template puts around them."""
 
     def up_to(self, position: SupportsIndex) -> "ReadPrompt":
         """The prompt as far as a position, whose token is its last one.

@@ -15,7 +15,7 @@ Model: TypeAlias = Any
 """A `HookedTransformer` (TransformerLens 3.9) or a `TransformerBridge` (3.9 and 4.x)."""
 
 
-def check_supported(model: Model) -> None:
+def require_supported(model: Model) -> None:
     """Refuse what cannot be linearised, by what the model and its configuration say; it is not run.
 
     Raises:

@@ -80,7 +80,7 @@ class Attribution:
             axis, and numbers and texts about the whole. The scope's docstring gives their units.
         value: the number that the scores are about, such as a logit or a log-probability; None where it is not one.
         quantity: what `value` is, such as "log p(' Paris')"; None where it has no name.
-        parts: of a chat: for each token whose it is, "system", "user", "assistant", "tool", "reasoning", "answer", or
+        parts: in a chat, whose words each token is: "system", "user", "assistant", "tool", "reasoning", "answer", or
             "template" for what the chat's template puts around the messages; else empty. Where a role has the word
             several times its turns are numbered: "user 1", "user 2".
         uncounted: parts that stand outside of shares and `top`.
@@ -203,6 +203,7 @@ class Attribution:
         """The most influential tokens, the score of the largest size first; all tokens where there are fewer.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
         count = as_count(count, "count must be at least 1")

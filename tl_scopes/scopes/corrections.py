@@ -13,8 +13,10 @@ from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import Target
 from tl_scopes.results.attribution import Attribution
+from tl_scopes.scopes.measurement import Estimate, Measurement
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
-from tl_scopes.scopes.scope import Estimate, Measurement, Scope, as_written, require_scope, targets_of
+from tl_scopes.scopes.scope import Scope, require_scope, targets_of
+from tl_scopes.scopes.written import as_written
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def live(prompt_map: "AttributionMap") -> LiveView | LiveViews:
 
 
 def _texts_card(prompt_map: "AttributionMap", *texts: Html) -> Html:
-    """The card of a live map that is no square: the tokens of each prediction, and what it explains."""
+    """The card of a live map that is not a square: the tokens of each prediction, and what it explains."""
     last = prompt_map.answers[-1]
     lines = [
         tag("div", "font-size:16px;line-height:2;margin-bottom:6px", text, attribution.next_token(answer))
