@@ -82,13 +82,13 @@ def test_a_row_without_time_or_memory_or_library_says_so() -> None:
         raise MemoryError
 
     run, nothing = gpu.Run(torch.device("cpu"), 1, None), None
-    for row, passes in (
+    for row, taken in (
         (gpu.Row(lambda s: full), 1.0),
         (gpu.Row(lambda s: full), 1e9),
         (gpu.Row(lambda s: full, there=False), 1.0),
         (gpu.Row(lambda s: lambda: 1 / 0), 1.0),
     ):
-        run.measure("x", gpu.Timed(row, passes), nothing, 1e-3, shape="1B")  # type: ignore[arg-type]
+        run.measure("x", gpu.Timed(row, taken), nothing, 1e-3, shape="1B")  # type: ignore[arg-type]
     notes = [one["note"] for one in run.measured]
     assert notes == [gpu.NO_MEMORY, gpu.NO_TIME, gpu.NOT_THERE, "ZeroDivisionError: division by zero"]
 

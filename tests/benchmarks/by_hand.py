@@ -1,8 +1,9 @@
 """What Semantic Scope costs beside the same gradient written by hand: `python -m tests.benchmarks.by_hand [FOLDER]`.
 
-By hand is `torch.autograd.grad` through the Hugging Face model with frozen weights and eager attention, without a cache,
-and with the logits of the last position alone. FOLDER is a model that `models.load` takes; without it the random Llama of the other
-benchmarks is taken. CPU time of the process on one thread, 128 tokens; medians, in brackets the fastest rounds.
+By hand is `torch.autograd.grad` through the Hugging Face model with frozen weights, eager attention and no cache, and
+with the logits of the last position alone. FOLDER is a model that `models.load` takes; without it the random Llama
+of the other benchmarks is taken. CPU time of the process on one thread, 128 tokens; medians, in brackets the fastest
+rounds.
 """
 
 import argparse

@@ -30,11 +30,9 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", metavar="FOLDER", default=str(FOLDER))
     parser.add_argument("--into", type=Path, metavar="FILE")
     given = parser.parse_args()
-    model = models.load(given.folder)
+    model, inner = models.load(given.folder), hugging_face(given.folder)
     ids = model.to_tokens(PROMPT * 10)[0]
-    found = {
-        tokens: measured(model, hugging_face(given.folder), ids[:tokens], rounds) for tokens, rounds in LENGTHS.items()
-    }
+    found = {tokens: measured(model, inner, ids[:tokens], rounds) for tokens, rounds in LENGTHS.items()}
     print(f"{models.model_name(model)}\n\n{table(found)}")
     if given.into:
         put_behind(given.into, "python -m tests.benchmarks.passes", table(found))
