@@ -78,12 +78,12 @@ class Explorer:
 
     def __repr__(self) -> str:
         scopes = ", ".join(one.answers[-1].question for one in self.maps)
-        layers = "" if self.carried is None else f", {len(self.carried.layers)} layers"
+        layers = "" if self.carried is None else f", {models.counted(len(self.carried.layers), 'layer')}"
         first, last = self.maps[0].answers[0], self.maps[0].answers[-1]
         read, shown = first.position + 1, len(self.str_tokens) + (self.ending is not None)
-        tokens = (
-            f"{shown} tokens" if self.ending is None or read == 1 else f"{read} tokens and {shown - read} of an answer"
-        )
+        tokens = models.counted(shown, "token")
+        if self.ending is not None and read != 1:
+            tokens = f"{models.counted(read, 'token')} and {shown - read} of an answer"
         return f"Explorer({scopes}: {tokens}{layers}, {last.model})"
 
     def to_html(self, path: str | Path | None = None) -> str:

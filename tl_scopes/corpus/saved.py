@@ -9,7 +9,7 @@ from tl_scopes import log
 from tl_scopes.corpus.job import Found
 from tl_scopes.corpus.parts import FORMAT, MANIFEST, entries_of, path_of, require_whole
 from tl_scopes.corpus.table import answers_of
-from tl_scopes.models import Provenance
+from tl_scopes.models import Provenance, counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,8 @@ class Corpus:
 
     def __repr__(self) -> str:
         errors = sum(entry["errors"] for entry in self.entries)
-        return f"Corpus({str(self.path)!r}: {len(self)} prompts, {errors} without an answer, {self.provenance.model})"
+        prompts = counted(len(self), "prompt")
+        return f"Corpus({str(self.path)!r}: {prompts}, {errors} without an answer, {self.provenance.model})"
 
     def __len__(self) -> int:
         return sum(entry["rows"] for entry in self.entries)

@@ -49,7 +49,7 @@ class Linearization:
     def __repr__(self) -> str:
         return (
             f"Linearization({self.of} at position {self.position} wrt {self.wrt}; "
-            f"{len(self.tokens)} tokens, {models.model_name(self.model)})"
+            f"{models.counted(len(self.tokens), 'token')}, {models.model_name(self.model)})"
         )
 
     # -- the point ----------------------------------------------------------------------------------------------------

@@ -33,6 +33,11 @@ def as_count(value: Any, rule: str) -> int:
     raise ValueError(f"{rule}, got {value!r}.")
 
 
+def counted(number: int, noun: str) -> str:
+    """How many there are, as English says it: "1 token", "2 tokens"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def as_position(value: Any, tokens: int, what: str = "position") -> int:
     """A position in a prompt of so many tokens, counted from 0; a negative one counts from the end.
 
@@ -43,8 +48,8 @@ def as_position(value: Any, tokens: int, what: str = "position") -> int:
     position = as_int(value, f"{what} must be an integer")
     if not -tokens <= position < tokens:
         raise ValueError(
-            f"{what} {position} is out of range: the prompt has {tokens} tokens, so it runs from 0 to {tokens - 1}, or "
-            f"from -{tokens} to -1."
+            f"{what} {position} is out of range: the prompt has {counted(tokens, 'token')}, so it runs from 0 to "
+            f"{tokens - 1}, or from -{tokens} to -1."
         )
     return position % tokens
 

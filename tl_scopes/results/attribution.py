@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Provenance, Target, Token, as_count, as_int, readable
+from tl_scopes.models import Provenance, Target, Token, as_count, as_int, counted, readable
 from tl_scopes.models.linear_rules import under
 from tl_scopes.results import json_record, units
 from tl_scopes.results.units import Unit
@@ -145,7 +145,7 @@ class Attribution:
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3))
-        return f"Attribution({self.question}: {shown}; {len(self.scores)} tokens, {self.unit})"
+        return f"Attribution({self.question}: {shown}; {counted(len(self.scores), 'token')}, {self.unit})"
 
     @property
     def question(self) -> str:

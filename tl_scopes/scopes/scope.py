@@ -311,6 +311,17 @@ class Scope(ABC):
         self, lin: Linearization, target: Target | None, versus: Target | None, found: Measurement
     ) -> Attribution:
         self._require_valid(lin, found)
+        return self._recorded(lin, target, versus, found, self.value(lin), self.quantity_explained(lin))
+
+    def _recorded(
+        self,
+        lin: Linearization,
+        target: Target | None,
+        versus: Target | None,
+        found: Measurement,
+        value: float | None,
+        quantity: str | None,
+    ) -> Attribution:
         scored = lin.scored
         dtype = _kept_dtype(lin, found.scores[:scored])
         details = {
@@ -329,8 +340,8 @@ class Scope(ABC):
             parts=(*lin.parts, *["answer"] * scored)[:scored] if lin.parts else (),
             grouping=self.grouping,
             details={name: _kept(value, dtype) for name, value in details.items()},
-            value=self.value(lin),
-            quantity=self.quantity_explained(lin),
+            value=value,
+            quantity=quantity,
         )
 
     def _require_model(self, lin: Linearization) -> None:
@@ -522,9 +533,13 @@ class TargetScope(Scope):
                     )
         if versus is not None and set(target.ids) & set(versus.ids) and not (target.is_span or versus.is_span):
             same = next(token for token in target.tokens if token in versus.tokens)
-            raise ValueError(f"target and versus are the same token, {same.text!r}: their difference is zero.")
+            raise ValueError(
+                f"target and versus are the same token, {same.text!r}: their difference is zero. {self._remedy(lin)}"
+            )
         if target == versus:
-            raise ValueError(f"target and versus are the same tokens, {target.text!r}: their difference is zero.")
+            raise ValueError(
+                f"target and versus are the same tokens, {target.text!r}: their difference is zero. {self._remedy(lin)}"
+            )
         if self.quantity == "logit" and (target.is_span or (versus is not None and versus.is_span)):
             longer = target if target.is_span else versus
             assert longer is not None
@@ -534,6 +549,12 @@ class TargetScope(Scope):
                 f'elsewhere, and only their log-probabilities add up. Take quantity="log_prob", the default.{hint}'
             )
         return target, versus
+
+    def _remedy(self, lin: Linearization) -> str:
+        """What to do where both are the same."""
+        if self.target is not None or isinstance(lin, Span):
+            return "Name another token to compare with."
+        return "It is what the model finds likeliest here: name another to compare with, or a target."
 
     def function(self, lin: Linearization) -> Callable[[Tensor], Tensor]:
         """The quantity explained, as a function of the logits [vocab], or of those of all predictions [row vocab]."""
@@ -595,8 +616,12 @@ class TargetScope(Scope):
         notes = []
         if self.depends_on_mean_logit(lin) and lin.is_centered:
             notes.append("the unembedding is centred: the logit explained is the logit minus the vocabulary mean")
+        notes += notes_on_spaces(lin, self.target, self.versus)
+        noted = any(note.endswith(models.MIND_THE_SPACE) for note in (*lin.notes, *notes))
         for name, given in (("target", self.target), ("versus", self.versus)):
-            if isinstance(given, str) and isinstance(lin, Span) and (hint := models.spacing_hint(lin.model, given)):
+            if noted or not (isinstance(given, str) and isinstance(lin, Span)):
+                continue
+            if hint := models.spacing_hint(lin.model, given):
                 steps = models.read_target(lin.model, given, lin.vocab, name).steps
                 if steps > 1:
                     notes.append(f"the {name} {given!r} is explained as {steps} tokens.{hint.rstrip('.')}")
@@ -658,9 +683,89 @@ def how_often(missed: Sized, answers: Sized) -> str:
     return f" This is the worst of {len(missed)} such predictions, of {len(answers)} in all."
 
 
+def ask_each(scope: Scope, lins: Sequence[Linearization]) -> list[Attribution]:
+    """Ask about every prediction of a text.
+
+    Where a prediction is the very token that it is compared with, the difference is zero whatever the prompt, and so is
+    each score; a note says so. It is an error only where it is so with all.
+
+    Raises: as the scope does.
+    """
+    versus = scope.named_targets(lins[0].model, lins[0].vocab)[1]
+    own = [None if versus is None else _own_target(scope, lin) for lin in lins]
+    others = [lin for lin, target in zip(lins, own, strict=True) if target is None or target != versus]
+    asked = iter(scope.ask(others or lins))
+    if not others:
+        return list(asked)
+    return [
+        next(asked) if target is None or target != versus else _nothing(scope, lin, target)
+        for lin, target in zip(lins, own, strict=True)
+    ]
+
+
+def _own_target(scope: Scope, lin: Linearization) -> Target | None:
+    """What the prediction itself says is explained, where the scope names no target."""
+    if scope.named_targets(lin.model, lin.vocab)[0] is not None:
+        return None
+    return lin.answer if isinstance(lin, Span) else Target((lin.token(),))
+
+
+def _nothing(scope: Scope, lin: Linearization, target: Target) -> Attribution:
+    """The answer about the difference of a token and itself."""
+    zeros = lin.readout.new_zeros(len(lin.tokens))
+    details = {"signed": zeros} if scope.grouping == "signed" else {}
+    name = f"the difference of {target.text!r} and itself"
+    found = scope._recorded(lin, target, target, Measurement(zeros, details), 0.0, name)
+    note = f"where the prediction is {target.text!r} itself, the difference is zero, and so is each score"
+    return replace(found, notes=(*found.notes, note))
+
+
+def notes_on_spaces(lin: Linearization, *named: Any) -> tuple[str, ...]:
+    """A note for each text, as which a scope names a token, that lacks the space with which the model would write it.
+
+    Those of a span's answers are among the span's own notes.
+    """
+    if lin.trace.logits is None:
+        return ()
+    first = lin.single[0]
+    read = [
+        models.read_target(lin.model, one, lin.vocab)
+        for one in named
+        if isinstance(one, str) or (isinstance(one, Set) and all(isinstance(member, str) for member in one))
+    ]
+    known = (lin.answer, lin.against) if isinstance(lin, Span) else ()
+    others = [*read, *(one for one in known if one is not None)]
+    return tuple(
+        note
+        for one in read
+        if one not in known
+        for other in [next((other for other in others if other != one), None)]
+        for note in models.missing_space(lin.model, first.tokens, first.logits, one, other)
+    )
+
+
+def caveat_of(scope: Scope, answers: Sequence[Attribution]) -> str | None:
+    """What there is to warn of about these answers, once for all of them; None where nothing is amiss."""
+    same = [answer for answer in answers if answer.versus is not None and answer.target == answer.versus]
+    asked = [answer for answer in answers if answer.versus is None or answer.target != answer.versus]
+    said = [scope.caveat(asked)] if asked else []
+    found = [next((note for note in answer.notes if note.endswith(models.MIND_THE_SPACE)), None) for answer in asked]
+    if missing := [note for note in found if note is not None]:
+        more = f" So it is with {len(missing)} of {len(answers)} predictions." if len(set(missing)) > 1 else ""
+        said.append(f"{missing[0]}.{more}")
+    if same:
+        places = ", ".join(str(answer.position) for answer in same[:8]) + (", …" if len(same) > 8 else "")
+        said.append(
+            f"{len(same)} of {len(answers)} predictions (after position {places}) "
+            f"{'is' if len(same) == 1 else 'are'} {same[0].versus.text!r}, with which all are compared: the difference "
+            "is zero there, and so is each score."
+        )
+    return " ".join(one for one in said if one is not None) or None
+
+
 def warn(scope: Scope, answers: Sequence[Attribution]) -> bool:
-    """Warn of what the scope has to say about these answers, and return whether there was anything."""
-    caveat = scope.caveat(answers)
+    """Warn of what is amiss with these answers, and return whether there was anything."""
+    caveat = caveat_of(scope, answers)
     if caveat is not None:
         warnings.warn(caveat, stacklevel=3)
     return caveat is not None
