@@ -38,6 +38,17 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def shortened(value: Any, most: int = 80) -> str:
+    """A value as an error shows it: of a long list its first entries and how many there are, of a long text the
+    beginning."""
+    if isinstance(value, list | tuple) and len(value) > 8:
+        first = ", ".join(map(repr, value[:5]))
+        return f"[{first}, … {len(value)} in all]"
+    shown = value if isinstance(value, str) else repr(value)
+    shown = shown if len(shown) <= most else shown[: most - 1] + "…"
+    return repr(shown) if isinstance(value, str) else shown
+
+
 def as_position(value: Any, tokens: int, what: str = "position") -> int:
     """A position in a prompt of so many tokens, counted from 0; a negative one counts from the end.
 

@@ -69,8 +69,8 @@ def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: 
     context = context_length(model)
     if context is not None and len(tokens) + count > context:
         raise ValueError(
-            f"the prompt has {counted(len(tokens), 'token')} and {count} are to follow, the model's context is {context}: "
-            "shorten the prompt, or take fewer max_new_tokens."
+            f"the prompt has {counted(len(tokens), 'token')} and {count} are to follow, the model's context is "
+            f"{context}: shorten the prompt, or take fewer max_new_tokens."
         )
     inner: Any = getattr(model, "original_model", None)
     if inner is not None and hasattr(inner, "generate"):
