@@ -68,7 +68,7 @@ class Explorer:
             if not any(one.rules == self.carried.rules or "UnderRulesScope" in one.scope for one in last):
                 warnings.warn(
                     f"carried splits the scores of {self.carried.question}, and the page shows those of "
-                    f"{last[0].question}: linearise for carried_by under the rules of the page, rules={last[0].rules!r}.",
+                    f"{last[0].question}: linearise for carried_by with rules={last[0].rules!r}, as the page.",
                     stacklevel=3,
                 )
         cells = sum(len(answer.scores) for one in self.maps for answer in one)

@@ -184,13 +184,14 @@ class _Handler(BaseHTTPRequestHandler):
         Raises:
             Gone: when the browser no longer waits.
         """
-        end = time.monotonic() + PATIENCE
-        while not self.server.one_at_a_time.acquire(timeout=max(0.0, min(0.5, end - time.monotonic()))):
+        end, lock = time.monotonic() + PATIENCE, self.server.one_at_a_time
+        while not (ours := lock.acquire(timeout=max(0.0, min(0.5, end - time.monotonic())))) and time.monotonic() < end:
             if self._is_gone():
                 raise Gone
-            if time.monotonic() >= end:
-                return False
-        return True
+        if ours and self._is_gone():
+            lock.release()
+            raise Gone
+        return ours
 
     def _is_gone(self) -> bool:
         """Whether the browser has closed its connection, as it does with a tab and when it goes to another page."""
