@@ -49,7 +49,7 @@ def test_one_token_without_its_space(tiny: Any) -> None:
         answer = scope(lin)
     spaced, bare = (float(lin.log_probs[models.token(tiny, text).id].exp()) for text in (" is", "is"))
     assert about_spaces(answer) == [
-        f"' is' (p = {spaced:.2g}) is far likelier here than 'is' (p = {bare:.2g}){MIND_THE_SPACE}"
+        f"' is' (p = {spaced:.2g}) is far likelier here than 'is' (p = {bare:.2g}), which is asked about{MIND_THE_SPACE}"
     ]
 
 
@@ -81,7 +81,8 @@ def test_a_set_without_spaces(tiny: Any) -> None:
         (PROMPT, tls.SemanticScope("are", versus=" are")),  # the space itself is asked about
         (PROMPT, tls.SemanticScope({"is", " is"})),
         (PROMPT, tls.SemanticScope(3)),  # an id means what it says
-        (PROMPT + " ", tls.SemanticScope("is")),
+        (PROMPT + "\n", tls.SemanticScope("is")),
+        (" ", tls.SemanticScope(" is")),
         ("<|bos|>", tls.SemanticScope("is")),
     ],
     ids=repr,
@@ -89,6 +90,15 @@ def test_a_set_without_spaces(tiny: Any) -> None:
 def test_there_is_nothing_to_say(tiny: Any, prompt: str, scope: tls.Scope) -> None:
     """Where no space is missing, or there is no evidence that one is."""
     assert about_spaces(tls.attribute(tiny, prompt, scope)) == []
+
+
+def test_a_prompt_with_a_space_at_its_end(tiny: Any) -> None:
+    """The tokenizer would put it into the next word, and left alone it is a token after which no word comes."""
+    note = "the prompt ends with a space, which the next word would bring itself: mind the space"
+    with pytest.warns(UserWarning, match=note):
+        answer = tls.attribute(tiny, f"{PROMPT} ", tls.SemanticScope())
+    assert about_spaces(answer) == [note]
+    assert not about_spaces(tls.attribute(tiny, f"{PROMPT} ", tls.SemanticScope(), position=4))  # before it
 
 
 def test_the_next_token_of_a_text_is_what_it_is(tiny: Any) -> None:

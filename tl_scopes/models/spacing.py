@@ -1,4 +1,4 @@
-"""Whether what is asked about lacks the space with which the model would write it."""
+"""Spaces that are missing in what is asked about, or that stand where the next word would bring its own."""
 
 import math
 
@@ -14,14 +14,15 @@ from tl_scopes.models.tokens import (
     read_target,
     special_id,
     token_text,
+    tokenizer_of,
     vocabulary_size,
 )
 
 MUCH = 10
 """How many times as likely the text with a space must be for the model to say so."""
 
-MIND_THE_SPACE = ", which is asked about: mind the space"
-"""How each of these notes ends."""
+MIND_THE_SPACE = ": mind the space"
+"""How each note on spaces ends, by which warnings know them."""
 
 
 def missing_space(
@@ -68,8 +69,25 @@ def missing_space(
     meant = " | ".join(one.text for one in spaced)
     return (
         f"{_likely(meant, spaced, found[0], target.any_of)} is far likelier here than "
-        f"{_likely(target.text, [target], found[1], target.any_of)}{MIND_THE_SPACE}",
+        f"{_likely(target.text, [target], found[1], target.any_of)}, which is asked about{MIND_THE_SPACE}",
     )
+
+
+def space_at_the_end(model: Model, prompt: str) -> tuple[str, ...]:
+    """A note where a prompt ends with a space that the tokenizer would put into the next word.
+
+    Left alone it is a token that hardly ever stands there in texts, and what follows it is something else than words.
+
+    Args:
+        model: a checked model with a tokenizer.
+        prompt: the text.
+    """
+    if not prompt.endswith(" ") or not prompt.strip():
+        return ()
+    end = tokenizer_of(model).encode(f"{prompt[-20:]}a", add_special_tokens=False)
+    if not end or token_text(model, end[-1]) != " a":
+        return ()
+    return (f"the prompt ends with a space, which the next word would bring itself{MIND_THE_SPACE}",)
 
 
 def _words_begin(model: Model, logits: Float[Tensor, " vocab"]) -> bool:
