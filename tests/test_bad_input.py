@@ -856,6 +856,9 @@ def test_what_is_no_integer(model: Any, lin: tls.Linearization, value: Any) -> N
         answer.top(value)
     with pytest.raises(TypeError, match="positions must be integers, got "):
         answer.without([value])
+    for positions in (0, "0"):
+        with pytest.raises(TypeError, match=r"positions must be integers, in a list such as \[0\], got '?0'?"):
+            answer.without(positions)  # type: ignore[arg-type]
     if not isinstance(value, str):
         with pytest.raises(TypeError, match="a target is a token as text or as id, got "):
             tls.SemanticScope(value)(lin)

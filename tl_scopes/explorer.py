@@ -63,12 +63,12 @@ class Explorer:
                     f"carried is about {len(self.carried.tokens)} tokens with which the prompt of {len(tokens)} does "
                     "not begin: linearise the same prompt."
                 )
-            last = [one.answers[-1] for one in self.maps]
+            shown = [one.answers[-1] for one in self.maps]
             # A scope with rules of its own is called by them, and its answers say no others.
-            if not any(one.rules == self.carried.rules or "UnderRulesScope" in one.scope for one in last):
+            if not any(one.rules == self.carried.rules or "UnderRulesScope" in one.scope for one in shown):
                 warnings.warn(
                     f"carried splits the scores of {self.carried.question}, and the page shows those of "
-                    f"{last[0].question}: linearise for carried_by with rules={last[0].rules!r}, as the page.",
+                    f"{shown[0].question}: linearise for carried_by with rules={shown[0].rules!r}, as the page.",
                     stacklevel=3,
                 )
         cells = sum(len(answer.scores) for one in self.maps for answer in one)

@@ -85,7 +85,9 @@ class Corpus:
             if id in ids:
                 ((_, answer),) = answers_of(table.slice(ids.index(id), ids.count(id)))
                 return answer
-        raise KeyError(f"there is no prompt with the id {id!r} in {str(self.path)!r}.")
+        ids = next(iter(self.items()), (None,))[0]
+        kind = f": its ids are of the kind of {ids!r}" if ids is not None and type(ids) is not type(id) else ""
+        raise KeyError(f"there is no prompt with the id {id!r} in {str(self.path)!r}{kind}.")
 
     def items(self) -> Iterator[tuple[int | str, Found | None]]:
         """Each id with its answer, in the order of the prompts."""

@@ -368,9 +368,9 @@ class Linearization:
             logits = models.precise(self.logits).requires_grad_()
             value = function(logits.clone())  # a copy, which it may write into
             if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex() or not value.isfinite():
-                raise ValueError(
-                    f"the function of the logits must give one finite number, a real tensor, got {value!r}."
-                )
+                many = isinstance(value, Tensor) and value.numel() != 1
+                got = f"a tensor of shape {list(value.shape)}: sum it up, or choose one" if many else repr(value)
+                raise ValueError(f"the function of the logits must give one finite number, a real tensor, got {got}.")
             found = torch.autograd.grad(value, logits, allow_unused=True)[0] if value.requires_grad else None
         if found is None:
             raise ValueError(

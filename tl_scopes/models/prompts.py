@@ -204,6 +204,8 @@ def _of_text(model: Model, prompt: str, prepend_bos: bool | None, notes: list[st
 
 def _of_mapping(prompt: Mapping[str, Any]) -> list[int]:
     """The ids that a tokenizer returned, without those that its mask leaves out."""
+    if {"role", "content"} <= set(prompt):
+        raise TypeError("a chat is a list of messages, got one message: write [message].")
     if "input_ids" not in prompt:
         raise TypeError(
             f"a prompt is a str, token ids, or what a tokenizer returned; this {type(prompt).__name__} has "

@@ -144,7 +144,7 @@ class Attribution:
             )
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3))
+        shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3)) or "no token that is counted"
         return f"Attribution({self.question}: {shown}; {counted(len(self.scores), 'token')}, {self.unit})"
 
     @property
@@ -222,8 +222,10 @@ class Attribution:
             ValueError: for a position that the answer does not have, or where no token would be left.
             TypeError: for positions that are not integers, such as a mask of booleans.
         """
-        counted = (as_int(position, "positions must be integers") for position in positions)
-        gone = {position + self.position + 1 if position < 0 else position for position in counted}
+        if isinstance(positions, str) or not isinstance(positions, Iterable):
+            raise TypeError(f"positions must be integers, in a list such as [0], got {positions!r}.")
+        given = (as_int(position, "positions must be integers") for position in positions)
+        gone = {position + self.position + 1 if position < 0 else position for position in given}
         absent = gone - set(self.positions)
         if absent:
             raise ValueError(
