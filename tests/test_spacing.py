@@ -1,5 +1,6 @@
 """A word that is asked about without the space with which the model would write it."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,15 @@ def test_a_map_says_it_once(tiny: Any) -> None:
     with pytest.warns(UserWarning, match="mind the space"):
         page = tls.explore(tiny, PROMPT, tls.SemanticScope(versus="is"))
     assert page.to_html().split('id="data"')[1].count("mind the space") == 1
+
+
+def test_the_answers_of_a_pair(tiny: Any) -> None:
+    other = "The key to the old cabinet near the door"
+    with pytest.warns(UserWarning, match=r"' is' \(p = 0.001\) is far likelier here than 'is' .* mind the space"):
+        tls.PromptPair(tiny, PROMPT, other, answer=" are", wrong="is")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tls.PromptPair(tiny, PROMPT, other, answer=" are", wrong=" is")
 
 
 def test_the_command_says_it(tmp_path: Path) -> None:

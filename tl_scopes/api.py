@@ -190,11 +190,11 @@ def attribution_map(
         first = read.up_to(0)
         whole = _linearized(model, first, Exchange.of(model, first, said), wrt, of, False, checkpoint, ruled)
         assert isinstance(whole, Span)
-        own = {
-            "notes": read.notes,
-            "of_answer": False,
-        }  # and not that of the first token, the answer of which it is not
-        rows = [replace(whole.part(k, k + 1), parts=read.parts[: k + 1], **own) for k in range(len(said))]
+        each = [whole.part(k, k + 1) for k in range(len(said))]
+        # The text after the first token is not an answer of somebody's, with notes of its own.
+        rows = [
+            replace(one, parts=read.parts[: k + 1], notes=read.notes, of_answer=False) for k, one in enumerate(each)
+        ]
         return AttributionMap(_asked(scope, rows))
     places = [(0, position) for position in range(len(read.tokens))]
     lins = linearize_places(model, [read], wrt, of, places, checkpoint=checkpoint, rules=ruled)

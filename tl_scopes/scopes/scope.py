@@ -746,18 +746,19 @@ def notes_on_spaces(lin: Linearization, *named: Any) -> tuple[str, ...]:
 
 def caveat_of(scope: Scope, answers: Sequence[Attribution]) -> str | None:
     """What there is to warn of about these answers, once for all of them; None where nothing is amiss."""
-    same = [answer for answer in answers if answer.versus is not None and answer.target == answer.versus]
-    asked = [answer for answer in answers if answer.versus is None or answer.target != answer.versus]
+    same = [answer for answer in answers if answer.target is not None and answer.target == answer.versus]
+    asked = [answer for answer in answers if answer.target is None or answer.target != answer.versus]
     said = [scope.caveat(asked)] if asked else []
     found = [next((note for note in answer.notes if note.endswith(models.MIND_THE_SPACE)), None) for answer in asked]
     if missing := [note for note in found if note is not None]:
         more = f" So it is with {len(missing)} of {len(answers)} predictions." if len(set(missing)) > 1 else ""
         said.append(f"{missing[0]}.{more}")
     if same:
+        text = same[0].target.text if same[0].target is not None else ""
         places = ", ".join(str(answer.position) for answer in same[:8]) + (", …" if len(same) > 8 else "")
         said.append(
             f"{len(same)} of {len(answers)} predictions (after position {places}) "
-            f"{'is' if len(same) == 1 else 'are'} {same[0].versus.text!r}, with which all are compared: the difference "
+            f"{'is' if len(same) == 1 else 'are'} {text!r}, with which all are compared: the difference "
             "is zero there, and so is each score."
         )
     return " ".join(one for one in said if one is not None) or None
