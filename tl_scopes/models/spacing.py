@@ -104,4 +104,4 @@ def _likely(text: str, targets: list[Target], p: float, any_of: bool) -> str:
     """A text and how likely it is, or its first token, where it is several."""
     first: Token = targets[0].tokens[0]
     several = not any_of and len(targets[0]) > 1
-    return f"{text!r} ({f'first token {first.text!r}, ' if several else ''}p = {p:.2g})"
+    return f"{text!r} ({f'first token {first.text!r} of {len(targets[0])}, ' if several else ''}p = {p:.2g})"
