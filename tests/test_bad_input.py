@@ -241,7 +241,11 @@ def test_target_of_several_tokens(tiny: Any) -> None:
         tls.attribute(tiny, "The keys", tls.HetaScope(target=" unheard"))
     with pytest.raises(ValueError, match="With a leading space it is one token: ' gardener'"):
         tls.attribute(tiny, "The keys", tls.HetaScope(target="gardener"))
-    answer = tls.attribute(tiny, "The keys", tls.SemanticScope(target="gardener"))
+    with pytest.warns(
+        UserWarning, match=r"' gardener' \(p = .*\) is far likelier here than 'gardener' \(first token 'g' of 3"
+    ):
+        tls.attribute(tiny, "The keys", tls.SemanticScope(target="gardener"))
+    answer = tls.attribute(tiny, "The keys\n", tls.SemanticScope(target="gardener"))
     assert "the target 'gardener' is explained as 3 tokens. With a leading space it is one token: ' gardener'" in (
         " ".join(answer.notes)
     )
@@ -878,6 +882,9 @@ def test_what_is_no_integer(model: Any, lin: tls.Linearization, value: Any) -> N
         answer.top(value)
     with pytest.raises(TypeError, match="positions must be integers, got "):
         answer.without([value])
+    for positions in (0, "0"):
+        with pytest.raises(TypeError, match=r"positions must be integers, in a list such as \[0\], got '?0'?"):
+            answer.without(positions)  # type: ignore[arg-type]
     if not isinstance(value, str):
         with pytest.raises(TypeError, match="a target is a token as text or as id, got "):
             tls.SemanticScope(value)(lin)

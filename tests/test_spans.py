@@ -614,7 +614,7 @@ def test_many_answers_that_cannot_be(tiny: Any, no_type_checks: None) -> None:
     for options, message in (
         ({"answers": [" are", " is"], "targets": [1, 2]}, "give answers or targets, not both"),
         ({"foils": [" are", " is"]}, "foils are what answers or targets are compared with"),
-        ({"answers": [" are"]}, "there are 2 prompts and 1 answers: give one for each"),
+        ({"answers": [" are"]}, "answers must be one for each prompt: got 1 for 2 prompts"),
     ):
         with pytest.raises(ValueError, match=message):
             tls.attribute_many(tiny, prompts, scope, **options)

@@ -113,9 +113,11 @@ class AnswerMap:
         return cls(tuple(answers), groups, len(groups) - len(rows), texts, scope, lin)
 
     def __repr__(self) -> str:
-        tokens = "tokens" if all(len(group) == 1 for group in self.groups) else "groups of tokens"
+        rows = models.counted(len(self), "token")
+        if any(len(group) > 1 for group in self.groups):
+            rows = f"{models.counted(len(self), 'group')} of tokens"
         return (
-            f"AnswerMap({self.text!r} from {self.answers[0].question}: {len(self)} {tokens} of the answer, "
+            f"AnswerMap({self.text!r} from {self.answers[0].question}: {rows} of the answer, "
             f"{self.prompt_length} of the prompt)"
         )
 

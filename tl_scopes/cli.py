@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
@@ -243,7 +244,7 @@ def main(
         for name, path in (("html", html), ("json", json)):
             _require_writable(name, path)
 
-    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
+    with redirect_stdout(sys.stderr), plain_warnings():  # what libraries print is not a part of the answer
         from transformers.utils import logging
 
         import tl_scopes as tls
@@ -257,7 +258,7 @@ def main(
             models.check_model(loaded)
         with exits(2, ValueError), exits(1, RuntimeError, MemoryError):
             asked = question.about(named)
-            asked_of: Any = [{"role": "user", "content": text}] if chat else text
+            asked_of: Any = as_chat(text) if chat else text
             said = answer if generate is None else tls.generate(loaded, asked_of, generate, prepend_bos=bos)
             options: dict[str, Any] = {
                 "answer": said,
@@ -335,6 +336,31 @@ def exits(code: int, *kinds: type[Exception]) -> Iterator[None]:
             reason = re.sub(pattern, flag, reason)
         console.print(Text.assemble(("error: ", "bold red"), reason), soft_wrap=not console.is_terminal)
         raise typer.Exit(code) from None
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside, a warning is a line on stderr for who types a command, without a place in the code."""
+
+    def line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        return f"warning: {message}\n" if issubclass(category, UserWarning) else before(message, category, *place)
+
+    before, warnings.formatwarning = warnings.formatwarning, line  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def as_chat(text: str) -> list[dict[str, str]]:
+    """What a user says to a chat model.
+
+    Raises:
+        ValueError: where that is nothing.
+    """
+    if not text.strip():
+        raise ValueError("the prompt is empty: give at least one character.")
+    return [{"role": "user", "content": text}]
 
 
 def _read(prompt: str, *tokens: str | None) -> str:

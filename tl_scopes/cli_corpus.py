@@ -22,6 +22,7 @@ from tl_scopes.cli import (
     exits,
     loader,
     named_tokens,
+    plain_warnings,
     rule_names,
 )
 
@@ -30,6 +31,7 @@ from tl_scopes.cli import (
 HELP = """Ask about every prompt in a file, and keep the answers in a folder of Parquet files.
 
 Run it again after an interruption, and it goes on. Without --model it asks the small model that comes with the package.
+The exit code is 2 where no prompt has an answer.
 
 Examples:
   tl-scopes corpus prompts.jsonl --out scores/
@@ -97,8 +99,9 @@ def corpus(
         named = named_tokens(scope, target, versus)
         columns = dict(map(_column, column or []))
 
-    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
+    with redirect_stdout(sys.stderr), plain_warnings():  # what libraries print is not a part of the answer
         import tl_scopes as tls
+        from tl_scopes import models
 
         kept: dict[str, Any] = {"predictions": predictions.value, "carried_by": carried_by and carried_by.value}
         with exits(2, ValueError), exits(1, RuntimeError, MemoryError, OSError):
@@ -117,7 +120,10 @@ def corpus(
                 strongest=strongest,
                 **kept,
             )
-    typer.echo(f"{len(found)} prompts in {out}, {sum(entry['errors'] for entry in found.entries)} without an answer")
+    failed = sum(entry["errors"] for entry in found.entries)
+    typer.echo(f"{models.counted(len(found), 'prompt')} in {out}, {failed} without an answer")
+    if failed == len(found) > 0:
+        raise typer.Exit(2)  # the warning has said why
 
 
 def _column(text: str) -> tuple[str, str | None]:

@@ -17,8 +17,10 @@ from tl_scopes.cli import (
     Precision,
     RuleNames,
     Scope,
+    as_chat,
     exits,
     loader,
+    plain_warnings,
     rule_names,
 )
 
@@ -67,7 +69,7 @@ def serve(
 ) -> None:
     """Serve the explorer until Ctrl+C."""
     asked = list(dict.fromkeys(scope or [Scope.SEMANTIC, Scope.TEMPERATURE]))
-    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
+    with redirect_stdout(sys.stderr), plain_warnings():  # what libraries print is not a part of the answer
         import tl_scopes as tls
         from tl_scopes import models
         from tl_scopes.serve import PromptServer
@@ -76,7 +78,7 @@ def serve(
         options["rules"] = rule_names(rules)
 
         def explore(prompt: str) -> tls.Explorer:
-            said: Any = [{"role": "user", "content": prompt}] if chat else prompt
+            said: Any = as_chat(prompt) if chat else prompt
             answer = None if generate is None else tls.generate(loaded, said, generate, prepend_bos=bos)
             return tls.explore(loaded, said, scopes, answer=answer, **options)
 

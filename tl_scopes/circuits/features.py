@@ -219,7 +219,10 @@ class FeatureMap:
         where = sorted(set(self.positions))
         at = f"at {self.str_tokens[where[0]]!r}" if len(where) == 1 else f"at {len(where)} positions"
         asked = "" if self.scope is None else f", {self.scope}"
-        count = f"{len(self.features)} features fire {at} of {self.hook}; {len(self.str_tokens)} tokens{asked}"
+        count = (
+            f"{models.counted(len(self.features), 'feature')} {'fires' if len(self.features) == 1 else 'fire'} {at} of "
+            f"{self.hook}; {models.counted(len(self.str_tokens), 'token')}{asked}"
+        )
         return f"FeatureMap({under(count, self.rules)})"
 
     @property

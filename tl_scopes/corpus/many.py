@@ -120,7 +120,8 @@ class _AllAsked:
             if given is not None and (isinstance(given, str | bytes | Set) or not isinstance(given, Iterable)):
                 raise TypeError(f"{name} must be one for each prompt, in a list, got {given!r}.")
             if isinstance(given, Sized) and isinstance(prompts, Sized) and len(given) != len(prompts):
-                raise ValueError(f"there are {len(prompts)} prompts and {len(given)} {name}: give one for each.")
+                count = models.counted(len(prompts), "prompt")
+                raise ValueError(f"{name} must be one for each prompt: got {len(given)} for {count}.")
         return cls(prompts, answers, targets, foils)
 
     def __len__(self) -> int:

@@ -48,7 +48,7 @@ class Linearization:
     def __repr__(self) -> str:
         return (
             f"Linearization({self.of} at position {self.position} wrt {self.wrt}; "
-            f"{len(self.tokens)} tokens, {models.model_name(self.model)})"
+            f"{models.counted(len(self.tokens), 'token')}, {models.model_name(self.model)})"
         )
 
     # -- the point ----------------------------------------------------------------------------------------------------
@@ -367,9 +367,9 @@ class Linearization:
             logits = models.precise(self.logits).requires_grad_()
             value = function(logits.clone())  # a copy, which it may write into
             if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex() or not value.isfinite():
-                raise ValueError(
-                    f"the function of the logits must give one finite number, a real tensor, got {value!r}."
-                )
+                many = isinstance(value, Tensor) and value.numel() != 1
+                got = f"a tensor of shape {list(value.shape)}: sum it up, or choose one" if many else repr(value)
+                raise ValueError(f"the function of the logits must give one finite number, a real tensor, got {got}.")
             found = torch.autograd.grad(value, logits, allow_unused=True)[0] if value.requires_grad else None
         if found is None:
             raise ValueError(

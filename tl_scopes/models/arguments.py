@@ -37,6 +37,22 @@ def as_count(value: Any, rule: str, least: int = 1) -> int:
     return count
 
 
+def counted(number: int, noun: str) -> str:
+    """How many there are, as English says it: "1 token", "2 tokens"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A value as an error shows it: of a long list its first entries and how many there are, of a long text the
+    beginning."""
+    if isinstance(value, list | tuple) and len(value) > 8:
+        first = ", ".join(map(repr, value[:5]))
+        return f"[{first}, … {len(value)} in all]"
+    shown = value if isinstance(value, str) else repr(value)
+    shown = shown if len(shown) <= most else shown[: most - 1] + "…"
+    return repr(shown) if isinstance(value, str) else shown
+
+
 def as_position(value: Any, tokens: int, what: str = "position") -> int:
     """A position in a prompt of so many tokens, counted from 0; a negative one counts from the end.
 
@@ -47,8 +63,8 @@ def as_position(value: Any, tokens: int, what: str = "position") -> int:
     position = as_int(value, f"{what} must be an integer")
     if not -tokens <= position < tokens:
         raise ValueError(
-            f"{what} {position} is out of range: the prompt has {tokens} tokens, so it runs from 0 to {tokens - 1}, or "
-            f"from -{tokens} to -1."
+            f"{what} {position} is out of range: the prompt has {counted(tokens, 'token')}, so it runs from 0 to "
+            f"{tokens - 1}, or from -{tokens} to -1."
         )
     return position % tokens
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Provenance, Target, Token, as_count, as_int, readable
+from tl_scopes.models import Provenance, Target, Token, as_count, as_int, counted, readable
 from tl_scopes.models.linear_rules import under
 from tl_scopes.results import json_record, units
 from tl_scopes.results.units import Unit
@@ -144,8 +144,8 @@ class Attribution:
             )
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3))
-        return f"Attribution({self.question}: {shown}; {len(self.scores)} tokens, {self.unit})"
+        shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3)) or "no token that is counted"
+        return f"Attribution({self.question}: {shown}; {counted(len(self.scores), 'token')}, {self.unit})"
 
     @property
     def question(self) -> str:
@@ -223,8 +223,10 @@ class Attribution:
             ValueError: for a position that the answer does not have, or where no token would be left.
             TypeError: for positions that are not integers, such as a mask of booleans.
         """
-        counted = (as_int(position, "positions must be integers") for position in positions)
-        gone = {position + self.position + 1 if position < 0 else position for position in counted}
+        if isinstance(positions, str) or not isinstance(positions, Iterable):
+            raise TypeError(f"positions must be integers, in a list such as [0], got {positions!r}.")
+        given = (as_int(position, "positions must be integers") for position in positions)
+        gone = {position + self.position + 1 if position < 0 else position for position in given}
         absent = gone - set(self.positions)
         if absent:
             raise ValueError(

@@ -21,6 +21,7 @@ from tl_scopes.models import Target, Token
 from tl_scopes.models.arguments import as_flag, as_number
 from tl_scopes.scopes.measurement import Measurement
 from tl_scopes.scopes.scope import Scope
+from tl_scopes.scopes.spaces import notes_on_spaces
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,11 @@ class HetaScope(Scope):
         return " + ".join(unit for weight, unit in units if weight)
 
     def notes(self, lin: Linearization) -> tuple[str, ...]:
+        notes = notes_on_spaces(lin, self.target)
         if self.normalize or not self.beta or not self.gamma:
-            return ()
+            return notes
         return (
+            *notes,
             "curvature and information are added in different units, as in the paper; in Python "
             "HetaScope(normalize=True) weighs like with like",
         )

@@ -303,6 +303,18 @@ class Scope(ABC):
         unit = self.unit(lin)
         if not isinstance(unit, str):
             raise TypeError(f"the unit of {asked} must be a text, got {unit!r}.")
+        return self.recorded(lin, target, versus, found, self.value(lin), self.quantity_explained(lin))
+
+    def recorded(
+        self,
+        lin: Linearization,
+        target: Target | None,
+        versus: Target | None,
+        found: Measurement,
+        value: float | None,
+        quantity: str | None,
+    ) -> Attribution:
+        """The answer that keeps this measurement."""
         scored, keeps = lin.scored, kept(found, lin)
         return Attribution(
             scores=keeps.scores,
@@ -317,8 +329,8 @@ class Scope(ABC):
             parts=(*lin.parts, *["answer"] * scored)[:scored] if lin.parts else (),
             grouping=self.grouping,
             details=keeps.details,
-            value=self.value(lin),
-            quantity=self.quantity_explained(lin),
+            value=value,
+            quantity=quantity,
         )
 
     def _require_model(self, lin: Linearization) -> None:
@@ -365,9 +377,29 @@ def most_likely(lin: Linearization) -> tuple[Prediction, ...]:
     )
 
 
+def caveat_of(scope: Scope, answers: Sequence[Attribution]) -> str | None:
+    """What there is to warn of about these answers, once for all of them; None where nothing is amiss."""
+    same = [answer for answer in answers if answer.target is not None and answer.target == answer.versus]
+    asked = [answer for answer in answers if answer.target is None or answer.target != answer.versus]
+    said = [scope.caveat(asked)] if asked else []
+    found = [next((note for note in answer.notes if note.endswith(models.MIND_THE_SPACE)), None) for answer in asked]
+    if missing := [note for note in found if note is not None]:
+        more = f" So it is with {len(missing)} of {len(answers)} predictions." if len(set(missing)) > 1 else ""
+        said.append(f"{missing[0]}.{more}")
+    if same:
+        text = same[0].target.text if same[0].target is not None else ""
+        places = ", ".join(str(answer.position) for answer in same[:8]) + (", …" if len(same) > 8 else "")
+        said.append(
+            f"{len(same)} of {len(answers)} predictions (after position {places}) "
+            f"{'is' if len(same) == 1 else 'are'} {text!r}, with which all are compared: the difference "
+            "is zero there, and so is each score."
+        )
+    return " ".join(one for one in said if one is not None) or None
+
+
 def warn(scope: Scope, answers: Sequence[Attribution]) -> bool:
-    """Warn of what the scope has to say about these answers, and return whether there was anything."""
-    caveat = scope.caveat(answers)
+    """Warn of what is amiss with these answers, and return whether there was anything."""
+    caveat = caveat_of(scope, answers)
     if caveat is not None:
         warnings.warn(caveat, stacklevel=3)
     return caveat is not None

@@ -16,6 +16,7 @@ from tl_scopes.jacobian.softmax import log_prob, log_prob_of_any
 from tl_scopes.jacobian.span import Span
 from tl_scopes.models import Target
 from tl_scopes.scopes.scope import Scope
+from tl_scopes.scopes.spaces import notes_on_spaces
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +77,13 @@ class TargetScope(Scope):
                     )
         if versus is not None and set(target.ids) & set(versus.ids) and not (target.is_span or versus.is_span):
             same = next(token for token in target.tokens if token in versus.tokens)
-            raise ValueError(f"target and versus are the same token, {same.text!r}: their difference is zero.")
+            raise ValueError(
+                f"target and versus are the same token, {same.text!r}: their difference is zero. {self._remedy(lin)}"
+            )
         if target == versus:
-            raise ValueError(f"target and versus are the same tokens, {target.text!r}: their difference is zero.")
+            raise ValueError(
+                f"target and versus are the same tokens, {target.text!r}: their difference is zero. {self._remedy(lin)}"
+            )
         if self.quantity == "logit" and (target.is_span or (versus is not None and versus.is_span)):
             longer = target if target.is_span else versus
             assert longer is not None
@@ -88,6 +93,12 @@ class TargetScope(Scope):
                 f'elsewhere, and only their log-probabilities add up. Take quantity="log_prob", the default.{hint}'
             )
         return target, versus
+
+    def _remedy(self, lin: Linearization) -> str:
+        """What to do where both are the same."""
+        if self.target is not None or isinstance(lin, Span):
+            return "Name another token to compare with."
+        return "It is what the model finds likeliest here: name another to compare with, or a target."
 
     def function(self, lin: Linearization) -> Callable[[Tensor], Tensor]:
         """The quantity explained, as a function of the logits [vocab], or of those of all predictions [row vocab]."""
@@ -149,8 +160,12 @@ class TargetScope(Scope):
         notes = []
         if self.depends_on_mean_logit(lin) and lin.is_centered:
             notes.append("the unembedding is centred: the logit explained is the logit minus the vocabulary mean")
+        notes += notes_on_spaces(lin, self.target, self.versus)
+        noted = any(note.endswith(models.MIND_THE_SPACE) for note in (*lin.notes, *notes))
         for name, given in (("target", self.target), ("versus", self.versus)):
-            if isinstance(given, str) and isinstance(lin, Span) and (hint := models.spacing_hint(lin.model, given)):
+            if noted or not (isinstance(given, str) and isinstance(lin, Span)):
+                continue
+            if hint := models.spacing_hint(lin.model, given):
                 steps = models.read_target(lin.model, given, lin.vocab, name).steps
                 if steps > 1:
                     notes.append(f"the {name} {given!r} is explained as {steps} tokens.{hint.rstrip('.')}")

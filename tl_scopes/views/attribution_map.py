@@ -115,7 +115,7 @@ def _framed(prompt_map: "AttributionMap", picture: Html, legend: str, width: str
         tag("div", SMALL, about),
         picture,
         tag("div", SMALL, legend),
-        notes=dict.fromkeys(note for answer in prompt_map for note in answer.notes),
+        notes=markup.distinct(note for answer in prompt_map for note in answer.notes),
         width=width,
     )
 
