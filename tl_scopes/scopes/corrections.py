@@ -73,6 +73,10 @@ class Around(Scope):
         return self.scope.estimate(answer)
 
     @property
+    def is_slope(self) -> bool:
+        return self.scope.is_slope
+
+    @property
     def grouping(self) -> Literal["norm", "sum", "signed"] | None:
         return self.scope.grouping
 
@@ -105,7 +109,8 @@ class PositionCorrectedScope(Around):
         within the scope.
     Cost: `shuffles` + 1 times that of the scope, and a forward pass per shuffle; memory as for one.
     Raises: ValueError for fewer than two shuffles, and for a scope with negative scores; TypeError for something that
-        is not a scope, and for a generator that is not a torch.Generator; else as the scope does.
+        is not a scope, for a number of shuffles that is not an integer, and for a generator that is not a
+        torch.Generator; else as the scope does.
     Source: ours. It finds what decides between two answers: over 300 held-out prompts the average precision of known
         causes rises by 0.07 (0.04 to 0.09), with a sink made by hand on BOS by 0.16 (0.12 to 0.20). It does not find
         what the prediction needs: the tokens it names first are not those whose deletion costs most nats
