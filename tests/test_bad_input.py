@@ -241,7 +241,11 @@ def test_target_of_several_tokens(tiny: Any) -> None:
         tls.attribute(tiny, "The keys", tls.HetaScope(target=" unheard"))
     with pytest.raises(ValueError, match="With a leading space it is one token: ' gardener'"):
         tls.attribute(tiny, "The keys", tls.HetaScope(target="gardener"))
-    answer = tls.attribute(tiny, "The keys", tls.SemanticScope(target="gardener"))
+    with pytest.warns(
+        UserWarning, match=r"' gardener' \(p = .*\) is far likelier here than 'gardener' \(first token 'g' of 3"
+    ):
+        tls.attribute(tiny, "The keys", tls.SemanticScope(target="gardener"))
+    answer = tls.attribute(tiny, "The keys\n", tls.SemanticScope(target="gardener"))
     assert "the target 'gardener' is explained as 3 tokens. With a leading space it is one token: ' gardener'" in (
         " ".join(answer.notes)
     )
@@ -610,9 +614,7 @@ def test_load_on_no_device(device: str) -> None:
     [
         ({"probes": 0}, "probes is a number of backward passes, 1 at least, got 0"),
         ({"probes": -3}, "probes is a number of backward passes, 1 at least, got -3"),
-        ({"probes": 2.5}, r"probes is a number of backward passes, 1 at least, got 2\.5"),
         ({"rank": 0}, "rank is a number of backward passes, 1 at least, got 0"),
-        ({"rank": True}, "rank is a number of backward passes, 1 at least, got True"),
         ({"rtol": 0}, "rtol is a relative error between 0 and 1, got 0"),
         ({"rtol": -0.1}, r"rtol is a relative error between 0 and 1, got -0\.1"),
         ({"rtol": 1.5}, r"rtol is a relative error between 0 and 1, got 1\.5"),
@@ -626,9 +628,25 @@ def test_fisher_options(options: dict[str, Any], message: str) -> None:
         tls.FisherScope(**options)
 
 
+@pytest.mark.parametrize("number", [10**400, torch.tensor(2.0), np.float32(-1.0)], ids=["long", "torch", "numpy"])
+def test_numbers_that_do_not_fit(number: Any) -> None:
+    with pytest.raises(
+        ValueError, match="rtol is a relative error between 0 and 1, (got|and this number is too large)"
+    ):
+        tls.FisherScope(rtol=number)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(True), np.True_, torch.ones(2), torch.ones(2, dtype=torch.bool), 1j])
+def test_what_is_no_number(value: Any) -> None:
+    with pytest.raises(TypeError, match="rtol is a relative error between 0 and 1, got "):
+        tls.FisherScope(rtol=value)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"probes": 2.5}, r"probes is a number of backward passes, 1 at least, and an integer, got 2\.5"),
+        ({"rank": True}, "rank is a number of backward passes, 1 at least, and an integer, got True"),
         ({"rtol": "0.1"}, "rtol is a relative error between 0 and 1, got '0.1'"),
         ({"rtol": True}, "rtol is a relative error between 0 and 1, got True"),
         ({"exact": "no"}, "exact is True or False, got 'no'"),
@@ -709,9 +727,17 @@ def test_one_prompt_is_not_many(model: Any, prompts: Any) -> None:
         tls.attribute_many(model, prompts, tls.SemanticScope(3))
 
 
-@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True])
-def test_batch_size(model: Any, batch_size: Any) -> None:
-    with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {batch_size}"):
+@pytest.mark.parametrize(
+    ("batch_size", "error", "message"),
+    [
+        (0, ValueError, "at least 1, got 0"),
+        (-1, ValueError, "at least 1, got -1"),
+        (2.0, TypeError, r"at least 1, and an integer, got 2\.0"),
+        (True, TypeError, "at least 1, and an integer, got True"),
+    ],
+)
+def test_batch_size(model: Any, batch_size: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"batch_size must be {message}"):
         tls.attribute_many(model, [[1]], tls.SemanticScope(3), batch_size=batch_size)
 
 
@@ -839,23 +865,26 @@ def test_integers_of_every_type(model: Any, lin: tls.Linearization, four: Any) -
 @pytest.mark.parametrize("value", NO_INTEGERS, ids=repr)
 def test_what_is_no_integer(model: Any, lin: tls.Linearization, value: Any) -> None:
     for option in ("probes", "rank"):
-        with pytest.raises(ValueError, match=f"{option} is a number of backward passes, 1 at least, got "):
+        with pytest.raises(TypeError, match=f"{option} is a number of backward passes, 1 at least, and an integer"):
             tls.FisherScope(**{option: value})
-    with pytest.raises(ValueError, match="rank is a number of directions, 1 at least, got "):
+    with pytest.raises(TypeError, match="rank is a number of directions, 1 at least, and an integer, got "):
         tls.SpectralScope(rank=value)
-    with pytest.raises(ValueError, match="probes is a number of random directions per token, 1 at least, got "):
+    with pytest.raises(TypeError, match="probes is a number of random directions per token, 1 at least, and an "):
         tls.HetaScope(probes=value)
-    with pytest.raises(TypeError, match="steps is a number of points on the line, got "):
+    with pytest.raises(TypeError, match="steps is a number of points on the line, 1 at least, and an integer, got "):
         tls.PathIntegratedScope(steps=value)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got "):
+    with pytest.raises(TypeError, match="batch_size must be at least 1, and an integer, got "):
         tls.attribute_many(model, [PROMPT], tls.SemanticScope(3), batch_size=value)
-    with pytest.raises(ValueError, match="count must be at least 1, got "):
+    with pytest.raises(TypeError, match="count must be at least 1, and an integer, got "):
         tls.SpectralScope().directions(lin, 2, value)
     answer = tls.SemanticScope(3)(lin)
-    with pytest.raises(ValueError, match="count must be at least 1, got "):
+    with pytest.raises(TypeError, match="count must be at least 1, and an integer, got "):
         answer.top(value)
     with pytest.raises(TypeError, match="positions must be integers, got "):
         answer.without([value])
+    for positions in (0, "0"):
+        with pytest.raises(TypeError, match=r"positions must be integers, in a list such as \[0\], got '?0'?"):
+            answer.without(positions)  # type: ignore[arg-type]
     if not isinstance(value, str):
         with pytest.raises(TypeError, match="a target is a token as text or as id, got "):
             tls.SemanticScope(value)(lin)

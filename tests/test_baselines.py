@@ -213,3 +213,13 @@ def test_bad_input(no_type_checks: None) -> None:
     with pytest.raises(ValueError, match="goes back to the embedding, not to 'blocks.1.hook_resid_pre'"):
         AttentionRollout()(late)
     assert LeaveOneOut("zero")(late).scores.shape == lin.tokens.shape
+
+
+def test_a_product_is_checked_as_its_size_is(tiny: Any) -> None:
+    """g · x is the slope of taking the input away, with its sign and without: it is asked how far that reaches."""
+    lin = tls.linearize(tiny, "The keys to the old cabinet near the door")
+    signed, size = (tls.check(lin, kind(" are", versus=" is")) for kind in (tls.RelevanceScope, GradientTimesInput))
+    assert signed["linearity"].verdict != "not applicable"
+    assert signed["linearity"].finding == size["linearity"].finding
+    assert size["position"].verdict != "not applicable"
+    assert "has negative scores" in signed["position"].finding  # which have no shares

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks import by_hand, gpu, precision, report, throughput
+from tests.benchmarks import by_hand, gpu, passes, precision, report, throughput
 from tests.benchmarks.precision import Difference, differences
-from tests.benchmarks.setting import setting
+from tests.benchmarks.setting import hugging_face, setting
+from tl_scopes import models
+from tl_scopes.tiny import FOLDER
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +82,13 @@ def test_a_row_without_time_or_memory_or_library_says_so() -> None:
         raise MemoryError
 
     run, nothing = gpu.Run(torch.device("cpu"), 1, None), None
-    for row, passes in (
+    for row, taken in (
         (gpu.Row(lambda s: full), 1.0),
         (gpu.Row(lambda s: full), 1e9),
         (gpu.Row(lambda s: full, there=False), 1.0),
         (gpu.Row(lambda s: lambda: 1 / 0), 1.0),
     ):
-        run.measure("x", gpu.Timed(row, passes), nothing, 1e-3, shape="1B")  # type: ignore[arg-type]
+        run.measure("x", gpu.Timed(row, taken), nothing, 1e-3, shape="1B")  # type: ignore[arg-type]
     notes = [one["note"] for one in run.measured]
     assert notes == [gpu.NO_MEMORY, gpu.NO_TIME, gpu.NOT_THERE, "ZeroDivisionError: division by zero"]
 
@@ -140,6 +142,28 @@ def test_precision_puts_its_table_behind_its_command(capsys: pytest.CaptureFixtu
     table = capsys.readouterr().out.split("\n\n", 1)[1].rstrip("\n")
     assert table.count("| the weights as loaded |") == table.count("| the rounded weights |") == 6
     assert page.read_text() == f"| other |\n\n`python -m tests.benchmarks.precision`:\n\n{table}\n\nBehind it.\n"
+
+
+def test_costs_in_forward_passes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(passes, "LENGTHS", {8: 1, 12: 1})
+    page = tmp_path / "costs.md"
+    page.write_text("`python -m tests.benchmarks.passes`\n\n| old |\n\nBehind it.\n")
+    run(passes.main, "--into", str(page))
+    assert capsys.readouterr().out.startswith(
+        "tiny\n\n| forward passes | 8 tokens | 12 tokens |\n|---|--:|--:|\n| Semantic"
+    )
+    assert page.read_text().count("\n| ") == 5
+    assert page.read_text().endswith("\n\nBehind it.\n")
+
+
+def test_the_baseline_is_without_a_bridge() -> None:
+    """A bridge puts its own modules into the Hugging Face model, which then costs what the bridge does."""
+    plain = hugging_face(FOLDER)
+    assert {type(part).__module__.split(".")[0] for part in plain.modules()} == {"torch", "transformers"}
+    inside = models.load(FOLDER).original_model
+    assert "transformer_lens" in {type(part).__module__.split(".")[0] for part in inside.modules()}
 
 
 def test_throughput_compares_with_what_is_installed(

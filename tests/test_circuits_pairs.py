@@ -457,5 +457,13 @@ def test_nothing_to_compare(pairs: list[tls.PromptPair], no_type_checks: None) -
         tls.agreement([])
     with pytest.raises(TypeError, match="expected PromptPairs, got tuple"):
         tls.agreement([(CLEAN, CORRUPTED)])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="top is a number of components, 1 at least, and an integer, got True"):
+        tls.agreement(pairs, top=True)
+    with pytest.raises(ValueError, match="there are no sites to compare: give one at least"):
+        tls.agreement(pairs, sites=[])
+    with pytest.raises(TypeError, match=r"sites are several, got the text 'head_out': write \['head_out'\]"):
+        tls.agreement(pairs, sites="head_out")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pairs are several PromptPairs, got one: put it into a list"):
+        tls.agreement(pairs[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top is a number of components, 1 at least, got 0"):
         tls.agreement(pairs, top=0)

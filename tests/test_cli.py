@@ -284,6 +284,7 @@ def test_what_libraries_print_stays_out_of_stdout(
         ([PROMPT, "--answer", ""], 2, "the answer is empty"),
         ([PROMPT, "--position", "1", "--generate", "3"], 2, "--generate goes on after the whole prompt"),
         ([PROMPT, "--chat"], 2, "the model's tokenizer has no chat template"),
+        ([" ", "--chat"], 2, "the prompt is empty: give at least one character"),
         ([PROMPT, "--target", ""], 2, "the target '' is unknown"),
         ([PROMPT, "--target", "id:99999"], 2, "target 99999 is outside the vocabulary"),
         ([PROMPT, "--versus", "a\udcff"], 2, "must be UTF-8"),

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tl_scopes as tls
+from tl_scopes import models
 from tl_scopes.__main__ import main
 from tl_scopes.circuits.cut import By
 from tl_scopes.cli_corpus import Cut, Predictions, app
@@ -64,6 +65,40 @@ def test_maps_and_paths(prompts: Path, tmp_path: Path) -> None:
             assert path.read_bytes() == (theirs / path.name).read_bytes()
     assert {one.value for one in Cut} == set(get_args(By))
     assert {one.value for one in Predictions} == set(get_args(KnownPredictions))
+
+
+def test_a_corpus_without_any_answer_fails(prompts: Path, tmp_path: Path) -> None:
+    """Its rows keep their errors, and the warning says what to do."""
+    given = ["--out", tmp_path / "out", "--column", "prompt=question", "--target", "id:99999"]
+    message = (
+        r"none of the 3 prompts has an answer, so that something will be wrong with the call, or with all prompts; the "
+        r"first, 'p0': target 99999 is outside .* A prompt that has no answer is not tried again: mend it, and give "
+        r"another folder than '.*out', or delete that one"
+    )
+    with pytest.warns(UserWarning, match=message):
+        result = run(prompts, *given)
+    assert result.exit_code == 2
+    assert result.stdout == f"3 prompts in {tmp_path / 'out'}, 3 without an answer\n"
+    assert len(tls.read_corpus(tmp_path / "out").errors) == 3
+
+
+def test_long_lists_are_shortened_in_errors(tmp_path: Path) -> None:
+    rows = [{"prompt": "The", "target": list(range(5, 300)), "foil": list(range(7, 300))}]
+    with pytest.raises(ValueError, match=r"the foil \[7, 8, 9, 10, 11, … 293 in all\], and FisherScope\(\) does not"):
+        tls.attribute_corpus(rows, tmp_path / "out", tls.FisherScope())
+    with pytest.raises(ValueError, match=r"is 295 tokens: `ids` are \[5, 6, 7, 8, 9, … 295 in all\]"):
+        print(models.read_target(tls.load_tiny(), rows[0]["target"]).id)
+    with pytest.warns(UserWarning, match=r"the only prompt has no answer.* the first, 'xxx.*x…': the prompt is empty"):
+        tls.attribute_corpus([{"id": "x" * 500, "prompt": ""}], tmp_path / "out", tls.FisherScope())
+
+
+def test_warnings_are_lines_for_who_types_a_command(tmp_path: Path) -> None:
+    """Without the place in the code, which is not theirs."""
+    code = "import sys; sys.argv[0] = 'tl-scopes'; from tl_scopes.__main__ import main; main()"
+    args = ["The keys to the old cabinet near the door", "--target", "is", "--json", str(tmp_path / "answer.json")]
+    ran = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    assert ran.stderr.startswith("warning: ' is' (p = 0.001) is far likelier here than 'is'")
+    assert "UserWarning" not in ran.stderr
 
 
 def test_what_is_wrong(prompts: Path, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_the_batch_size_does_not_matter_one_by_one(tiny: Any, out: Path) -> None
 def test_every_prediction_of_one_answer(tiny: Any, out: Path) -> None:
     """Comparisons that the scope asks for are errors of their rows."""
     rows = [{"prompt": TEXTS[0], "answer": " are old"}, {"prompt": TEXTS[1], "answer": " is new"}]
-    with pytest.warns(UserWarning, match="2 of 2 prompts have no answer"):
+    with pytest.warns(UserWarning, match="none of the 2 prompts has an answer"):
         corpus = ask(rows, out, tls.SemanticScope(versus=" is"), model=tiny, predictions="every")
     assert "every prediction is asked about one answer: leave foils and `versus` out" in corpus.errors[0]
 
@@ -357,6 +357,8 @@ def test_all_sources_are_one(tiny: Any, out: Path, tmp_path: Path, source: Calla
     assert found.str_tokens == same.str_tokens
     with pytest.raises(KeyError, match="there is no prompt with the id 'p9'"):
         corpus["p9"]
+    with pytest.raises(KeyError, match="there is no prompt with the id 9 in .*: its ids are of the kind of 'p0'"):
+        corpus[9]
 
 
 def test_lines_that_are_prompts(tiny: Any, out: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.zoo import PROMPT, Specimen
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Target, held_attention
 from tl_scopes.scopes.baselines import IntegratedGradients, RandomBaseline
-from tl_scopes.scopes.scope import Measurement
+from tl_scopes.scopes.measurement import Measurement
 
 TARGET = 7
 SCOPES = (tls.SemanticScope(TARGET), tls.FisherScope(exact=True), IntegratedGradients(steps=3))
@@ -223,8 +223,12 @@ class TestBadInput:
 
     @pytest.mark.usefixtures("no_type_checks")
     def test_shuffles(self) -> None:
-        for shuffles in (1, 2.5, True):
-            with pytest.raises(ValueError, match=f"shuffles is a number, 2 at least, got {shuffles}"):
+        for shuffles, error, got in (
+            (1, ValueError, "got 1"),
+            (2.5, TypeError, "and an integer, got 2.5"),
+            (True, TypeError, "and an integer, got True"),
+        ):
+            with pytest.raises(error, match=f"shuffles is a number, 2 at least, {got}"):
                 tls.PositionCorrectedScope(RandomBaseline(), shuffles)  # type: ignore[arg-type]
 
     @pytest.mark.usefixtures("no_type_checks")
@@ -242,3 +246,9 @@ class TestBadInput:
             lin = tls.linearize(zoo.specimen("bridge mamba").model, PROMPT)
         with pytest.raises(ValueError, match="no attention patterns: there is nothing to hold"):
             tls.FrozenAttentionScope(tls.SemanticScope())(lin)
+
+
+def test_a_scope_around_another_says_what_that_says() -> None:
+    for around in (tls.PositionCorrectedScope, tls.FrozenAttentionScope):
+        assert around(tls.SemanticScope()).is_slope
+        assert not around(tls.HetaScope()).is_slope

@@ -230,6 +230,7 @@ def test_no_imaginary_part_is_lost(no_type_checks: None) -> None:
         (lambda: lin.logits_jvp(cotangents), "tangents must be real, got torch.complex64"),
         (lambda: lin.logits_vjp(lin.logits[None] * 1j), "cotangents must be real, got torch.complex128"),
         (lambda: lin.at(tangents[0]), "embeddings must be real, got torch.complex128"),
+        (lambda: lin.cotangent(lambda logits: logits), r"got a tensor of shape \[\d+\]: sum it up, or choose"),
         (lambda: lin.cotangent(lambda logits: logits.sum() * 1j), "one finite number, a real tensor, got tensor"),
         (lambda: Own()(lin), "the cotangents of .*Own.* must be real, got torch.complex64"),
         (lambda: Scores()(lin), "the scores of .*Scores.* must be real, got torch.complex64"),

@@ -180,6 +180,20 @@ def test_an_answer_or_the_tokens_of_the_text(tiny: Any) -> None:
         explore(tiny, PROMPT, tls.SemanticScope(), answer=" are old.", target="next")
 
 
+def test_layers_under_other_rules(tiny: Any) -> None:
+    scope = tls.SemanticScope(" are", versus=" is")
+    lin = tls.linearize(tiny, PROMPT, rules="linear")
+    carried = tls.carried_by(lin, scope, by="position")
+    with pytest.warns(
+        UserWarning,
+        match=r"carried splits the scores of SemanticScope.* under linear rules, and the page "
+        r"shows those of SemanticScope\(.*'\): linearise for carried_by with rules=None, as the page",
+    ):
+        tls.explore(tiny, PROMPT, scope, carried=carried)
+    tls.explore(tiny, PROMPT, scope, carried=carried, rules="linear")
+    tls.explore(tiny, PROMPT, [tls.TemperatureScope(), tls.UnderRulesScope(scope)], carried=carried)
+
+
 def test_what_does_not_belong_together(tiny: Any, no_type_checks: None) -> None:
     one = prompt_map(WORDS, SCORES)
     with pytest.raises(ValueError, match="at least one map, got none: give at least one scope"):

@@ -23,6 +23,7 @@ from tests import zoo
 from tests.test_left_as_found import KINDS, unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
+from tl_scopes.bootstrap import bootstrap
 from tl_scopes.faithfulness import Perturbation, aligned, differences, measures, plot, summary
 from tl_scopes.faithfulness.evaluation import evaluate
 from tl_scopes.faithfulness.measures import (
@@ -34,7 +35,6 @@ from tl_scopes.faithfulness.measures import (
     soft_measures,
 )
 from tl_scopes.faithfulness.perturbation import Substitutes
-from tl_scopes.faithfulness.statistics import bootstrap
 from tl_scopes.models.weights import learned
 from tl_scopes.rank_correlation import kendall, spearman
 from tl_scopes.scopes.baselines import LeaveOneOut, RandomBaseline
@@ -853,9 +853,9 @@ def test_bad_perturbations(no_type_checks: None) -> None:
         ({"fractions": ("0.2",)}, "a fraction of the tokens is a number between 0 and 1, got '0.2'"),
         ({"fractions": (0.2, True)}, "a fraction of the tokens is a number between 0 and 1, got True"),
         ({"fractions": (torch.ones(2),)}, "a fraction of the tokens is a number between 0 and 1, got tensor"),
-        ({"steps": "10"}, "steps must be an integer, got '10'"),
-        ({"steps": True}, "steps must be an integer, got True"),
-        ({"samples": 1.5}, "samples must be an integer, got 1.5"),
+        ({"steps": "10"}, "steps must be at least 1, and an integer, got '10'"),
+        ({"steps": True}, "steps must be at least 1, and an integer, got True"),
+        ({"samples": 1.5}, "samples must be at least 0, and an integer, got 1.5"),
         ({"cascade": 0.5}, r"cascade is a tuple of shares of the blocks, such as \(0.25, 0.5, 1.0\), got 0.5"),
         ({"cascade": ("half",)}, "cascade is a tuple of shares of the blocks, .*, got 'half'"),
     ]:
@@ -890,6 +890,8 @@ def test_statistics_refuse(no_type_checks: None) -> None:
         differences(results, "a", seed="x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no scope 'b' among 'a'"):
         differences(results, "b")
+    with pytest.raises(ValueError, match="an empty table has no mean"):
+        differences(pd.DataFrame(), "a")
     with pytest.raises(ValueError, match="two results of the same scope, measure and prompt"):
         summary(pd.concat([results, results]))
     drawn = results.assign(replacement="zero", quantity="kl", fraction=0.0, measure="deletion")

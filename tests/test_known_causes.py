@@ -572,7 +572,7 @@ def test_bad_input(tiny: Any, no_type_checks: None) -> None:
         ((["logistic"],), ValueError, "causes of the task 'logistic' cannot be confirmed: choose from agreement"),
         (([],), ValueError, "there are no tasks: choose from agreement, agreement_far"),
         ((["agreement", "translation", "agreement"],), ValueError, "each task is given once, got 'agreement' 2 times"),
-        ((["agreement"], "3"), ValueError, "count must be at least 1, got '3'"),
+        ((["agreement"], "3"), TypeError, "count must be at least 1, and an integer, got '3'"),
         (("agreement",), TypeError, r"tasks are several, got the text 'agreement': write \['agreement'\]"),
         ((["agreement"], 0), ValueError, "count must be at least 1, got 0"),
         ((["agreement"], 1, []), ValueError, "there are no scopes to evaluate"),

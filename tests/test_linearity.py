@@ -524,7 +524,7 @@ class Infinite(Directions):
         ({"sizes": [2.0, 1.0]}, ValueError, r"positive and increasing, at least one, got \[2.0, 1.0\]"),
         ({"sizes": [1.0, float("inf")]}, ValueError, "positive and increasing"),
         ({"directions": 0}, ValueError, "directions is how many to try of each kind, 1 at least, got 0"),
-        ({"directions": 1.5}, TypeError, "directions must be an integer, got 1.5"),
+        ({"directions": 1.5}, TypeError, "directions is how many .*, 1 at least, and an integer, got 1.5"),
         ({"positions": [8]}, ValueError, "position 8 is out of range: the prompt has 8 tokens"),
         ({"positions": [1, -7]}, ValueError, r"at least one, and each only once, got \[1, -7\]"),
         ({"positions": []}, ValueError, r"at least one, and each only once, got \[\]"),
@@ -578,6 +578,19 @@ def test_a_hook_that_never_fires() -> None:
     model = zoo.specimen("bridge llama").model
     with pytest.raises(ValueError, match="'blocks.0.attn.hook_result' never fired"):
         models.evaluate(model, torch.tensor([PROMPT]), of="blocks.0.attn.hook_result")
+
+
+def test_nothing_to_run_on() -> None:
+    model = zoo.specimen("bridge llama").model
+    with pytest.raises(ValueError, match=r"nothing to run the model on: the ids have the shape \[0, 3\]"):
+        models.evaluate(model, torch.zeros(0, 3, dtype=torch.long))
+    lin = tls.linearize(model, PROMPT)
+    for ask in (lin.evaluate, lin.at_each):
+        with pytest.raises(ValueError, match=rf"nothing to run the model on: .* \[0, {len(PROMPT)}\]"):
+            ask(lin.embeddings.new_empty(0, *lin.embeddings.shape))
+    span = tls.linearize(model, PROMPT, answer=[3, 4])
+    with pytest.raises(ValueError, match="nothing to run the model on"):
+        span.evaluate(span.embeddings.new_empty(0, *span.embeddings.shape))
 
 
 def test_under_a_fused_attention_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,16 +25,16 @@ def test_two_checkpoints_of_one_last_name(tmp_path: Path) -> None:
     """Neither an answer nor a results file takes one for the other."""
     named = [folder(tmp_path / run / "final") for run in ("first", "second")]
     names = [model_name(load(at, device="cpu")) for at in named]
-    assert names == ["first/final", "second/final"]
+    assert names == ["folder first/final", "folder second/final"]
 
 
 @pytest.mark.parametrize(
     ("at", "said", "name"),
     [
         ("run/checkpoint-1000", {"_name_or_path": "owner/model"}, "owner/model"),
-        ("run/checkpoint-1000", {"_name_or_path": "/home/somebody/model"}, "run/checkpoint-1000"),
-        ("run/checkpoint-1000", {"_name_or_path": ""}, "run/checkpoint-1000"),
-        ("run/checkpoint-1000", {"_name_or_path": 3}, "run/checkpoint-1000"),
+        ("run/checkpoint-1000", {"_name_or_path": "/home/somebody/model"}, "folder run/checkpoint-1000"),
+        ("run/checkpoint-1000", {"_name_or_path": ""}, "folder run/checkpoint-1000"),
+        ("run/checkpoint-1000", {"_name_or_path": 3}, "folder run/checkpoint-1000"),
         ("hub/models--owner--a-model/snapshots/0123abcd", {}, "owner/a-model"),
     ],
 )

@@ -260,7 +260,7 @@ def test_half_precision() -> None:
     ("options", "error", "message"),
     [
         ({"steps": 0}, ValueError, "steps is a number of points on the line, 1 at least, got 0"),
-        ({"steps": 2.5}, TypeError, "steps is a number of points on the line, got 2.5"),
+        ({"steps": 2.5}, TypeError, "steps is a number of points on the line, 1 at least, and an integer, got 2.5"),
         ({"start": 1}, ValueError, r"start is the α in \[0, 1\) where the line begins, got 1"),
         ({"start": -0.1}, ValueError, r"start is the α in \[0, 1\) where the line begins, got -0.1"),
         ({"start": "0.1"}, TypeError, r"start is the α in \[0, 1\) where the line begins, got '0.1'"),

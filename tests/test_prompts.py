@@ -107,6 +107,8 @@ def test_tables_are_not_prompts(model: Any) -> None:
     for prompts in (table, {"text": [TEXT], "label": [1]}):
         with pytest.raises(TypeError, match=r"with \['text', 'label'\]: give one of its columns, prompts\['text'\]"):
             tls.attribute_many(model, prompts, tls.SemanticScope())
+    with pytest.raises(TypeError, match=r"a chat is a list of messages, got one message: write \[message\]"):
+        tls.linearize(model, {"role": "user", "content": "Hello"})
     with pytest.raises(TypeError, match=r"this dict has \['text'\] and no 'input_ids'"):
         tls.attribute(model, {"text": TEXT}, tls.SemanticScope())
     with pytest.raises(TypeError, match="a prompt is a str or token ids, got a DataFrame: give one of its cells"):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import urlopen
 
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 import tl_scopes as tls
 from tests.browser import Browser
 from tests.pictures import needs_browser
+from tests.test_left_as_found import unchanged
 from tl_scopes import serve
 from tl_scopes.__main__ import main
 from tl_scopes.cli_serve import app
@@ -191,6 +193,36 @@ def test_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
     assert statuses == [200, 200]
 
 
+def test_the_model_stops_for_a_browser_that_is_gone(tiny: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is left as it was found, and free for the next prompt; a prompt that waits for its turn gives up too."""
+    began, ended = threading.Event(), threading.Event()
+    asked: list[str] = []
+
+    def explore(prompt: str) -> tls.Explorer:
+        asked.append(prompt)
+        if prompt == "short":
+            return tls.explore(tiny, "The", tls.SemanticScope())
+        try:
+            while True:
+                began.set()
+                tls.explore(tiny, PROMPT, tls.SemanticScope())
+        finally:
+            ended.set()
+
+    with serving(explore) as server:
+        address = server.server_address[:2]
+        with unchanged(tiny):
+            with socket.create_connection(address) as first, socket.create_connection(address) as second:
+                first.sendall(b"GET /?prompt=long HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert began.wait(60)
+                second.sendall(b"GET /?prompt=waiting HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                second.close()
+            assert ended.wait(60)
+            assert get(server, "/?prompt=short")[0] == 200
+    assert asked == ["long", "short"]
+    assert capsys.readouterr().err.count("GET / the browser no longer waited for the answer") == 2
+
+
 def test_a_silent_browser_blocks_nobody() -> None:
     with serving(refused) as server, socket.create_connection(server.server_address[:2]):  # it says nothing
         assert get(server)[0] == 200
@@ -290,6 +322,16 @@ def test_what_the_model_says_is_explained(monkeypatch: pytest.MonkeyPatch) -> No
         assert [row is not None for row in data["maps"][0]["rows"]] == [False] * 7 + [True] * 3
 
     run_as_a_person(monkeypatch, ["--generate", "3"], visit)
+
+
+def test_an_empty_chat_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def visit(address: str) -> None:
+        for prompt in ("", " "):
+            with pytest.raises(HTTPError, match="400") as refused:
+                urlopen(f"{address}?prompt={quote(prompt)}")
+            assert told(refused.value.read().decode()) == "the prompt is empty: give at least one character."
+
+    run_as_a_person(monkeypatch, ["--chat"], visit)
 
 
 @needs_browser

@@ -481,7 +481,7 @@ def test_show(report: tls.SinkReport, tiny: Any) -> None:
         ({"prompt": []}, ValueError, "the prompt is empty"),
         ({"position": 8}, ValueError, "position 8 is out of range"),
         ({"early": 0}, ValueError, "early is how many tokens from the start to look at, 1 at least, got 0"),
-        ({"early": 1.5}, TypeError, r"early is a number of tokens, an integer, got 1\.5"),
+        ({"early": 1.5}, TypeError, r"early is how many .*, 1 at least, and an integer, got 1\.5"),
         ({"threshold": 0}, ValueError, "threshold is a part of the attention between 0 and 1, got 0"),
         ({"threshold": 1.0}, ValueError, r"threshold is a part .* got 1\.0"),
         ({"threshold": float("nan")}, ValueError, "threshold is a part .* got nan"),

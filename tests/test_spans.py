@@ -442,7 +442,10 @@ def test_rows_as_json(tiny: Any, no_type_checks: None) -> None:
     for wrong, message in (
         ("{", "not an AnswerMap but broken JSON"),
         ("{}", 'not an AnswerMap: its "format" is not "tl_scopes.AnswerMap"'),
-        (text.replace('"version": 1', '"version": 9', 1), "this AnswerMap has the version 9, and 1 is read here"),
+        (
+            text.replace('"version": 1', '"version": 9', 1),
+            "this AnswerMap was written by a later version of tl_scopes: upgrade to read it",
+        ),
         (text.replace('"groups"', '"group"'), "this AnswerMap does not hold what it should: KeyError"),
         (text.replace('"prompt_length": 10', '"prompt_length": 9'), "has 3 rows, 3 texts and 4 groups of the answer"),
     ):
@@ -450,6 +453,8 @@ def test_rows_as_json(tiny: Any, no_type_checks: None) -> None:
             tls.AnswerMap.from_json(wrong)
     with pytest.raises(TypeError, match="an AnswerMap is read from the text that to_json wrote, got bytes"):
         tls.AnswerMap.from_json(b"{}")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="an answer map has a row for each token of the answer, got none"):
+        tls.AnswerMap.of_tokens([], [])
 
 
 def test_pictures_of_an_answer(tiny: Any, tmp_path: Path) -> None:
@@ -609,7 +614,7 @@ def test_many_answers_that_cannot_be(tiny: Any, no_type_checks: None) -> None:
     for options, message in (
         ({"answers": [" are", " is"], "targets": [1, 2]}, "give answers or targets, not both"),
         ({"foils": [" are", " is"]}, "foils are what answers or targets are compared with"),
-        ({"answers": [" are"]}, "there are 2 prompts and 1 answers: give one for each"),
+        ({"answers": [" are"]}, "answers must be one for each prompt: got 1 for 2 prompts"),
     ):
         with pytest.raises(ValueError, match=message):
             tls.attribute_many(tiny, prompts, scope, **options)

@@ -124,8 +124,8 @@ def test_bad_examples(no_type_checks: None) -> None:
         (("agrement", 1), ValueError, r"no task 'agrement': choose one of agreement, .*brownian\."),
         ((["agreement"], 1), ValueError, r"no task \['agreement'\]"),
         (("agreement", 0), ValueError, "count must be at least 1, got 0"),
-        (("agreement", "3"), ValueError, "count must be at least 1, got '3'"),
-        (("agreement", 2.5), ValueError, "count must be at least 1, got 2.5"),
+        (("agreement", "3"), TypeError, "count must be at least 1, and an integer, got '3'"),
+        (("agreement", 2.5), TypeError, "count must be at least 1, and an integer, got 2.5"),
     ]:
         with pytest.raises(error, match=message):
             examples(*arguments)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The answer map: which token moves which token of an answer, and spans of it; and through earlier tokens."""
+"""The answer map: which token of the prompt, and of the answer before it, moves which token of an answer."""
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,18 +7,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.span import Span
-from tl_scopes.models import Target, readable
+from tl_scopes.models import readable
 from tl_scopes.models.arguments import as_int
-from tl_scopes.models.linear_rules import under
 from tl_scopes.results import units
-from tl_scopes.results.attribution import Attribution, Influence
+from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
+from tl_scopes.results.json_text import parsed
+from tl_scopes.results.traced import Traced
 from tl_scopes.results.units import Unit
 from tl_scopes.scopes.scope import Scope, warn
 from tl_scopes.views import answer_map as card
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-FORMAT, VERSION = "tl_scopes.AnswerMap", 1
+VERSION = 1
 
 
 class AnswerInfluence(NamedTuple):
@@ -65,7 +65,7 @@ class AnswerMap:
         answers: one Attribution for each row, in their order: the scores of the prompt's tokens and of the answer's
             tokens before it.
         groups: which tokens each unit consists of, counted from the start of the prompt: those of the prompt, and those
-            of the answer, which are the rows. A unit is a token, but for what `by` returns.
+            of the answer, which are the rows. A unit is a token, except in what `by` returns.
         prompt_length: how many of the units, and so of the columns, are of the prompt.
         answer_texts: the text of each row.
         scope: the question; None in a map that was read back, from JSON or a pickle, and in a copy.
@@ -91,7 +91,13 @@ class AnswerMap:
 
     @classmethod
     def of_tokens(cls, answers: Sequence[Attribution], texts: Iterable[str]) -> "AnswerMap":
-        """A map with no model to ask again, of the Attribution and the text of each token of an answer."""
+        """A map with no model to ask again, of the Attribution and the text of each token of an answer.
+
+        Raises:
+            ValueError: for no answers.
+        """
+        if not answers:
+            raise ValueError("an answer map has a row for each token of the answer, got none: give one at least.")
         n = len(answers[0].tokens)
         groups = tuple(range(i, i + 1) for i in range(n + len(answers)))
         return cls(tuple(answers), groups, n, tuple(map(readable, texts)))
@@ -107,14 +113,16 @@ class AnswerMap:
         return cls(tuple(answers), groups, len(groups) - len(rows), texts, scope, lin)
 
     def __repr__(self) -> str:
-        tokens = "tokens" if all(len(group) == 1 for group in self.groups) else "groups of tokens"
+        rows = models.counted(len(self), "token")
+        if any(len(group) > 1 for group in self.groups):
+            rows = f"{models.counted(len(self), 'group')} of tokens"
         return (
-            f"AnswerMap({self.text!r} from {self.answers[0].question}: {len(self)} {tokens} of the answer, "
+            f"AnswerMap({self.text!r} from {self.answers[0].question}: {rows} of the answer, "
             f"{self.prompt_length} of the prompt)"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled and copied: the rows, as in JSON, and neither the model nor the graph of its pass."""
+        """What is pickled and copied are the rows, as in JSON, and neither the model nor the graph of its pass."""
         return {**vars(self), "scope": None, "lin": None}
 
     def __len__(self) -> int:
@@ -164,6 +172,7 @@ class AnswerMap:
         `rows[3].top()`; for the answer as a whole, `rows[:].top()`.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
         count = models.as_count(count, "count must be at least 1")
@@ -296,7 +305,7 @@ class AnswerMap:
         first, last = self.groups[self.prompt_length + start], self.groups[self.prompt_length + stop - 1]
         return self._columns(scope(lin.part(first.start - lin.prompt_length, last.stop - lin.prompt_length)))
 
-    def traced(self, hops: int | SupportsIndex | None = None, *, span: slice | None = None) -> "Traced":
+    def traced(self, hops: int | SupportsIndex | None = None, *, span: slice | None = None) -> Traced:
         """How much of the answer goes back to each token of the prompt, also through what stands between.
 
         Each row's shares are split into those of the prompt R [answer, token] and those of earlier tokens of the answer
@@ -315,7 +324,7 @@ class AnswerMap:
             span: which rows are explained, `slice(5, 8)` say, each with the same weight; None is all.
 
         Raises:
-            TypeError: for a span that is not a slice.
+            TypeError: for hops that are not an integer, and a span that is not a slice.
             ValueError: for hops below 1, and an empty span.
 
         Source: the recursive hops of FlashTrace, Pan et al. 2026 (arXiv:2602.01914), for the shares of any scope.
@@ -330,37 +339,7 @@ class AnswerMap:
         chosen = range(len(self))[span or slice(None)]
         if not len(chosen):
             raise ValueError(f"the span {span} holds no token of the answer, which has {len(self)}.")
-        share = self.share.abs().double()
-        n = self.prompt_length
-        R, Q = share[:, :n], share.new_zeros(len(self), len(self))
-        Q[:, : share.shape[1] - n] = share[:, n:]
-        weight = share.new_zeros(len(self))
-        weight[list(chosen)] = 1 / len(chosen)
-        arrived = []
-        for _ in range(len(self) if hops is None else hops):
-            arrived.append(weight @ R)
-            weight = weight @ Q
-        while len(arrived) > 1 and not arrived[-1].any():
-            arrived.pop()
-        last, total, left = self.answers[-1], torch.stack(arrived).sum(0), float(weight.sum())
-        note = "shares passed on through earlier tokens of the answer are multiplied: they are not derivatives"
-        unexplained = f"; {left:.1%} of the weight is still in the answer" if left else ""
-        answer = replace(
-            last.without(last.positions[n:]),
-            scores=total,
-            position=self.answers[0].position,
-            target=_joined([self.answers[row] for row in chosen]),
-            versus=None,
-            scope=f"{last.scope}, traced",
-            unit="share of the answer",
-            predictions=self.answers[0].predictions,
-            details={},
-            value=None,
-            quantity=None,
-            grouping="sum",
-            notes=(*last.notes, note + unexplained),
-        )
-        return Traced(torch.stack(arrived), left, answer)
+        return Traced.of(self.answers, self.share, chosen, len(self) if hops is None else hops)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for each cell: the number and text of the answer's token, and the columns of
@@ -376,9 +355,11 @@ class AnswerMap:
         return whole[["row", "answer_token", *[name for name in whole if name not in ("row", "answer_token")]]]
 
     def to_json(self) -> str:
-        """The rows as text that `from_json` reads back without loss; not the model, so that spans end with it."""
+        """The rows as text that `from_json` reads back without loss. The model is not in it, so that what was read back
+        cannot be asked about spans.
+        """
         record = {
-            "format": FORMAT,
+            "format": "tl_scopes.AnswerMap",
             "version": VERSION,
             "groups": [[group.start, group.stop] for group in self.groups],
             "prompt_length": self.prompt_length,
@@ -395,7 +376,7 @@ class AnswerMap:
             TypeError: for something that is not text.
             ValueError: for text that is not an AnswerMap, or that a later version has written.
         """
-        record = _read(text)
+        record = parsed(text, "an AnswerMap", VERSION)
         try:
             answers = tuple(Attribution.from_json(json.dumps(one)) for one in record["answers"])
             groups = tuple(range(start, stop) for start, stop in record["groups"])
@@ -434,94 +415,3 @@ class AnswerMap:
 
     def _repr_html_(self) -> str:
         return card.fragment(self)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Traced:
-    """How much of an answer goes back to each token of the prompt, per hop through tokens of the answer.
-
-    Shares are multiplied here, not derivatives: see `AnswerMap.traced`.
-
-    Attributes:
-        hops: [hop, token], what arrives at each token of the prompt directly, after passing through one token of the
-            answer, through two, and so on.
-        left: the weight that is still at tokens of the answer; 0 where all hops were taken.
-        answer: the total as an Attribution, whose scores are what arrives at each token of the prompt in all. Words of
-            it are sums: `traced.answer.by("word")`.
-    """
-
-    hops: Float[Tensor, "hop token"]
-    left: float
-    answer: Attribution
-
-    @property
-    def total(self) -> Float[Tensor, "token"]:
-        """What arrives at each token of the prompt in all; with `left` it sums to 1."""
-        return self.hops.sum(0)
-
-    @property
-    def str_tokens(self) -> tuple[str, ...]:
-        """The text of each token of the prompt."""
-        return self.answer.str_tokens
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Of a chat: for each token of the prompt whose it is."""
-        return self.answer.parts
-
-    def top(self, count: int | SupportsIndex = 5) -> tuple[Influence, ...]:
-        """The tokens of the prompt at which most arrives: `score` is what arrives, `share` its part of all that does.
-
-        Raises:
-            ValueError: for a count below 1.
-        """
-        return self.answer.top(count)
-
-    def __repr__(self) -> str:
-        shown = ", ".join(f"{row.token!r} {row.score:.0%}" for row in self.top(3))
-        question = under(self.answer.scope.removesuffix(", traced"), self.answer.rules)
-        hops = f"{len(self.hops)} hop{'s' * (len(self.hops) > 1)}"
-        return f"Traced({question}: {shown}; {hops}, {self.left:.0%} left; shares, not derivatives)"
-
-    def to_dataframe(self) -> "pd.DataFrame":
-        """One row for each token of the prompt: position, token, total, and a column for each hop."""
-        import pandas as pd
-
-        columns = {f"hop_{i}": of_hop.tolist() for i, of_hop in enumerate(self.hops, start=1)}
-        named = {"position": self.answer.positions, "token": self.str_tokens, "total": self.total.tolist()}
-        return pd.DataFrame(named | columns)
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """A static page of the coloured prompt, and what arrives at each hop; `path` is where to write it."""
-        return saved(card.traced_page(self), path)
-
-    def _repr_html_(self) -> str:
-        return card.traced_fragment(self)
-
-
-def _joined(answers: list[Attribution]) -> Target | None:
-    """What several rows explain, one token after another; None where one of them has no target."""
-    targets = [answer.target for answer in answers if answer.target is not None]
-    if len(targets) < len(answers):
-        return None
-    return Target(tuple(token for target in targets for token in target.tokens))
-
-
-def _read(text: str) -> dict[str, Any]:
-    """The record that a text holds.
-
-    Raises:
-        TypeError: for something that is not text.
-        ValueError: for text that is not an AnswerMap, or that a later version has written.
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"an AnswerMap is read from the text that to_json wrote, got {type(text).__name__}.")
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"this text is not an AnswerMap but broken JSON: {error}.") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(f'this JSON is not an AnswerMap: its "format" is not "{FORMAT}".')
-    if record.get("version") != VERSION:
-        raise ValueError(f"this AnswerMap has the version {record.get('version')!r}, and {VERSION} is read here.")
-    return record

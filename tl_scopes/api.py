@@ -12,7 +12,9 @@ from tl_scopes.models import Answer, Generated, LinearRules, Model, Prompt, Read
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
-from tl_scopes.scopes.scope import Scope, as_written, require_scope, warn
+from tl_scopes.scopes.own_foil import ask_each
+from tl_scopes.scopes.scope import Scope, require_scope, warn
+from tl_scopes.scopes.written import as_written
 
 
 def linearize(
@@ -164,7 +166,8 @@ def attribution_map(
         scope: the question.
         target: what `SemanticScope()` and other questions without a target of their own explain at each position: the
             most likely token after it; or with "next" the token that stands there in the text, and so not at the last
-            position, behind which nothing stands.
+            position, behind which nothing stands. Where that is the scope's `versus` itself, the difference is zero,
+            and so is each score of the row: a warning and a note say where.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         checkpoint, rules: as in `linearize`.
@@ -189,7 +192,11 @@ def attribution_map(
         first = read.up_to(0)
         whole = _linearized(model, first, Exchange.of(model, first, said), wrt, of, False, checkpoint, ruled)
         assert isinstance(whole, Span)
-        rows = [replace(whole.part(k, k + 1), parts=read.parts[: k + 1], of_answer=False) for k in range(len(said))]
+        each = [whole.part(k, k + 1) for k in range(len(said))]
+        # The text after the first token is not an answer of somebody's, with notes of its own.
+        rows = [
+            replace(one, parts=read.parts[: k + 1], notes=read.notes, of_answer=False) for k, one in enumerate(each)
+        ]
         return AttributionMap(_asked(scope, rows))
     places = [(0, position) for position in range(len(read.tokens))]
     lins = linearize_places(model, [read], wrt, of, places, checkpoint=checkpoint, rules=ruled)
@@ -273,7 +280,7 @@ def generate(
 
     Raises: as `linearize` does for prompts. ValueError for max_new_tokens below 1, a prompt that leaves no room in the
         context, where the model says nothing but its end of sequence, and for `temperature` and other options of
-        sampling without `do_sample=True`.
+        sampling without `do_sample=True`. TypeError for max_new_tokens that is not an integer.
 
     Example:
         >>> said = tls.generate(model, "The keys to the old cabinet near the door", 3)
@@ -340,6 +347,6 @@ def require_one_token(model: Model, scope: Scope) -> None:
 def _asked(scope: Scope, lins: Sequence[Linearization]) -> tuple[Attribution, ...]:
     for lin in lins:
         lin.require_finite()
-    answers = scope.ask(lins)
+    answers = ask_each(scope, lins)
     warn(scope, answers)
     return tuple(answers)

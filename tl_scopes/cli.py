@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
@@ -69,6 +70,12 @@ class Question(NamedTuple):
     subject: str = "the logit of"
     """What the scores are about; the target follows, where there is one."""
     options: Mapping[str, Any] = {}
+
+    def about(self, named: Mapping[str, str | None]) -> Any:
+        """The scope that asks it about these tokens."""
+        import tl_scopes as tls
+
+        return getattr(tls, self.scope)(**self.options, **{name: as_token(token) for name, token in named.items()})
 
 
 QUESTIONS = {
@@ -237,8 +244,7 @@ def main(
         for name, path in (("html", html), ("json", json)):
             _require_writable(name, path)
 
-    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
-        import torch
+    with redirect_stdout(sys.stderr), plain_warnings():  # what libraries print is not a part of the answer
         from transformers.utils import logging
 
         import tl_scopes as tls
@@ -248,14 +254,11 @@ def main(
         if model is None or Path(model).exists() or not sys.stderr.isatty():
             logging.disable_progress_bar()  # nothing is downloaded, or nobody watches
         with exits(1, Exception):
-            load = tls.load_tiny if model is None else partial(models.load, model)
-            loaded = load(device=device, dtype=getattr(torch, dtype))
+            loaded = loader(model, device, dtype)()
             models.check_model(loaded)
         with exits(2, ValueError), exits(1, RuntimeError, MemoryError):
-            asked = getattr(tls, question.scope)(
-                **question.options, **{name: as_token(token) for name, token in named.items()}
-            )
-            asked_of: Any = [{"role": "user", "content": text}] if chat else text
+            asked = question.about(named)
+            asked_of: Any = as_chat(text) if chat else text
             said = answer if generate is None else tls.generate(loaded, asked_of, generate, prepend_bos=bos)
             options: dict[str, Any] = {
                 "answer": said,
@@ -282,6 +285,17 @@ def main(
             report(found, question.subject, question.score, top, checks)
         page = partial(card.page, found, *([checks._repr_html_()] if checks else []))
         _write_all((html, page), (json, found.to_json))
+
+
+def loader(model: str | None, device: str | None, dtype: str) -> Callable[[], Any]:
+    """What loads the model of this name, or the one that comes with the package."""
+    import torch
+
+    import tl_scopes as tls
+    from tl_scopes import models
+
+    load = tls.load_tiny if model is None else partial(models.load, model)
+    return partial(load, device=device, dtype=getattr(torch, dtype))
 
 
 def _require_writable(name: str, path: Path | None) -> None:
@@ -322,6 +336,31 @@ def exits(code: int, *kinds: type[Exception]) -> Iterator[None]:
             reason = re.sub(pattern, flag, reason)
         console.print(Text.assemble(("error: ", "bold red"), reason), soft_wrap=not console.is_terminal)
         raise typer.Exit(code) from None
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Inside, a warning is a line on stderr for who types a command, without a place in the code."""
+
+    def line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        return f"warning: {message}\n" if issubclass(category, UserWarning) else before(message, category, *place)
+
+    before, warnings.formatwarning = warnings.formatwarning, line  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def as_chat(text: str) -> list[dict[str, str]]:
+    """What a user says to a chat model.
+
+    Raises:
+        ValueError: where that is nothing.
+    """
+    if not text.strip():
+        raise ValueError("the prompt is empty: give at least one character.")
+    return [{"role": "user", "content": text}]
 
 
 def _read(prompt: str, *tokens: str | None) -> str:

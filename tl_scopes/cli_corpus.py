@@ -19,9 +19,10 @@ from tl_scopes.cli import (
     Precision,
     RuleNames,
     Scope,
-    as_token,
     exits,
+    loader,
     named_tokens,
+    plain_warnings,
     rule_names,
 )
 
@@ -30,6 +31,7 @@ from tl_scopes.cli import (
 HELP = """Ask about every prompt in a file, and keep the answers in a folder of Parquet files.
 
 Run it again after an interruption, and it goes on. Without --model it asks the small model that comes with the package.
+The exit code is 2 where no prompt has an answer.
 
 Examples:
   tl-scopes corpus prompts.jsonl --out scores/
@@ -97,23 +99,18 @@ def corpus(
         named = named_tokens(scope, target, versus)
         columns = dict(map(_column, column or []))
 
-    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
-        import torch
-
+    with redirect_stdout(sys.stderr), plain_warnings():  # what libraries print is not a part of the answer
         import tl_scopes as tls
         from tl_scopes import models
 
-        options: dict[str, Any] = {"device": device, "dtype": getattr(torch, dtype)}
         kept: dict[str, Any] = {"predictions": predictions.value, "carried_by": carried_by and carried_by.value}
         with exits(2, ValueError), exits(1, RuntimeError, MemoryError, OSError):
-            asked = getattr(tls, question.scope)(
-                **question.options, **{name: as_token(token) for name, token in named.items()}
-            )
+            asked = question.about(named)
             found = tls.attribute_corpus(
                 prompts,
                 out,
                 asked,
-                model=partial(tls.load_tiny, **options) if model is None else partial(models.load, model, **options),
+                model=loader(model, device, dtype),
                 columns=columns,
                 rules=rule_names(rules),
                 prepend_bos=bos,
@@ -123,7 +120,10 @@ def corpus(
                 strongest=strongest,
                 **kept,
             )
-    typer.echo(f"{len(found)} prompts in {out}, {sum(entry['errors'] for entry in found.entries)} without an answer")
+    failed = sum(entry["errors"] for entry in found.entries)
+    typer.echo(f"{models.counted(len(found), 'prompt')} in {out}, {failed} without an answer")
+    if failed == len(found) > 0:
+        raise typer.Exit(2)  # the warning has said why
 
 
 def _column(text: str) -> tuple[str, str | None]:

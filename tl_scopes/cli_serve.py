@@ -17,7 +17,10 @@ from tl_scopes.cli import (
     Precision,
     RuleNames,
     Scope,
+    as_chat,
     exits,
+    loader,
+    plain_warnings,
     rule_names,
 )
 
@@ -66,9 +69,7 @@ def serve(
 ) -> None:
     """Serve the explorer until Ctrl+C."""
     asked = list(dict.fromkeys(scope or [Scope.SEMANTIC, Scope.TEMPERATURE]))
-    with redirect_stdout(sys.stderr):  # what libraries print is not a part of the answer
-        import torch
-
+    with redirect_stdout(sys.stderr), plain_warnings():  # what libraries print is not a part of the answer
         import tl_scopes as tls
         from tl_scopes import models
         from tl_scopes.serve import PromptServer
@@ -77,17 +78,16 @@ def serve(
         options["rules"] = rule_names(rules)
 
         def explore(prompt: str) -> tls.Explorer:
-            said: Any = [{"role": "user", "content": prompt}] if chat else prompt
+            said: Any = as_chat(prompt) if chat else prompt
             answer = None if generate is None else tls.generate(loaded, said, generate, prepend_bos=bos)
             return tls.explore(loaded, said, scopes, answer=answer, **options)
 
         with exits(2, ValueError):  # before the model is loaded, which takes a while
-            scopes = [getattr(tls, QUESTIONS[name].scope)(**QUESTIONS[name].options) for name in asked]
+            scopes = [QUESTIONS[name].about({}) for name in asked]
             server = PromptServer(explore, host, port)
         with server:
             with exits(1, Exception):
-                load = tls.load_tiny if model is None else partial(models.load, model)
-                loaded = load(device=device, dtype=getattr(torch, dtype))
+                loaded = loader(model, device, dtype)()
                 models.check_model(loaded)
             server.title = f"tl_scopes: {models.model_name(loaded)}"
             typer.echo(f"{server.title} at {server.url} (Ctrl+C ends it)", err=True)

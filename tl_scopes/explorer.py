@@ -1,5 +1,6 @@
 """A prompt to explore: maps of several scopes in one page that answers to the mouse and the keys."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,14 @@ class Explorer:
                     f"carried is about {len(self.carried.tokens)} tokens with which the prompt of {len(tokens)} does "
                     "not begin: linearise the same prompt."
                 )
+            shown = [one.answers[-1] for one in self.maps]
+            # A scope with rules of its own is called by them, and its answers say no others.
+            if not any(one.rules == self.carried.rules or "UnderRulesScope" in one.scope for one in shown):
+                warnings.warn(
+                    f"carried splits the scores of {self.carried.question}, and the page shows those of "
+                    f"{shown[0].question}: linearise for carried_by with rules={shown[0].rules!r}, as the page.",
+                    stacklevel=3,
+                )
         cells = sum(len(answer.scores) for one in self.maps for answer in one)
         _require_small(
             cells + (0 if self.carried is None else self.carried.values.numel()), len(tokens), len(self.maps)
@@ -78,12 +87,12 @@ class Explorer:
 
     def __repr__(self) -> str:
         scopes = ", ".join(one.answers[-1].question for one in self.maps)
-        layers = "" if self.carried is None else f", {len(self.carried.layers)} layers"
+        layers = "" if self.carried is None else f", {models.counted(len(self.carried.layers), 'layer')}"
         first, last = self.maps[0].answers[0], self.maps[0].answers[-1]
         read, shown = first.position + 1, len(self.str_tokens) + (self.ending is not None)
-        tokens = (
-            f"{shown} tokens" if self.ending is None or read == 1 else f"{read} tokens and {shown - read} of an answer"
-        )
+        tokens = models.counted(shown, "token")
+        if self.ending is not None and read != 1:
+            tokens = f"{models.counted(read, 'token')} and {shown - read} of an answer"
         return f"Explorer({scopes}: {tokens}{layers}, {last.model})"
 
     def to_html(self, path: str | Path | None = None) -> str:
@@ -123,7 +132,8 @@ def explore(
         answer: text, token ids, or what `generate` returned: what was said after the prompt. Then only the tokens of
             the answer are explained, as in `answer_map`, each from the prompt and the answer before it.
         carried: what `carried_by(lin, scope, by="position")` returned for this prompt: then a slider shows at which
-            positions the influence of a token stands before each layer.
+            positions the influence of a token stands before each layer. A warning says so where it was made under other
+            rules than the maps.
         target, wrt, of, prepend_bos, checkpoint, rules: as in `attribution_map`.
 
     Cost: for each scope that of `attribution_map`, or of `answer_map`, with one forward pass. A `FisherScope()` goes

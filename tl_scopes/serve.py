@@ -5,18 +5,25 @@ and nothing is kept between requests, so that a framework would add a dependency
 brings thirty packages, a build of a front end, and by default a call home) and no feature that is used here. What
 `http.server` leaves to its users is done below and tested: an address must be asked for by a name of this computer, so
 that no web site can reach the server by pointing a name of its own at it; a request that another site makes is refused;
-requests are bounded in size and time; and there is one path, which reads no files and runs no code that was sent.
+requests are bounded in size and time; there is one path, which reads no files and runs no code that was sent; and where
+the browser no longer waits, its tab closed or its page left, the model stops, and is free for the next prompt.
 """
 
 import ipaddress
+import select
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, no_type_check
 from urllib.parse import parse_qs, urlsplit
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 from tl_scopes.explorer import Explorer
 from tl_scopes.views import explorer as view
@@ -25,6 +32,42 @@ LONGEST = 20_000
 """How many characters a prompt has at most. A request is 65,536 bytes long at most, as `http.server` has it."""
 PATIENCE = 30.0
 """How many seconds a request waits for the one before it, and for a browser to say what it wants."""
+
+
+class Gone(BaseException):
+    """Nobody waits for the answer any more. Like an interrupt it passes by whoever catches each Exception."""
+
+
+class WhileWaitedFor(TorchFunctionMode):
+    """Inside, this thread stops computing soon after nobody waits for it any more.
+
+    It looks a few times a second, and before the large operations alone, of which a model takes hundreds a pass:
+    whatever sets a model right again after use does none of them, and is not stopped.
+
+    Args:
+        is_gone: says whether nobody waits.
+
+    Raises:
+        Gone: at the next of these operations, when nobody waits.
+    """
+
+    LARGE = frozenset(
+        {torch.nn.functional.linear, torch.nn.functional.softmax, torch.matmul, torch.einsum, torch.autograd.grad}
+    )
+    EVERY = 0.2
+    """After so many seconds it looks again."""
+
+    def __init__(self, is_gone: Callable[[], bool]) -> None:
+        super().__init__()
+        self.is_gone, self.next = is_gone, 0.0
+
+    @no_type_check
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.LARGE and time.monotonic() > self.next:
+            if self.is_gone():
+                raise Gone
+            self.next = time.monotonic() + self.EVERY
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class PromptServer(ThreadingHTTPServer):
@@ -102,18 +145,28 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send_error(HTTPStatus.BAD_REQUEST, f"the prompt must be UTF-8: {error}")
         if "prompt" not in fields:
             return self._send(HTTPStatus.OK, view.asked(self.server.title))
-        return self._send(*self._answer(fields["prompt"][0].replace("\r\n", "\n")))
+        try:
+            return self._send(*self._answer(fields["prompt"][0].replace("\r\n", "\n")))
+        except (Gone, ConnectionError):
+            self.close_connection = True
+            self.log_message("%s: %s", self.requestline, "the browser no longer waited for the answer")
 
     def _answer(self, prompt: str) -> tuple[HTTPStatus, str]:
-        """The status and the page for a prompt."""
+        """The status and the page for a prompt.
+
+        Raises:
+            Gone: when the browser no longer waits.
+        """
         if len(prompt) > LONGEST:
             told = f"the prompt has {len(prompt):,} characters, and the page takes {LONGEST:,}: ask a part of it."
             return HTTPStatus.REQUEST_ENTITY_TOO_LARGE, view.asked(self.server.title, prompt[:LONGEST], told)
-        if not self.server.one_at_a_time.acquire(timeout=PATIENCE):
+        if not self._turn():
             told = "the model is still at work on another prompt: ask again in a while."
             return HTTPStatus.SERVICE_UNAVAILABLE, view.asked(self.server.title, prompt, told)
         try:
-            return HTTPStatus.OK, view.page(self.server.explore(prompt), view.form(prompt))
+            with WhileWaitedFor(self._is_gone):
+                explored = self.server.explore(prompt)
+            return HTTPStatus.OK, view.page(explored, view.form(prompt))
         except (ValueError, TypeError) as error:
             return HTTPStatus.BAD_REQUEST, view.asked(self.server.title, prompt, str(error))
         except (RuntimeError, MemoryError) as error:
@@ -124,6 +177,31 @@ class _Handler(BaseHTTPRequestHandler):
             return HTTPStatus.INTERNAL_SERVER_ERROR, view.asked(self.server.title, prompt, told)
         finally:
             self.server.one_at_a_time.release()
+
+    def _turn(self) -> bool:
+        """Wait for the prompt before this one, and say whether it is this one's turn.
+
+        Raises:
+            Gone: when the browser no longer waits.
+        """
+        end, lock = time.monotonic() + PATIENCE, self.server.one_at_a_time
+        while not (ours := lock.acquire(timeout=max(0.0, min(0.5, end - time.monotonic())))) and time.monotonic() < end:
+            if self._is_gone():
+                raise Gone
+        if ours and self._is_gone():
+            lock.release()
+            raise Gone
+        return ours
+
+    def _is_gone(self) -> bool:
+        """Whether the browser has closed its connection, as it does with a tab and when it goes to another page."""
+        try:
+            ready, _, _ = select.select([self.connection], [], [], 0)
+            return bool(ready) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        except ValueError:  # more connections than `select` knows numbers for
+            return False
+        except OSError:
+            return True
 
     def _is_ours(self) -> bool:
         """Whether the request came for this server, from one of its pages or from the person."""

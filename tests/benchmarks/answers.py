@@ -11,6 +11,7 @@ moment of the machine hits all of them. FOLDER is a model in Hugging Face's layo
 """
 
 import argparse
+import copy
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 
 import tl_scopes as tls
-from tests.benchmarks.setting import in_turns
+from tests.benchmarks.setting import hugging_face, in_turns
 from tl_scopes import models
+from tl_scopes.tiny import FOLDER
 
 ROUNDS, COUNTS = 5, (1, 8, 32)
 MAP = "a row for each token: `answer_map`"
@@ -34,12 +36,12 @@ def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", metavar="FOLDER")
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", default=str(FOLDER))
     parser.add_argument("--into", type=Path, metavar="FILE")
     given = parser.parse_args()
-    model: Any = models.load(given.folder) if given.folder else tls.load_tiny()
+    model: Any = models.load(given.folder)
     model.requires_grad_(False)
-    inner = model.original_model
+    inner = hugging_face(given.folder)
     ids = model.to_tokens(PROMPT * 4)[0][:96]
     print(f"{models.model_name(model)}, prompt of {len(ids)} tokens, {ROUNDS} rounds, medians in forward passes")
     rows: dict[str, list[str]] = {}
@@ -94,7 +96,7 @@ def ways(model: Any, inner: Any, ids: torch.Tensor, said: list[int]) -> dict[str
     if find_spec("captum"):
         found["captum `LLMGradientAttribution`, gradient × activation"] = captum_rows(model, inner, ids, said)
     if find_spec("inseq"):
-        found["inseq `saliency`, of each logit"] = inseq_rows(model, inner, ids, said)
+        found["inseq `saliency`, of each logit"] = inseq_rows(model, copy.deepcopy(inner), ids, said)
     return found
 
 

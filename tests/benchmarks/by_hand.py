@@ -1,8 +1,9 @@
 """What Semantic Scope costs beside the same gradient written by hand: `python -m tests.benchmarks.by_hand [FOLDER]`.
 
-By hand is `torch.autograd.grad` through the Hugging Face model with frozen weights, without a cache, and with the
-logits of the last position alone. FOLDER is a model that `models.load` takes; without it the random Llama of the other
-benchmarks is taken. CPU time of the process on one thread, 128 tokens; medians, in brackets the fastest rounds.
+By hand is `torch.autograd.grad` through the Hugging Face model with frozen weights, eager attention and no cache, and
+with the logits of the last position alone. FOLDER is a model that `models.load` takes; without it the random Llama
+of the other benchmarks is taken. CPU time of the process on one thread, 128 tokens; medians, in brackets the fastest
+rounds.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import torch
 
 import tl_scopes as tls
 from tests.benchmarks.answers import PROMPT
-from tests.benchmarks.setting import in_turns, setting
+from tests.benchmarks.setting import hugging_face, in_turns, setting
 from tl_scopes import models
 
 
@@ -27,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.folder:
         loaded, frozen = models.load(given.folder), models.load(given.folder)
-        inner, ids = frozen.original_model, loaded.to_tokens(PROMPT * 8)[0][:128]
+        inner, ids = hugging_face(given.folder), loaded.to_tokens(PROMPT * 8)[0][:128]
     else:
         loaded, frozen = setting().model, None
         inner, ids = setting().hf, setting().tokens[0]

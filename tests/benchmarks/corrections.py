@@ -18,7 +18,7 @@ import tl_scopes as tls
 from tl_scopes import models
 from tl_scopes.faithfulness import Perturbation, differences
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.scopes.scope import Measurement
+from tl_scopes.scopes.measurement import Measurement
 from tl_scopes.tiny.counterfactuals import TASKS
 from tl_scopes.tiny.example import Example
 from tl_scopes.tiny.tasks import examples

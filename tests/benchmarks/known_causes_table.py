@@ -39,7 +39,7 @@ from tl_scopes.scopes.baselines import (
     LeaveOneOut,
     RandomBaseline,
 )
-from tl_scopes.scopes.scope import as_written
+from tl_scopes.scopes.written import as_written
 from tl_scopes.tiny.counterfactuals import TASKS
 from tl_scopes.tiny.tasks import examples as held_out
 

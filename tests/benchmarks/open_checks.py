@@ -29,7 +29,7 @@ import tl_scopes as tls
 from tests.benchmarks.setting import CLOCK
 from tests.benchmarks.translations import DANTE
 from tl_scopes import models
-from tl_scopes.faithfulness.statistics import bootstrap
+from tl_scopes.bootstrap import bootstrap
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.scopes.baselines import AttentionRollout, GradientTimesInput, LeaveOneOut
 

@@ -10,9 +10,10 @@ import torch
 import tl_scopes as tls
 from tests.benchmarks.known_causes_table import Method
 from tl_scopes import models
-from tl_scopes.jacobian.linearization import Linearization, vjps
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.together import vjps
 from tl_scopes.scopes.baselines import GradientTimesInput
-from tl_scopes.scopes.scope import TargetScope
+from tl_scopes.scopes.target import TargetScope
 
 REST = ("norms", "activations", "gates")
 RULES: dict[str, Any] = {

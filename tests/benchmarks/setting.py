@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import tl_scopes as tls
 from tl_scopes.tiny import FOLDER
@@ -36,6 +37,15 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
             if number:
                 times[name].append(CLOCK() - start)
     return times
+
+
+def hugging_face(folder: str | Path) -> Any:
+    """The Hugging Face model in a folder, frozen, in float32 and with eager attention, as TransformerLens runs it.
+
+    `original_model` of a bridge will not do: the bridge's own modules are inside it.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    return model.eval().requires_grad_(False)
 
 
 @dataclass(frozen=True)

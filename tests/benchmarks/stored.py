@@ -12,7 +12,7 @@ import torch
 
 from tests.real.model import FOLDER, GGUF, PACKAGE
 from tl_scopes import models
-from tl_scopes.faithfulness.statistics import bootstrap
+from tl_scopes.bootstrap import bootstrap
 
 DATA = Path(__file__).parent.parent / "data"
 

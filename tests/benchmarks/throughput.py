@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM
 
 import tl_scopes as tls
 from tests.benchmarks.answers import PROMPT
 from tests.benchmarks.rows import inseq_tokenizer
-from tests.benchmarks.setting import in_turns
+from tests.benchmarks.setting import hugging_face, in_turns
 from tl_scopes import models
 from tl_scopes.tiny import FOLDER
 
@@ -105,8 +104,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     given = parser.parse_args()
     model = models.load(given.folder)
-    hf = AutoModelForCausalLM.from_pretrained(given.folder, attn_implementation="eager", dtype=torch.float32).eval()
-    hf.requires_grad_(False)
+    hf = hugging_face(given.folder)
     prompts = short_prompts(model.tokenizer, given.count)
     lengths = [len(ids) for ids in prompts]
     work = {"attribute_many": ours(model, prompts, given.batch)}

@@ -31,7 +31,7 @@ from torch import Tensor
 import tl_scopes as tls
 from tests.benchmarks.translations import Translation, read
 from tl_scopes import models
-from tl_scopes.faithfulness.statistics import bootstrap
+from tl_scopes.bootstrap import bootstrap
 from tl_scopes.jacobian.fisher_information import fisher_products
 from tl_scopes.results.units import offsets
 

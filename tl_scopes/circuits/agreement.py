@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_scopes.bootstrap import bootstrap
 from tl_scopes.circuits.effects import Effects
 from tl_scopes.circuits.pairs import PromptPair, patched
 from tl_scopes.models import PatchingSite, Rules, as_count
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_RESAMPLES, _CONFIDENCE = 2000, 0.95
 _TRUTH = "activation patching"
 
 
@@ -75,11 +75,11 @@ class Agreement:
 
         rows = []
         for (site, method), some in self.to_dataframe().groupby(["site", "method"], sort=False):
+            names = ["pearson", "spearman", "overlap", "same_first"]
+            mean, low, high, _ = bootstrap(torch.tensor(some[names].to_numpy(dtype=float)), seed=seed)
             row: dict[str, object] = {"site": site, "method": method, "pairs": len(some)}
-            for name in ("pearson", "spearman", "overlap", "same_first"):
-                values = torch.tensor(some[name].astype(float).to_numpy())
-                low, high = _interval(values, seed)
-                row |= {name: values.nanmean().item(), f"{name}_low": low, f"{name}_high": high}
+            for i, name in enumerate(names):
+                row |= {name: float(mean[i]), f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
             rows.append(row | {"least_pearson": float(some["pearson"].min())})
         return pd.DataFrame(rows)
 
@@ -125,14 +125,21 @@ def agreement(
         thirteen for the second order.
 
     Raises:
-        ValueError: for no pairs, for another site or order, and as `carried_by` does.
-        TypeError: for something that is not a PromptPair.
+        ValueError: for no pairs or no sites, for another site or order, for a `top` below 1, and as `carried_by` does.
+        TypeError: for something that is not a PromptPair, for one pair or one site that is not in a list, and for a
+            `top` that is not an integer.
 
     Source: the comparison is that of Syed et al. 2023 (arXiv:2310.10348) and of RelP (arXiv:2508.21258).
     """
     count = as_count(top, "top is a number of components, 1 at least")
     if order not in (1, 2):
         raise ValueError(f"attribution patching has the order 1 or 2, got {order!r}.")
+    if isinstance(sites, str):
+        raise TypeError(f"sites are several, got the text {sites!r}: write [{sites!r}].")
+    if not sites:
+        raise ValueError("there are no sites to compare: give one at least, ['head_out'] say.")
+    if isinstance(pairs, PromptPair):
+        raise TypeError("pairs are several PromptPairs, got one: put it into a list.")
     if not pairs:
         raise ValueError("there are no pairs to compare at: give one PromptPair at least.")
     for pair in pairs:
@@ -163,15 +170,3 @@ def _alike(a: Float[Tensor, " n"], b: Float[Tensor, " n"], top: int) -> dict[str
         "overlap": len(first & other) / len(first),
         "same_first": bool(a.argmax() == b.argmax()),
     }
-
-
-def _interval(values: Float[Tensor, " pair"], seed: int) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean."""
-    known = values[values.isfinite()]
-    if not len(known):
-        return float("nan"), float("nan")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(known), (_RESAMPLES, len(known)), generator=generator)
-    ends = torch.tensor([(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2], dtype=known.dtype)
-    low, high = known[drawn].mean(1).quantile(ends).tolist()
-    return low, high

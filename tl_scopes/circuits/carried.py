@@ -18,7 +18,8 @@ from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.progress import progress_bar
 from tl_scopes.scopes.corrections import FrozenAttentionScope
-from tl_scopes.scopes.scope import Scope, as_written, circumstances, most_likely, require_scope, targets_of
+from tl_scopes.scopes.scope import Scope, circumstances, most_likely, require_scope, targets_of
+from tl_scopes.scopes.written import as_written
 
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
 """The largest part of a score that rounding can be: many models take norms and softmaxes in float32."""

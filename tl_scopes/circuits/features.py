@@ -20,7 +20,8 @@ from tl_scopes.models import Model, Prompt, Provenance, Rules, Work
 from tl_scopes.models.arguments import require_name
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.direction import DirectionScope
-from tl_scopes.scopes.scope import Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 from tl_scopes.views import feature_map as card
 from tl_scopes.views.markup import saved
 
@@ -218,7 +219,10 @@ class FeatureMap:
         where = sorted(set(self.positions))
         at = f"at {self.str_tokens[where[0]]!r}" if len(where) == 1 else f"at {len(where)} positions"
         asked = "" if self.scope is None else f", {self.scope}"
-        count = f"{len(self.features)} features fire {at} of {self.hook}; {len(self.str_tokens)} tokens{asked}"
+        count = (
+            f"{models.counted(len(self.features), 'feature')} {'fires' if len(self.features) == 1 else 'fire'} {at} of "
+            f"{self.hook}; {models.counted(len(self.str_tokens), 'token')}{asked}"
+        )
         return f"FeatureMap({under(count, self.rules)})"
 
     @property
@@ -238,6 +242,7 @@ class FeatureMap:
         activation. What the others carry is then in `around`.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
         count = models.as_count(count, "count must be at least 1")

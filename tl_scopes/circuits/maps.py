@@ -104,6 +104,7 @@ class ComponentMap:
         """The components and positions with the largest scores; where two are equal, the earlier one first.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
         count = models.as_count(count, "count must be at least 1")

@@ -1,5 +1,6 @@
 """Two prompts that differ in what is asked, and what each part of the network does to the difference."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -85,6 +86,14 @@ class PromptPair:
                 f"the metric is {self.clean_value:.3g} at both prompts: what differs, "
                 f"{[a[i] for i in self.differing]!r}, does not matter to it."
             )
+        run = self._runs[0]
+        for given, one, other in (
+            (self.answer, run.target, run.versus),
+            (self.wrong, run.versus, run.target),
+        ):
+            if isinstance(given, str) and one is not None:
+                for note in models.missing_space(self.model, run.tokens, run.logits, one, other):
+                    warnings.warn(f"{note}.", stacklevel=3)
 
     def __repr__(self) -> str:
         ours, theirs = (run.str_tokens for run in self._runs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_scopes.circuits import paths_record
 from tl_scopes.circuits.source_tokens import as_positions
-from tl_scopes.models import Provenance, Target, Token, as_count, as_int
+from tl_scopes.models import Provenance, Target, Token, as_count, as_int, counted
 from tl_scopes.models.linear_rules import under
 from tl_scopes.results.attribution import Attribution, Prediction
 from tl_scopes.views import paths as card
@@ -135,7 +135,8 @@ class Paths:
         layers = f"{len(self.layers)} layers" if len(self.layers) > 1 else f"layer {self.layers[0]}"
         first = self.top(1)
         shown = f"{first[0]!r} from {first[0].token!r}; " if first else ""
-        return f"Paths({self.question} by {self.by}: {shown}{layers}, {len(self.positions)} tokens, {self.unit})"
+        tokens = counted(len(self.positions), "token")
+        return f"Paths({self.question} by {self.by}: {shown}{layers}, {tokens}, {self.unit})"
 
     @property
     def question(self) -> str:
@@ -178,6 +179,7 @@ class Paths:
             token: the source token, as text or position in the prompt; None is the one with the largest score.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1, and a token that is not among the source tokens.
         """
         count = as_count(count, "count must be at least 1")

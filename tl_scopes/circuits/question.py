@@ -7,8 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.scopes.first_order import JacobianScope
 from tl_scopes.scopes.fisher import LEAST_DRAWS, FisherScope
-from tl_scopes.scopes.scope import JacobianScope, Scope, as_written
+from tl_scopes.scopes.scope import Scope
+from tl_scopes.scopes.written import as_written
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
+from tl_scopes.scopes.own_foil import ask_each
 from tl_scopes.scopes.scope import Scope
 
 Found: TypeAlias = Attribution | AttributionMap | AnswerMap | Paths
@@ -46,7 +47,7 @@ class Settings:
         """The options that both calls on many prompts share, each of its type.
 
         Raises:
-            TypeError: for an option that is not a bool.
+            TypeError: for an option that is not a bool, and a batch_size that is not an integer.
             ValueError: for a batch_size below 1, and unknown rules.
         """
         bos = given["prepend_bos"]
@@ -207,7 +208,7 @@ class EveryPrediction(Alone):
         scope = self.settings.scope
         if not isinstance(prompt, Exchange):
             lins = self.linearized([prompt], [(0, position) for position in range(len(prompt.tokens))])
-            return AttributionMap(tuple(scope.ask(lins)))
+            return AttributionMap(tuple(ask_each(scope, lins)))
         if prompt.against is not None:
             raise ValueError(
                 f"its answer is compared with {prompt.against.text!r}, and every prediction is asked about one answer: "

@@ -12,7 +12,8 @@ from tl_scopes.models import Answer, Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Scope, as_written, require_scope, warn
+from tl_scopes.scopes.scope import Scope, require_scope, warn
+from tl_scopes.scopes.written import as_written
 
 _WINDOW = 16
 """Batches' worth of prompts that are read ahead and sorted by length, so that a batch needs little padding."""
@@ -67,7 +68,7 @@ def attribute_many(
 
     Raises:
         TypeError: for something that is not a scope, for one prompt or a table where there must be several prompts, for
-            `progress` or `checkpoint` that is neither True nor False.
+            `progress` or `checkpoint` that is neither True nor False, for a batch_size that is not an integer.
         ValueError: for a batch_size below 1, and for another on_error; for answers together with targets, foils without
             either; where there are fewer or more of them than prompts. Else as `attribute` does.
         RuntimeError: when the model's hooks are no longer those of the call: answers are computed as they are asked
@@ -119,7 +120,8 @@ class _AllAsked:
             if given is not None and (isinstance(given, str | bytes | Set) or not isinstance(given, Iterable)):
                 raise TypeError(f"{name} must be one for each prompt, in a list, got {given!r}.")
             if isinstance(given, Sized) and isinstance(prompts, Sized) and len(given) != len(prompts):
-                raise ValueError(f"there are {len(prompts)} prompts and {len(given)} {name}: give one for each.")
+                count = models.counted(len(prompts), "prompt")
+                raise ValueError(f"{name} must be one for each prompt: got {len(given)} for {count}.")
         return cls(prompts, answers, targets, foils)
 
     def __len__(self) -> int:

@@ -20,7 +20,8 @@ from tl_scopes.models import Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.scopes.fingerprint import identity
-from tl_scopes.scopes.scope import Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 
 
 def attribute_corpus(
@@ -103,15 +104,15 @@ def attribute_corpus(
 
     Raises:
         TypeError: for something that is not a scope, or a scope whose scores `carried_by` cannot split; for a table
-            where there must be rows; for an option that is not a bool; for a scope with an option whose contents cannot
-            be read.
+            where there must be rows; for an option that is not a bool, or not an integer; for a scope with an option
+            whose contents cannot be read.
         ValueError: for another `predictions` or `carried_by`, for both together, for `strongest` without the latter;
             for a scope that names a target of several tokens, or score_answer, where every prediction is asked about;
             for a foil there, without an answer or target, or for a scope that does not compare;
             for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
             are not there; for a folder of another job, with other prompts, or with a part that was cut off or changed;
             for a model with hooks of yours; for a part_size or batch_size below 1. Where no prompt of a whole first
-            part has an answer, the first error.
+            part has an answer, the first error; where there are fewer prompts, a warning says that none has one.
         ImportError: for engine="ray" without Ray. ValueError for another engine, for actors or num_gpus without Ray,
             for more actors or GPUs than Ray has, and for a model with Ray that is loaded already.
         RuntimeError: while another process writes into the folder.
@@ -153,13 +154,21 @@ def attribute_corpus(
     corpus = read_corpus(out)
     failed = sum(entry["errors"] for entry in corpus.entries)
     if failed:
-        id, error = next(iter(corpus.errors.items()))
-        warnings.warn(
-            f"{failed} of {len(corpus)} prompts have no answer, for the reasons in the column 'error'; the first, "
-            f"{id!r}: {error}",
-            stacklevel=2,
-        )
+        warnings.warn(_about_errors(corpus, failed), stacklevel=2)
     return corpus
+
+
+def _about_errors(corpus: Corpus, failed: int) -> str:
+    """How many prompts have no answer, and why the first has none."""
+    id, error = next(iter(corpus.errors.items()))
+    first = f"the first, {models.shortened(id)}: {error if len(error) <= 400 else error[:399] + '…'}"
+    if failed < len(corpus):
+        return f"{failed} of {len(corpus)} prompts have no answer, for the reasons in the column 'error'; {first}"
+    none = "the only prompt has no answer" if failed == 1 else f"none of the {failed} prompts has an answer"
+    return (
+        f"{none}, so that something will be wrong with the call, or with all prompts; {first} A prompt that has no "
+        f"answer is not tried again: mend it, and give another folder than {str(corpus.path)!r}, or delete that one."
+    )
 
 
 def _require_one_kind(options: Options) -> None:
@@ -202,8 +211,9 @@ def _rows(source: Source, options: Options) -> Iterator[Row]:
             elif not row.asked.keys() & {"answer", "target"}:
                 why = "no answer or target that is compared with it: give these as well, or leave"
             if why is not None:
+                foil = models.shortened(row.asked["foil"])
                 raise ValueError(
-                    f"the prompt {row.id!r} has the foil {row.asked['foil']!r}, and {why} the column of foils out, "
+                    f"the prompt {models.shortened(row.id)} has the foil {foil}, and {why} the column of foils out, "
                     "columns={'foil': None}."
                 )
         yield row

@@ -9,7 +9,7 @@ from tl_scopes import log
 from tl_scopes.corpus.job import Found
 from tl_scopes.corpus.parts import FORMAT, MANIFEST, entries_of, path_of, require_whole
 from tl_scopes.corpus.table import answers_of
-from tl_scopes.models import Provenance
+from tl_scopes.models import Provenance, counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +64,8 @@ class Corpus:
 
     def __repr__(self) -> str:
         errors = sum(entry["errors"] for entry in self.entries)
-        return f"Corpus({str(self.path)!r}: {len(self)} prompts, {errors} without an answer, {self.provenance.model})"
+        prompts = counted(len(self), "prompt")
+        return f"Corpus({str(self.path)!r}: {prompts}, {errors} without an answer, {self.provenance.model})"
 
     def __len__(self) -> int:
         return sum(entry["rows"] for entry in self.entries)
@@ -84,7 +85,9 @@ class Corpus:
             if id in ids:
                 ((_, answer),) = answers_of(table.slice(ids.index(id), ids.count(id)))
                 return answer
-        raise KeyError(f"there is no prompt with the id {id!r} in {str(self.path)!r}.")
+        ids = next(iter(self.items()), (None,))[0]
+        kind = f": its ids are of the kind of {ids!r}" if ids is not None and type(ids) is not type(id) else ""
+        raise KeyError(f"there is no prompt with the id {id!r} in {str(self.path)!r}{kind}.")
 
     def items(self) -> Iterator[tuple[int | str, Found | None]]:
         """Each id with its answer, in the order of the prompts."""

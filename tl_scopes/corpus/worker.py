@@ -18,7 +18,8 @@ from tl_scopes.corpus.table import Kind, attributions, rows_of, schema
 from tl_scopes.models import Model, Provenance
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.scopes.fingerprint import settings_of
-from tl_scopes.scopes.scope import as_written
+from tl_scopes.scopes.scope import caveat_of
+from tl_scopes.scopes.written import as_written
 from tl_scopes.tiny import load_tiny
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Worker:
         double = next(model.parameters()).dtype == torch.float64
         table = pa.Table.from_pylist(lines, schema(type(rows[0].id) if rows else int, double, options.kind))
         first = failed[0].with_traceback(None) if failed and len(failed) == len(rows) else None
-        return Computed(table, len(failed), first, options.scope.caveat(answered) if answered else None)
+        return Computed(table, len(failed), first, caveat_of(options.scope, answered) if answered else None)
 
     def all(self, parts: Iterator[Part], made: Mapping[str, Any], bar: tqdm) -> Iterator[tuple[Part, Computed]]:
         """The answers to all prompts, part after part."""

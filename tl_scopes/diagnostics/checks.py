@@ -15,6 +15,7 @@ from tl_scopes.diagnostics.sink_report import can_be_sinks, uniform_mass
 from tl_scopes.diagnostics.sinks import attention_mass
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.models.arguments import as_flag
+from tl_scopes.models.errors import first_sentence
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.scopes.scope import Scope, require_scope
 
@@ -58,16 +59,17 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
                        tokens are shuffled, twice. Look: the place gets twice an even share, and its token hardly more.
         repetition     Is the first token the target itself, earlier in the prompt, while the model answers something
                        else? Scopes put it first whether or not it was looked up. Look: if so.
-        linearity      How far does the first order reach? The radius of 10% error that curvature predicts along the
-                       steepest direction of the top 3 tokens, as a part of the distance to the nearest other token. For
-                       a metric that is a vector it is measured instead, on the way to that token. A few percent are
-                       usual, since scores are about small moves. Look: below 1%. A prediction is also
-                       measured at its end, since near an inflection it says nothing.
+        linearity      How far does the first order reach? The radius of 10% error along the steepest direction of the
+                       top 3 tokens, as a part of the distance to the nearest other token. A step of 1% of that way
+                       predicts it, and what is predicted is measured at its end. For a metric that is a vector there is
+                       one step, towards that token. A few percent are usual, since scores are about small moves. Look:
+                       below 1%.
         saturation     Has a confident prediction flattened the gradients? `LinearityReport.saturated`.
         weights        Do folding, centring, a soft-cap or half precision change what the scores mean?
-        leave-one-out  Do the top 5 tokens change the prediction more than 5 others, drawn at random, when the mean
+        leave-one-out  Do the top 3 tokens change the prediction more than 3 others, drawn at random, when the mean
                        embedding takes their place? By the scope's metric, and in KL divergence. Look: half of the top
-                       ones or fewer do, or the first one is not among the first third. A sixth of random scores passes.
+                       ones or fewer do, or the first one is not among the first two of six. A quarter of random scores
+                       passes.
         estimation     How far off is a score that was estimated, by what the scope says of it? Look: above 5%.
 
     What the checks need to know about a scope, the scope says itself: its metric, whether its scores are slopes of it,
@@ -80,9 +82,9 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
         without: positions to set aside first, as by `Attribution.without`; shares are then of the other tokens.
         thorough: replace every token, and give the rank correlation; measure the radius, by `linearity`.
 
-    Cost: three times the scope's own, once at the prompt and twice at its tokens shuffled; some 20 forward passes, and
-        three Hessian products where the scope's metric is a number. Each line says what it took. With `thorough` some
-        260 forward passes, and 380 of the bundled model: as `linearity` of three tokens, and leave-one-out.
+    Cost: three times the scope's own, at the prompt and at two shuffles of its tokens; some 15 forward passes, and
+        a backward pass. Each line says what it took. With `thorough` some 260 forward passes, and 380 of the bundled
+        model: as `linearity` of three tokens, and leave-one-out.
 
     Raises:
         TypeError: for something that is not a Linearization, or not a scope; for positions that are not several
@@ -105,8 +107,7 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
     aside = _several(without)
     lin.require_repeatable()
     lin = scope.with_answer(lin)
-    answer = scope(lin)
-    evidence = Evidence(lin, scope, answer.without(aside) if aside else answer, thorough)
+    evidence = Evidence(lin, scope, scope(lin), thorough, aside)
     return Checks(tuple(_made(name, ask, evidence) for name, ask in _CHECKS.items()), evidence.answer)
 
 
@@ -130,12 +131,8 @@ def _made(name: str, ask: Callable[[Evidence], Finding], evidence: Evidence) -> 
     try:
         looked, said, cost = ask(evidence)
     except (ValueError, RuntimeError, MemoryError) as error:
-        return Check(name, "not applicable", _first_sentence(error), "none")
+        return Check(name, "not applicable", first_sentence(error), "none")
     return Check(name, "look" if looked else "fine", said, cost)
-
-
-def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
 
 
 def _several(positions: object) -> list[SupportsIndex]:
@@ -188,7 +185,7 @@ def _position(one: Evidence) -> Finding:
     )
     if looked:
         said += ": its place explains it, which PositionCorrectedScope divides out"
-    return Finding(looked, said, f"the scope {one.shuffles + 1} times")
+    return Finding(looked, said, f"the scope at {one.shuffles} shuffles")
 
 
 def _repetition(one: Evidence) -> Finding:

@@ -15,7 +15,8 @@ from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.jacobian.randomness import require_generator
 from tl_scopes.jacobian.softmax import left_open
 from tl_scopes.models.arguments import as_number
-from tl_scopes.scopes.scope import Scope, as_written, require_scope
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 
 _ROUNDING_DRAWS = 8
 
@@ -90,9 +91,7 @@ def linearity(
     chosen, steps = _positions(positions, lin.scored), _sizes(sizes, lin.embeddings)
     rule = "tolerance is a relative error between 0 and 1"
     tolerance = as_number(tolerance, rule, lambda error: 0 < error < 1)
-    directions = models.as_int(directions, "directions must be an integer")
-    if directions < 1:
-        raise ValueError(f"directions is how many to try of each kind, 1 at least, got {directions}.")
+    directions = models.as_count(directions, "directions is how many to try of each kind, 1 at least")
     require_generator(generator, lin.readout.device)
     if lin.rules is not None:
         raise ValueError(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_scopes import models
 from tl_scopes.views import linearity as linearity_views
 
 if TYPE_CHECKING:
@@ -76,9 +77,10 @@ class LinearityReport:
     notes: tuple[str, ...] = field(default=())
 
     def __repr__(self) -> str:
+        tokens = models.counted(len(self.positions), "token")
         return (
             f"LinearityReport({self.scope}: within {self.tolerance:.0%} up to {_median(self.radius[0]):.2g}, nearest "
-            f"other token at {_median(self.nearest_distance):.2g} (medians of {len(self.positions)} tokens)"
+            f"other token at {_median(self.nearest_distance):.2g} (medians of {tokens})"
             f"{'; saturated' if self.saturated else ''})"
         )
 
@@ -116,7 +118,7 @@ class LinearityReport:
         lines = [
             f"{self.scope}: the first-order prediction is within {self.tolerance:.0%} up to a perturbation of "
             f"{steepest} along the steepest direction, {random} at random, {swap} towards other tokens ({self.unit}; "
-            f"medians of {len(self.positions)} tokens).",
+            f"medians of {models.counted(len(self.positions), 'token')}).",
             f"All tokens together: {', '.join(f'{r:.2g}' for r in self.joint_radius.tolist())}.",
             f"The nearest other token is {_median(self.nearest_distance):.2g} away; the first order holds that far for "
             f"{int(self.reaches_a_token.sum())} of them.",

@@ -15,8 +15,9 @@ from tl_scopes.jacobian.replacement import divergence, predictions, substitute
 from tl_scopes.models import AttentionOutOfReachError, Model
 from tl_scopes.models.arguments import as_number
 from tl_scopes.results.attribution import Prediction
+from tl_scopes.scopes.fingerprint import names_as_written
 from tl_scopes.scopes.fisher import FisherScope
-from tl_scopes.scopes.scope import Scope, names
+from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.temperature import TemperatureScope
 
@@ -120,10 +121,8 @@ def sink_report(
         [0.1, 0.19, 0.22, 0.07]
     """
     require_linearization(lin, "sink_report")
-    named = None if scopes is None else names(scopes)
-    count = models.as_int(early, "early is a number of tokens, an integer")
-    if count < 1:
-        raise ValueError(f"early is how many tokens from the start to look at, 1 at least, got {count}.")
+    named = None if scopes is None else names_as_written(scopes)
+    count = models.as_count(early, "early is how many tokens from the start to look at, 1 at least")
     rule = "threshold is a part of the attention between 0 and 1"
     threshold = as_number(threshold, rule, lambda mass: 0 < mass < 1)
     lin.require_readout()
@@ -146,7 +145,7 @@ def sink_report(
     mass, norms, patterns = _attention(model, lin.tokens, can_be_sinks(tokens, threshold))
     notes = [] if float(uniform_mass(tokens)[0]) <= threshold else [_too_short(tokens, threshold)]
     if named is None:
-        named = names([SemanticScope(), TemperatureScope(), FisherScope()])
+        named = names_as_written([SemanticScope(), TemperatureScope(), FisherScope()])
         if models.has_constant_readout_norm(model):
             del named["TemperatureScope()"]
             notes.append(

@@ -54,7 +54,7 @@ class Case:
             text = models.token(model, ids[0]).text
             raise ValueError(f"target and foil are the same token, {text!r}: their difference is zero.")
         free = candidates(model, tokens, perturbation.bos)
-        _check_length(len(free), perturbation)
+        _require_length(len(free), perturbation)
         said = None if answer is None else models.read_answer(model, answer, tokens)[0]
         return cls(index, tokens, free, ids[0], ids[1], said)
 
@@ -100,7 +100,7 @@ def one_per_prompt(
     return list(zip(listed, *columns, strict=True))
 
 
-def _check_length(tokens: int, perturbation: Perturbation) -> None:
+def _require_length(tokens: int, perturbation: Perturbation) -> None:
     least = min(perturbation.fractions)
     if tokens < 2:
         raise ValueError(f"the prompt has {tokens} token{'s' * (tokens != 1)} to rank: it takes at least two.")

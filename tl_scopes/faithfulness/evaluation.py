@@ -151,7 +151,7 @@ def evaluate(
     if not cases:
         failures.require_answer()
     drawn_from = {i: case.inner(model) for i, case in cases.items()}
-    Substitutes.check(model, perturbation, drawn_from)
+    Substitutes.require_possible(model, perturbation, drawn_from)
     whole = {i: case.tokens for i, case in cases.items()}
     with Log.open(path, {} if path is None else settings(model, named, perturbation, whole)) as log:
         left = [case for case in cases.values() if not log.has(case.index, case.key)]

@@ -36,10 +36,12 @@ from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.heta import HetaScope
 from tl_scopes.scopes.path_integrated import PathIntegratedScope
 from tl_scopes.scopes.relevance import RelevanceScope
-from tl_scopes.scopes.scope import Scope, TargetScope, as_written
+from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.spectral import SpectralScope
+from tl_scopes.scopes.target import TargetScope
 from tl_scopes.scopes.temperature import TemperatureScope
+from tl_scopes.scopes.written import as_written
 from tl_scopes.tiny import load_tiny
 from tl_scopes.tiny.counterfactuals import TASKS, counterfactuals
 from tl_scopes.tiny.example import Example
@@ -162,8 +164,8 @@ def known_causes(
             examples; for a count below 1; for a task of the bundled model of which no example was confirmed, and where
             none is confirmed at all, with what the model said; for a model whose tokens are not those of its tokenizer.
             Of your own examples as `faithfulness.confirm` does. Else as `linearize` and the scopes do.
-        TypeError: for something that is not a scope, for tasks that are one text, for a seed that is not an integer,
-            for examples that are not `KnownCause`, and for `bos` that is neither True nor False.
+        TypeError: for something that is not a scope, for tasks that are one text, for a count or a seed that is not an
+            integer, for examples that are not `KnownCause`, and for `bos` that is neither True nor False.
 
     Source: average precision and reciprocal rank, Manning et al. 2008, Introduction to Information Retrieval, ch. 8;
         evidence less distractor, Pramanik et al. 2026, HETA (arXiv:2604.13258), whose texts are a passage that is asked

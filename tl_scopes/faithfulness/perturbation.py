@@ -22,8 +22,8 @@ class Perturbation:
 
     Raises:
         ValueError: for an unknown replacement, or one given twice; for numbers out of range.
-        TypeError: for a seed that is not an integer, a fraction that is not a number, and for `bos` or `randomise`
-            that are neither True nor False.
+        TypeError: for steps, samples or a seed that are not integers, a fraction that is not a number, and for `bos` or
+            `randomise` that are neither True nor False.
     """
 
     replacements: tuple[str, ...] = ("resample",)
@@ -69,9 +69,7 @@ class Perturbation:
         shares = tuple(as_number(share, rule, lambda share: 0 < share <= 1) for share in self.cascade)
         object.__setattr__(self, "cascade", shares)
         for name, least in (("steps", 1), ("samples", 0)):
-            value = models.as_int(getattr(self, name), f"{name} must be an integer")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value!r}.")
+            value = models.as_count(getattr(self, name), f"{name} must be at least {least}", least)
             object.__setattr__(self, name, value)
         object.__setattr__(self, "seed", models.as_int(self.seed, "seed must be an integer"))
         for name in ("bos", "randomise"):
@@ -99,13 +97,13 @@ class Substitutes:
 
     @classmethod
     def of(cls, model: Model, perturbation: Perturbation, prompts: Mapping[int, Tensor]) -> "Substitutes":
-        """Prepare them for a model and its prompts, after `check`."""
+        """Prepare them for a model and its prompts, after `require_possible`."""
         length = max(map(len, prompts.values()))
         mean = models.mean_embedding(model, length) if "mean" in perturbation.replacements else None
         return cls(model, mean, prompts)
 
     @staticmethod
-    def check(model: Model, perturbation: Perturbation, prompts: Mapping[int, Tensor]) -> None:
+    def require_possible(model: Model, perturbation: Perturbation, prompts: Mapping[int, Tensor]) -> None:
         """Refuse a perturbation for which model or prompts lack something.
 
         Raises:

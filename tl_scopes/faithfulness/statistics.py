@@ -3,10 +3,9 @@
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from tl_scopes import models
+from tl_scopes.bootstrap import bootstrap
 from tl_scopes.models.arguments import as_number
 
 if TYPE_CHECKING:
@@ -14,29 +13,6 @@ if TYPE_CHECKING:
 
 _NO_KEY = ("prompt", "tokens", "target", "value", "examples")
 """Columns that tell rows of one group apart; the others name the group."""
-
-
-def bootstrap(
-    values: Float[Tensor, "prompt column"], confidence: float, resamples: int, seed: int
-) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"], Float[Tensor, " column"], Int[Tensor, " column"]]:
-    """The mean of each column, the two ends of its percentile bootstrap interval, and how many prompts they are from.
-
-    All columns share the resampled prompts. NaN and infinity count as missing.
-
-    Source: Efron & Tibshirani 1993, chapter 13.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    weights = torch.zeros(resamples, len(values), dtype=values.dtype).scatter_add_(
-        1, drawn, torch.ones(drawn.shape, dtype=values.dtype)
-    )
-    there = values.isfinite()
-    counted, present = values.where(there, 0), there.to(values.dtype)
-    means = (weights @ counted) / (weights @ present)
-    ends = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=values.dtype)
-    parts = [torch.nanquantile(part, ends, dim=0) for part in means.split(1000, dim=1)]  # which takes no large tensors
-    low, high = torch.cat(parts, dim=1)
-    return counted.sum(0) / present.sum(0), low, high, there.sum(0)
 
 
 def summary(
@@ -57,7 +33,7 @@ def summary(
 
     Raises:
         ValueError: for results without rows, a confidence that is not between 0 and 1, fewer than one resample.
-        TypeError: for a confidence that is not a number, and a seed that is not an integer.
+        TypeError: for a confidence that is not a number, and for resamples or a seed that are not integers.
     """
     resamples, seed = _checked(confidence, resamples, seed)
     wide = _wide(results)
@@ -89,10 +65,10 @@ def differences(
         TypeError: as `summary` does.
     """
     resamples, seed = _checked(confidence, resamples, seed)
+    wide = _wide(results)
     known = list(dict.fromkeys(results["scope"]))
     if reference not in known:
         raise ValueError(f"there is no scope {reference!r} among {', '.join(map(repr, known))}.")
-    wide = _wide(results)
     keys = list(wide.columns.names)
     at = keys.index("scope")
     pairs = [

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.jacobian.linearization import Linearization, vjps
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.together import vjps
 from tl_scopes.progress import progress_bar
 
 OfLogits: TypeAlias = Callable[[Tensor], Tensor]

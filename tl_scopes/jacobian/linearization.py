@@ -1,6 +1,6 @@
 """y(x + δ) ≈ y + Σ_t J_t δ_t: the model at one prompt, made linear."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, SupportsIndex, cast
@@ -12,9 +12,8 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import Ends
-from tl_scopes.jacobian.tensor_arguments import require_real
+from tl_scopes.jacobian.tensor_arguments import require_shape
 from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Token, Trace
-from tl_scopes.progress import progress_bar
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,16 +39,16 @@ class Linearization:
     trace: Trace
     """The forward pass: of this prompt alone, or shared with other prompts or positions."""
     row: int = 0
-    """Its place among those that the forward pass reads."""
+    """Which of the rows that the forward pass reads is this prediction."""
     notes: tuple[str, ...] = ()
     """Sentences about the prompt that a reader of the scores should know: that it begins with two BOS tokens, say."""
     parts: tuple[str, ...] = ()
-    """Of a chat: for each token whose it is, "user" say, or "template"."""
+    """In a chat, whose words each token is, "user" say, or "template"; empty for other prompts."""
 
     def __repr__(self) -> str:
         return (
             f"Linearization({self.of} at position {self.position} wrt {self.wrt}; "
-            f"{len(self.tokens)} tokens, {models.model_name(self.model)})"
+            f"{models.counted(len(self.tokens), 'token')}, {models.model_name(self.model)})"
         )
 
     # -- the point ----------------------------------------------------------------------------------------------------
@@ -62,7 +61,7 @@ class Linearization:
 
     @property
     def single(self) -> tuple["Linearization", ...]:
-        """The predictions that this is about, each for itself: this one alone."""
+        """The predictions that this is about, one by one: here it is one alone."""
         return (self,)
 
     @property
@@ -72,7 +71,7 @@ class Linearization:
 
     @property
     def scored(self) -> int:
-        """How many of the tokens answers have scores for, from the first on: all."""
+        """How many tokens get a score, counted from the first: here all of them."""
         return len(self.tokens)
 
     @property
@@ -126,7 +125,7 @@ class Linearization:
 
     @property
     def computed_in(self) -> str:
-        """The precision that the model computed in, by its name: that of torch.autocast inside of it."""
+        """The name of the precision that the model computed in, which torch.autocast may have chosen."""
         return str(self.trace.state.autocast or self.readout.dtype).removeprefix("torch.")
 
     @property
@@ -228,8 +227,8 @@ class Linearization:
             ValueError: for cotangents of another shape, and complex or sparse ones.
             TypeError: for something that is not a tensor.
         """
-        self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
-        return vjps([self], [cotangents])[0]
+        require_shape(cotangents, "cotangents", (None, *self.readout.shape), "[probe d_of]")
+        return pullback.vjps(self.model, self.trace, self.wrt, [self.ends], [cotangents])[0]
 
     def squared_norms(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token"]:
         """‖cᵀJ_t‖² for every probe c and token t, which all first-order scopes are made of.
@@ -241,8 +240,8 @@ class Linearization:
 
         Raises: as `vjp` does.
         """
-        self._check("cotangents", cotangents, (None, *self.readout.shape), "[probe d_of]")
-        return squared_norms([self], [cotangents])[0]
+        require_shape(cotangents, "cotangents", (None, *self.readout.shape), "[probe d_of]")
+        return pullback.squared_norms(self.model, self.trace, self.wrt, [self.ends], [cotangents])[0]
 
     def jvp(self, tangents: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe d_of"]:
         """Σ_t J_t δ_t for every probe δ: the first-order change of y.
@@ -256,8 +255,8 @@ class Linearization:
             TypeError: for something that is not a tensor.
             RuntimeError: under an attention kernel that has no double backward.
         """
-        self._check("tangents", tangents, (None, *self.embeddings.shape), "[probe token d_model]")
-        return jvps([self], [tangents])[0]
+        require_shape(tangents, "tangents", (None, *self.embeddings.shape), "[probe token d_model]")
+        return pullback.jvps(self.model, self.trace, self.wrt, [self.ends], [tangents])[0]
 
     def as_matrix(self) -> Float[Tensor, "d_of token d_model"]:
         """J itself: `as_matrix()[:, t]` is J_t.
@@ -279,7 +278,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
             RuntimeError: under `torch.inference_mode`.
         """
-        self._check("embeddings", embeddings, tuple(self.embeddings.shape), "[token d_model]")
+        require_shape(embeddings, "embeddings", tuple(self.embeddings.shape), "[token d_model]")
         return self.at_each(embeddings[None])[0]
 
     def at_each(self, embeddings: Float[Tensor, "point token d_model"]) -> tuple["Linearization", ...]:
@@ -287,10 +286,10 @@ class Linearization:
 
         Cost: one forward pass over all points.
 
-        Raises: as `at` does.
+        Raises: as `at` does; ValueError for no points.
         """
         models.check_model(self.model)
-        self._check("embeddings", embeddings, (None, *self.embeddings.shape), "[point token d_model]")
+        require_shape(embeddings, "embeddings", (None, *self.embeddings.shape), "[point token d_model]")
         lins = self._at_each(embeddings)
         for lin in lins:
             lin.require_finite()
@@ -368,9 +367,9 @@ class Linearization:
             logits = models.precise(self.logits).requires_grad_()
             value = function(logits.clone())  # a copy, which it may write into
             if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex() or not value.isfinite():
-                raise ValueError(
-                    f"the function of the logits must give one finite number, a real tensor, got {value!r}."
-                )
+                many = isinstance(value, Tensor) and value.numel() != 1
+                got = f"a tensor of shape {list(value.shape)}: sum it up, or choose one" if many else repr(value)
+                raise ValueError(f"the function of the logits must give one finite number, a real tensor, got {got}.")
             found = torch.autograd.grad(value, logits, allow_unused=True)[0] if value.requires_grad else None
         if found is None:
             raise ValueError(
@@ -387,7 +386,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
         """
         readout, logits = self._readout_and_logits
-        self._check("cotangents", cotangents, (None, *self.logits.shape), "[probe vocab]")
+        require_shape(cotangents, "cotangents", (None, *self.logits.shape), "[probe vocab]")
         units, scales = pullback.near_one(cotangents)
         together = self.unembeds_together
         pulled = pullback.products(
@@ -403,7 +402,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
         """
         readout, logits = self._readout_and_logits
-        self._check("tangents", tangents, (None, *self.readout.shape), "[probe d_of]")
+        require_shape(tangents, "tangents", (None, *self.readout.shape), "[probe d_of]")
         units, scales = pullback.near_one(tangents)
         units = units.reshape(-1, *readout.shape)
         cotangent = torch.zeros_like(logits, requires_grad=True)
@@ -425,15 +424,9 @@ class Linearization:
         self.require_readout()
         return models.readout_graph(self.model, self.trace, self.ends.rows)
 
-    def _check(self, what: str, value: Tensor, shape: tuple[int | None, ...], axes: str) -> None:
-        require_real(value, what, axes)
-        expected = [str(n) if n is not None else "any number" for n in shape]
-        if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
-            raise ValueError(f"{what} must have the shape {axes} = [{', '.join(expected)}], got {list(value.shape)}.")
-
 
 def require_linearization(lin: object, name: str) -> None:
-    """Refuse what is not a Linearization, for a function of this name.
+    """Refuse what is not a Linearization. The error names the function that was called.
 
     Raises:
         TypeError: with the line to write instead.
@@ -443,85 +436,6 @@ def require_linearization(lin: object, name: str) -> None:
             f"{name} takes a Linearization, got {type(lin).__name__}: write lin = tls.linearize(model, prompt), then "
             f"tls.{name}(lin, ...)."
         )
-
-
-def vjps(
-    lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
-) -> list[Float[Tensor, "_ _ d_model"]]:
-    """cᵀJ [probe token d_model] for the cotangents [probe d_of] of each of several linearisations.
-
-    They share a forward pass, and go back through it together. In float32, or float64 for a float64 model.
-    """
-    dtype = models.sum_dtype(lins[0].trace.output)
-    shapes = [(len(c), *lin.embeddings.shape) for lin, c in zip(lins, cotangents, strict=True)]
-    pulled = [torch.empty(shape, dtype=dtype, device=lins[0].readout.device) for shape in shapes]
-    slots = [slot for of_one in pulled for slot in of_one]
-    for batch in _pull(lins, cotangents):
-        for i, gradient, scale in batch:
-            slots[i].copy_(gradient).mul_(scale)
-    return pulled
-
-
-def cotangents_of(
-    lins: Sequence[Linearization], functions: Sequence[Callable[[Float[Tensor, "*row vocab"]], Tensor]]
-) -> list[Float[Tensor, " d_of"]]:
-    """`Linearization.cotangent` for a function of each of several linearisations of one forward pass.
-
-    They go back through the unembedding together, which is read once and not once for each of them. Where two of them
-    read the same row, or a hook may mix the rows, they go one by one.
-
-    Raises: as `Linearization.cotangent` does.
-    """
-    one, rows = lins[0], [row for lin in lins for row in lin.ends.rows]
-    if len(lins) == 1 or len(set(rows)) < len(rows) or not models.rows_are_apart(one.model, one.trace):
-        return [lin.cotangent(function) for lin, function in zip(lins, functions, strict=True)]
-    for lin in lins:
-        lin.require_readout()
-    readout, logits = models.readout_graph(one.model, one.trace, rows)
-    gradient, scales = torch.empty_like(logits), []
-    sizes = [len(lin.ends.rows) for lin in lins]
-    for lin, function, written in zip(lins, functions, gradient.split(sizes), strict=True):
-        units, of_one = pullback.near_one(lin._gradient(function)[None])
-        written.copy_(units.reshape(written.shape))
-        scales += of_one
-    (pulled,) = torch.autograd.grad(logits, readout, gradient, retain_graph=True)
-    return [models.precise(of_lin).flatten() * scale for of_lin, scale in zip(pulled.split(sizes), scales, strict=True)]
-
-
-def jvps(
-    lins: Sequence[Linearization], tangents: Sequence[Float[Tensor, "_ _ d_model"]]
-) -> list[Float[Tensor, "_ d_of"]]:
-    """Σ_t J_t δ_t [probe d_of] for the tangents δ of each of several linearisations, of different prompts of a batch.
-
-    Raises:
-        NoSecondDerivativeError: under an attention kernel that has no double backward.
-    """
-    one = lins[0]
-    return pullback.jvps(one.model, one.trace, one.wrt, [lin.ends for lin in lins], tangents)
-
-
-def squared_norms(
-    lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
-) -> list[Float[Tensor, "_ _"]]:
-    """‖cᵀJ_t‖² [probe token] for the cotangents [probe d_of] of each of several linearisations of one forward pass.
-
-    In float64, with memory for one batch of cotangents. A progress bar appears on a terminal after a few seconds.
-    """
-    precise = models.precise(lins[0].readout)
-    norms = [precise.new_empty(len(c), len(lin.tokens)) for lin, c in zip(lins, cotangents, strict=True)]
-    slots = [slot for of_one in norms for slot in of_one]
-    with progress_bar(len(slots), "cotangents") as bar:
-        for batch in _pull(lins, cotangents):
-            for i, gradient, scale in batch:
-                slots[i].copy_(models.precise(gradient).square().sum(-1) * scale**2)
-            bar.update(len(batch))
-    return norms
-
-
-def _pull(lins: Sequence[Linearization], cotangents: Sequence[Tensor]) -> Iterator[list[tuple[int, Tensor, float]]]:
-    one = lins[0]
-    dealt = pullback.pulls([lin.ends for lin in lins], cotangents)
-    return pullback.pull(one.model, one.trace, one.wrt, dealt)
 
 
 def linearize_prompt(

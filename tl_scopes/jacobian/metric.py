@@ -114,16 +114,19 @@ class LocalMetric:
     ) -> Float[Tensor, "ray size"]:
         """‖q(x + su) − q(x) − s Ju‖ for every direction u and every size s; each direction may have its own sizes.
 
-        Cost: one forward pass per direction and size.
+        Cost: one forward pass per direction and size, and one for q(x).
         """
-        x, found = self.lin.embeddings, []
-        origin = self.values(x[None])
-        steps = sizes.expand(len(rays), -1)
-        every = torch.arange(steps.numel(), device=x.device)
-        for some in every.split(self.batch):
+        x, steps, found = self.lin.embeddings, sizes.expand(len(rays), -1), []
+        origin = None
+        for some in torch.arange(steps.numel(), device=x.device).split(self.batch):
             ray, step = some // steps.shape[1], steps.flatten()[some][:, None]
-            moved = self.values(x + step[..., None].to(x) * rays.dense(ray))
-            found.append((moved - origin - step * slopes[ray]).norm(dim=-1))
+            moved = x + step[..., None].to(x) * rays.dense(ray)
+            if origin is None:  # it goes with the first ones, which is cheaper than by itself
+                origin, *first = self.values(torch.cat([x[None], moved]))
+                values = torch.stack(first)
+            else:
+                values = self.values(moved)
+            found.append((values - origin - step * slopes[ray]).norm(dim=-1))
         return torch.cat(found).reshape(steps.shape)
 
     def rounding(self, draws: int, generator: torch.Generator) -> float:
@@ -142,6 +145,14 @@ class LocalMetric:
         logits = None if lin.trace.logits is None else blurred(lin.logits.to(self.precise), _ROUNDED)
         outside = self._apply(blurred(lin.readout.to(self.precise), _ROUNDED), logits) - self.value
         return float((inside.square() + outside.square()).sum(-1).mean().sqrt())
+
+    @property
+    def rounding_unit(self) -> float:
+        """The machine's epsilon of the largest number that a q that is a number reads, times q's slope there."""
+        lin = self.lin
+        read = [lin.readout, *([] if lin.trace.logits is None else [lin.logits])]
+        largest = max(float(values[values.isfinite()].abs().max()) for values in read)
+        return torch.finfo(lin.readout.dtype).eps * largest * self._scale
 
     # -- first order --------------------------------------------------------------------------------------------------
 

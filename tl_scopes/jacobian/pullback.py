@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.models import Model, Trace, Work
+from tl_scopes.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,43 @@ def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterato
         if pulled is None:  # the value depends on something else that is trainable, such as a tensor in a hook
             raise models.independence([wrt], "the end of the Jacobian")
         yield [(i, dealt[i].ends.gathered(pulled[slot]), dealt[i].scale) for i, slot in zip(batch, slots, strict=True)]
+
+
+def vjps(
+    model: Model, trace: Trace, wrt: str, ends: Sequence[Ends], cotangents: Sequence[Float[Tensor, "_ d_of"]]
+) -> list[Float[Tensor, "_ _ d_model"]]:
+    """cᵀJ [probe token d_model] for the cotangents [probe d_of] of each Jacobian.
+
+    In float32, or float64 for a float64 model.
+    """
+    output, d_model = trace.output, trace.perturbations[wrt].shape[-1]
+    dtype = models.sum_dtype(output)
+    pulled = [
+        output.new_empty(len(c), one.count, d_model, dtype=dtype) for one, c in zip(ends, cotangents, strict=True)
+    ]
+    slots = [slot for of_one in pulled for slot in of_one]
+    for batch in pull(model, trace, wrt, pulls(ends, cotangents)):
+        for i, gradient, scale in batch:
+            slots[i].copy_(gradient).mul_(scale)
+    return pulled
+
+
+def squared_norms(
+    model: Model, trace: Trace, wrt: str, ends: Sequence[Ends], cotangents: Sequence[Float[Tensor, "_ d_of"]]
+) -> list[Float[Tensor, "_ _"]]:
+    """‖cᵀJ_t‖² [probe token] for the cotangents [probe d_of] of each Jacobian.
+
+    In float64, with memory for one batch of cotangents. A progress bar appears on a terminal after a few seconds.
+    """
+    precise = models.precise(trace.output.detach())
+    norms = [precise.new_empty(len(c), one.count) for one, c in zip(ends, cotangents, strict=True)]
+    slots = [slot for of_one in norms for slot in of_one]
+    with progress_bar(len(slots), "cotangents") as bar:
+        for batch in pull(model, trace, wrt, pulls(ends, cotangents)):
+            for i, gradient, scale in batch:
+                slots[i].copy_(models.precise(gradient).square().sum(-1) * scale**2)
+            bar.update(len(batch))
+    return norms
 
 
 def jvps(

@@ -45,9 +45,10 @@ class Span(Linearization):
 
     def __repr__(self) -> str:
         other = "" if self.against is None else f" against {self.against.text!r}"
+        said = models.counted(self.answer.steps, "token")
         return (
             f"Span({self.answer.text!r}{other} after position {self.position}; {self.of} wrt {self.wrt}, "
-            f"{self.answer.steps} tokens after {self.prompt_length}, {models.model_name(self.model)})"
+            f"{said} after {self.prompt_length}, {models.model_name(self.model)})"
         )
 
     def part(self, start: int, stop: int) -> "Span":
@@ -210,7 +211,7 @@ class Exchange:
     against: Target | None = None
     """Another answer to compare with."""
     parts: tuple[str, ...] = ()
-    """Of a chat: for each token of the prompt whose it is."""
+    """In a chat, whose words each token of the prompt is; empty for other prompts."""
     notes: tuple[str, ...] = ()
     """Sentences about prompt and answer that a reader of the scores should know."""
 
@@ -314,6 +315,13 @@ def linearize_answers(
         tokens = one.tokens
         rows = tuple(range(row, row + sum(target.steps for target, _ in one.texts)))
         row += len(rows)
+        notes = one.notes
+        if trace.logits is not None:
+            notes += models.missing_space(model, one.prompt, trace.logits[rows[0]].detach(), one.answer, one.against)
+            if one.against is not None:
+                notes += models.missing_space(
+                    model, one.prompt, trace.logits[rows[0]].detach(), one.against, one.answer
+                )
         spans.append(
             Span(
                 model=model,
@@ -324,7 +332,7 @@ def linearize_answers(
                 of=of,
                 trace=trace,
                 row=rows[0],
-                notes=one.notes,
+                notes=notes,
                 parts=one.parts,
                 answer=one.answer,
                 against=one.against,

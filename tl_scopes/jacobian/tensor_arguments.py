@@ -41,3 +41,20 @@ def require_finite(value: Tensor, what: str) -> None:
     """
     if not value.isfinite().all():
         raise ValueError(f"{what} must be finite, got NaN or infinite entries.")
+
+
+def require_shape(value: Tensor, what: str, shape: tuple[int | None, ...], axes: str) -> None:
+    """Refuse a tensor of another shape.
+
+    Args:
+        value: what was given.
+        what: what it is, as errors call it: "cotangents".
+        shape: the shape it must have, in which None is any number.
+        axes: the names of its axes, as errors show them: "[probe d_of]".
+
+    Raises: as `require_real` does; ValueError for another shape.
+    """
+    require_real(value, what, axes)
+    if value.ndim != len(shape) or any(n not in (None, m) for n, m in zip(shape, value.shape, strict=True)):
+        expected = [str(n) if n is not None else "any number" for n in shape]
+        raise ValueError(f"{what} must have the shape {axes} = [{', '.join(expected)}], got {list(value.shape)}.")

@@ -4,7 +4,7 @@ Everything that depends on the kind of model stands in this folder. The rest of 
 tensors that `trace` returns.
 """
 
-from tl_scopes.models.arguments import as_count, as_int, as_number, as_position
+from tl_scopes.models.arguments import as_count, as_int, as_number, as_position, counted, shortened
 from tl_scopes.models.attention import AttentionLayer, attention_layers
 from tl_scopes.models.causality import check_model
 from tl_scopes.models.components import Component, Part, absent, components
@@ -38,8 +38,9 @@ from tl_scopes.models.prompts import (
 )
 from tl_scopes.models.provenance import Provenance
 from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph, rows_are_apart, unembedding
+from tl_scopes.models.spacing import MIND_THE_SPACE, missing_space
 from tl_scopes.models.state import ModelState
-from tl_scopes.models.supported import Model, architecture, autocast_of, model_name
+from tl_scopes.models.supported import FOLDER, Model, architecture, autocast_of, model_name
 from tl_scopes.models.tokens import (
     Target,
     Token,
@@ -61,6 +62,8 @@ from tl_scopes.models.weights import exchanged_weights, fingerprint, in_last_blo
 
 __all__ = [
     "EMBEDDING",
+    "FOLDER",
+    "MIND_THE_SPACE",
     "READOUT",
     "Answer",
     "AttentionLayer",
@@ -94,6 +97,7 @@ __all__ = [
     "check_model",
     "components",
     "context_length",
+    "counted",
     "each_prompt",
     "embed",
     "embedding_matrix",
@@ -115,6 +119,7 @@ __all__ = [
     "load_hooked_llama",
     "masked_attention",
     "mean_embedding",
+    "missing_space",
     "model_name",
     "output_size",
     "padding_token",
@@ -128,6 +133,7 @@ __all__ = [
     "readable",
     "readout_graph",
     "rows_are_apart",
+    "shortened",
     "shuffled_weights",
     "spacing_hint",
     "starts_with_bos",

@@ -1,4 +1,7 @@
-"""Numbers, flags and positions that a user gives: turned into Python's own, or refused with the rule and the value."""
+"""Numbers, flags and positions that a user gives: turned into Python's own, or refused with the rule and the value.
+
+What is of another kind is a TypeError, what is of the right kind and does not fit a ValueError.
+"""
 
 import operator
 from collections.abc import Callable
@@ -10,7 +13,7 @@ import torch
 
 
 def as_int(value: Any, rule: str) -> int:
-    """An integer of Python, numpy or torch; bools and floats are refused.
+    """An integer of Python, NumPy or torch; truth values and floats are refused.
 
     Raises:
         TypeError: for anything else.
@@ -21,16 +24,33 @@ def as_int(value: Any, rule: str) -> int:
     raise TypeError(f"{rule}, got {value!r}.")
 
 
-def as_count(value: Any, rule: str) -> int:
-    """An integer of Python, numpy or torch, 1 or more.
+def as_count(value: Any, rule: str, least: int = 1) -> int:
+    """An integer of Python, NumPy or torch that is not below the least.
 
     Raises:
-        ValueError: for anything else.
+        TypeError: for anything but an integer.
+        ValueError: for an integer below the least.
     """
-    with suppress(TypeError):
-        if (count := as_int(value, rule)) >= 1:
-            return count
-    raise ValueError(f"{rule}, got {value!r}.")
+    count = as_int(value, f"{rule}, and an integer")
+    if count < least:
+        raise ValueError(f"{rule}, got {value!r}.")
+    return count
+
+
+def counted(number: int, noun: str) -> str:
+    """How many there are, as English says it: "1 token", "2 tokens"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def shortened(value: Any, most: int = 80) -> str:
+    """A value as an error shows it: of a long list its first entries and how many there are, of a long text the
+    beginning."""
+    if isinstance(value, list | tuple) and len(value) > 8:
+        first = ", ".join(map(repr, value[:5]))
+        return f"[{first}, … {len(value)} in all]"
+    shown = value if isinstance(value, str) else repr(value)
+    shown = shown if len(shown) <= most else shown[: most - 1] + "…"
+    return repr(shown) if isinstance(value, str) else shown
 
 
 def as_position(value: Any, tokens: int, what: str = "position") -> int:
@@ -43,8 +63,8 @@ def as_position(value: Any, tokens: int, what: str = "position") -> int:
     position = as_int(value, f"{what} must be an integer")
     if not -tokens <= position < tokens:
         raise ValueError(
-            f"{what} {position} is out of range: the prompt has {tokens} tokens, so it runs from 0 to {tokens - 1}, or "
-            f"from -{tokens} to -1."
+            f"{what} {position} is out of range: the prompt has {counted(tokens, 'token')}, so it runs from 0 to "
+            f"{tokens - 1}, or from -{tokens} to -1."
         )
     return position % tokens
 
@@ -75,12 +95,15 @@ def as_number(value: Any, rule: str, fits: Callable[[float], bool] = lambda numb
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a number that does not fit the rule.
+        ValueError: for a number that does not fit the rule, and an integer that is too large for a float.
     """
-    if isinstance(value, SupportsFloat) and not isinstance(value, bool | np.bool_):
+    is_truth = isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) is torch.bool
+    if isinstance(value, SupportsFloat) and not is_truth:
         try:
             number = float(value)
-        except (TypeError, ValueError, RuntimeError, OverflowError):  # several numbers, or one without a value
+        except OverflowError as error:
+            raise ValueError(f"{rule}, and this number is too large for a float.") from error
+        except (TypeError, ValueError, RuntimeError):  # several numbers, or one without a value
             pass
         else:
             if not fits(number):

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_scopes.models.arguments import counted
 from tl_scopes.models.hooks import READOUT, StopForward, attached, hook_point, hook_points
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.precision import sum_dtype
@@ -35,7 +36,7 @@ class AttentionLayer:
 
     def __repr__(self) -> str:
         heads, tokens, d_head = self.value.shape
-        return f"AttentionLayer(layer {self.layer}; {heads} heads of {d_head}, {tokens} tokens)"
+        return f"AttentionLayer(layer {self.layer}; {counted(heads, 'head')} of {d_head}, {counted(tokens, 'token')})"
 
     @property
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:

@@ -21,10 +21,10 @@ from tl_scopes.models.supported import (
     Model,
     architecture,
     attention_kernel,
-    check_supported,
     device_of,
     hf_config,
     not_causal,
+    require_supported,
 )
 from tl_scopes.models.threads import one_at_a_time
 
@@ -37,9 +37,9 @@ def check_model(model: Model) -> None:
 
     Raises:
         TypeError: for something other than a TransformerLens model, a compiled model, and a model that is not causal.
-        ValueError, RuntimeError: see `check_supported`.
+        ValueError, RuntimeError: see `require_supported`.
     """
-    check_supported(model)
+    require_supported(model)
     kernel = attention_kernel(model)
     asked_of = kernel, getattr(hf_config(model), "is_decoder", None), getattr(model.cfg, "attention_dir", None)
     known = _influence.get(model)

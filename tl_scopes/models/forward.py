@@ -18,11 +18,11 @@ from tl_scopes.models.hooks import (
     StopForward,
     as_stream,
     attached,
-    check_divided,
-    check_perturbed,
     hook_point,
     hook_points,
     is_readout,
+    require_own_place,
+    require_positions_first,
 )
 from tl_scopes.models.linear_rules import LinearRules, within
 from tl_scopes.models.memory import require_memory, told
@@ -141,8 +141,8 @@ def trace(
     Cost: one forward pass. At the readout only the places go on to the unembedding; elsewhere the pass stops.
 
     Raises:
-        ValueError: for a hook that does not exist, never fires, whose value is not [batch pos d], or that comes too
-            late; for a module that no gradient passes, and one whose operations the rules do not know.
+        ValueError: for no prompts; for a hook that does not exist, never fires, whose value is not [batch pos d], or
+            that comes too late; for a module that no gradient passes, and one whose operations the rules do not know.
         MemoryError: when the graph will not fit.
     """
     places = as_places(tokens, places)
@@ -189,9 +189,9 @@ def _trace(
     known, parameters = hook_points(model), parameters_of(run_by(model))
     points = {name: hook_point(known, name) for name in (*wrt, of, *keep)}
     for name in wrt:
-        check_perturbed(points[name], name)
+        require_own_place(points[name], name)
     for name in (*wrt, of):
-        check_divided(known, name)
+        require_positions_first(known, name)
     with ExitStack() as stack:
         stack.enter_context(one_at_a_time)
         # Frozen weights are innermost, so that rules meet them as constants.
@@ -313,7 +313,13 @@ def goes_back_together(model: Model, trace: Trace) -> bool:
 
 
 def as_places(tokens: Tensor, places: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:
-    """The places given, or the last position of each entry."""
+    """The places given, or the last position of each entry.
+
+    Raises:
+        ValueError: for no prompts, and prompts without tokens.
+    """
+    if not tokens.numel():
+        raise ValueError(f"there is nothing to run the model on: the ids have the shape {list(tokens.shape)}.")
     return tuple(places or ((entry, tokens.shape[1] - 1) for entry in range(len(tokens))))
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_scopes.models.arguments import counted
 from tl_scopes.models.hooks import user_hooks
 from tl_scopes.models.supported import Model
 from tl_scopes.models.tokens import context_length, readable, special_id, token_text
@@ -41,7 +42,7 @@ class Generated:
         return cls(readable("".join(texts)), tuple(ids), texts)
 
     def __repr__(self) -> str:
-        return f"Generated({self.text!r}: {len(self.ids)} tokens)"
+        return f"Generated({self.text!r}: {counted(len(self.ids), 'token')})"
 
     def __str__(self) -> str:
         return self.text
@@ -68,8 +69,8 @@ def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: 
     context = context_length(model)
     if context is not None and len(tokens) + count > context:
         raise ValueError(
-            f"the prompt has {len(tokens)} tokens and {count} are to follow, the model's context is {context}: shorten "
-            "the prompt, or take fewer max_new_tokens."
+            f"the prompt has {counted(len(tokens), 'token')} and {count} are to follow, the model's context is "
+            f"{context}: shorten the prompt, or take fewer max_new_tokens."
         )
     inner: Any = getattr(model, "original_model", None)
     if inner is not None and hasattr(inner, "generate"):

@@ -64,7 +64,7 @@ def hook_point(points: Mapping[str, Any], name: str) -> Any:
     return points[name]
 
 
-def check_perturbed(point: Any, name: str) -> None:
+def require_own_place(point: Any, name: str) -> None:
     """Refuse a hook point that is not at the place in the network which its name says.
 
     Raises:
@@ -78,7 +78,7 @@ def check_perturbed(point: Any, name: str) -> None:
         )
 
 
-def check_divided(points: Mapping[str, Any], name: str) -> None:
+def require_positions_first(points: Mapping[str, Any], name: str) -> None:
     """Refuse a hook where heads come before positions.
 
     Raises:

@@ -50,8 +50,8 @@ def evaluate(
     Cost: one forward pass; the unembedding runs at the places only.
 
     Raises:
-        ValueError: for a hook that does not exist, never fires, or whose value is not [batch pos d] or [batch
-            pos head d_head].
+        ValueError: for no prompts; for a hook that does not exist, never fires, or whose value is not [batch pos d] or
+            [batch pos head d_head].
     """
     entries, positions = (list(numbers) for numbers in zip(*as_places(tokens, places), strict=True))
     fired, read = [], []

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tl_scopes.models.errors import first_sentence
 from tl_scopes.models.supported import Model
 
 
@@ -76,7 +77,7 @@ def _load_folder(name: str | Path, path: Path, device: str | torch.device | None
             return TransformerBridge.boot_transformers(str(path if local else name), device=device, dtype=dtype)
     except Exception as error:  # whatever the loaders raise: safetensors and pickle have exceptions of their own
         raise ValueError(
-            f"cannot load the model {str(name)!r}: {_first_sentence(error)} Check the spelling and the network, "
+            f"cannot load the model {str(name)!r}: {first_sentence(error)}. Check the spelling and the network, "
             "or give a folder that save_pretrained wrote."
         ) from error
 
@@ -133,7 +134,7 @@ def _load_gguf(path: Path, device: str | torch.device | None, dtype: torch.dtype
         tokenizer = AutoTokenizer.from_pretrained(folder, **({} if beside else inside))
     except Exception as error:  # tokenizers raises a bare Exception
         raise ValueError(
-            f"no tokenizer can be read from {str(path)!r}: {_first_sentence(error)} Put the model's own beside the "
+            f"no tokenizer can be read from {str(path)!r}: {first_sentence(error)}. Put the model's own beside the "
             f"file: tokenizer.save_pretrained({folder!r})."
         ) from error
     try:
@@ -146,14 +147,9 @@ def _load_gguf(path: Path, device: str | torch.device | None, dtype: torch.dtype
         )
     except Exception as error:  # as for folders
         raise ValueError(
-            f"cannot load the GGUF file {str(path)!r}: {_first_sentence(error)} Convert it to a folder in the Hugging "
+            f"cannot load the GGUF file {str(path)!r}: {first_sentence(error)}. Convert it to a folder in the Hugging "
             "Face layout, or check that it is whole."
         ) from error
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text.split(". ")[0].rstrip(".") + "."
 
 
 def load_hooked_llama(

@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_scopes.models.arguments import as_flag, as_int, as_position
 from tl_scopes.models.chats import is_chat, read_chat
 from tl_scopes.models.generation import Generated
+from tl_scopes.models.spacing import MIND_THE_SPACE, space_at_the_end
 from tl_scopes.models.supported import Model, device_of
 from tl_scopes.models.tokens import (
     Target,
@@ -39,7 +40,7 @@ class ReadPrompt(NamedTuple):
     notes: tuple[str, ...]
     """Sentences about it that a reader of the scores should know."""
     parts: tuple[str, ...] = ()
-    """Of a chat: for each token whose it is, "user" say, or "template" for what the chat's template puts around."""
+    """In a chat, whose words each token is, "user" say, or "template" for what the chat's template puts around them."""
 
     def up_to(self, position: SupportsIndex) -> "ReadPrompt":
         """The prompt as far as a position, whose token is its last one.
@@ -47,7 +48,9 @@ class ReadPrompt(NamedTuple):
         Raises: as `as_position` does.
         """
         length = as_position(position, len(self.tokens)) + 1
-        return self._replace(tokens=self.tokens[:length], parts=self.parts[:length])
+        whole = length == len(self.tokens)
+        notes = tuple(note for note in self.notes if whole or not note.endswith(MIND_THE_SPACE))  # at the end
+        return self._replace(tokens=self.tokens[:length], parts=self.parts[:length], notes=notes)
 
 
 def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -> ReadPrompt:
@@ -68,6 +71,7 @@ def read_prompt(model: Model, prompt: Prompt, prepend_bos: bool | None = None) -
     parts: tuple[str, ...] = ()
     if isinstance(prompt, str):
         ids = _of_text(model, prompt, bos, notes)
+        notes += space_at_the_end(model, prompt)
     elif is_chat(prompt):
         ids, parts = read_chat(model, prompt)
     else:
@@ -200,6 +204,8 @@ def _of_text(model: Model, prompt: str, prepend_bos: bool | None, notes: list[st
 
 def _of_mapping(prompt: Mapping[str, Any]) -> list[int]:
     """The ids that a tokenizer returned, without those that its mask leaves out."""
+    if {"role", "content"} <= set(prompt):
+        raise TypeError("a chat is a list of messages, got one message: write [message].")
     if "input_ids" not in prompt:
         raise TypeError(
             f"a prompt is a str, token ids, or what a tokenizer returned; this {type(prompt).__name__} has "

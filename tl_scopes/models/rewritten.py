@@ -245,7 +245,7 @@ def _normalised(func: Any, args: Any, kwargs: Any, names: tuple[str, ...], centr
 
 
 def _group_norm(mode: Rewritten, func: Any, args: Any, kwargs: Any) -> Any:
-    """As layer norm, in groups of channels."""
+    """A group norm is a layer norm of each group of channels."""
     given = dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False)) | kwargs
     x = given["input"]
     if not _moves(x):

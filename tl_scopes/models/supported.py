@@ -15,7 +15,7 @@ Model: TypeAlias = Any
 """A `HookedTransformer` (TransformerLens 3.9) or a `TransformerBridge` (3.9 and 4.x)."""
 
 
-def check_supported(model: Model) -> None:
+def require_supported(model: Model) -> None:
     """Refuse what cannot be linearised, by what the model and its configuration say; it is not run.
 
     Raises:
@@ -223,8 +223,13 @@ def batches_cotangents(model: Model) -> bool:
 
 def model_name(model: Model) -> str:
     """The name that the model was loaded under. A folder is called by what its config.json says, if it says something,
-    or by its path's last two parts, since checkpoints are often all called "final" or "checkpoint-1000"."""
+    or "folder" with its path's last two parts: checkpoints are often all called "final" or "checkpoint-1000", and
+    "run/final" alone would look like a name on the hub."""
     return _called(str(getattr(model.cfg, "model_name", None) or "unnamed"))
+
+
+FOLDER = "folder "
+"""What stands before the path of a model without another name."""
 
 
 @cache
@@ -238,4 +243,4 @@ def _called(name: str) -> str:
             return said
     if path.parent.name == "snapshots":  # the cache of the Hugging Face hub: models--owner--name/snapshots/revision
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return "/".join(config.parent.resolve().parts[-2:])
+    return FOLDER + "/".join(config.parent.resolve().parts[-2:])

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_scopes.models import Provenance, Target, Token, as_count, as_int, readable
+from tl_scopes.models import Provenance, Target, Token, as_count, as_int, counted, readable
 from tl_scopes.models.linear_rules import under
 from tl_scopes.results import json_record, units
 from tl_scopes.results.units import Unit
@@ -80,7 +80,7 @@ class Attribution:
             axis, and numbers and texts about the whole. The scope's docstring gives their units.
         value: the number that the scores are about, such as a logit or a log-probability; None where it is not one.
         quantity: what `value` is, such as "log p(' Paris')"; None where it has no name.
-        parts: of a chat: for each token whose it is, "system", "user", "assistant", "tool", "reasoning", "answer", or
+        parts: in a chat, whose words each token is: "system", "user", "assistant", "tool", "reasoning", "answer", or
             "template" for what the chat's template puts around the messages; else empty. Where a role has the word
             several times its turns are numbered: "user 1", "user 2".
         uncounted: parts that stand outside of shares and `top`.
@@ -144,8 +144,8 @@ class Attribution:
             )
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3))
-        return f"Attribution({self.question}: {shown}; {len(self.scores)} tokens, {self.unit})"
+        shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3)) or "no token that is counted"
+        return f"Attribution({self.question}: {shown}; {counted(len(self.scores), 'token')}, {self.unit})"
 
     @property
     def question(self) -> str:
@@ -203,6 +203,7 @@ class Attribution:
         """The most influential tokens, the score of the largest size first; all tokens where there are fewer.
 
         Raises:
+            TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
         count = as_count(count, "count must be at least 1")
@@ -222,8 +223,10 @@ class Attribution:
             ValueError: for a position that the answer does not have, or where no token would be left.
             TypeError: for positions that are not integers, such as a mask of booleans.
         """
-        counted = (as_int(position, "positions must be integers") for position in positions)
-        gone = {position + self.position + 1 if position < 0 else position for position in counted}
+        if isinstance(positions, str) or not isinstance(positions, Iterable):
+            raise TypeError(f"positions must be integers, in a list such as [0], got {positions!r}.")
+        given = (as_int(position, "positions must be integers") for position in positions)
+        gone = {position + self.position + 1 if position < 0 else position for position in given}
         absent = gone - set(self.positions)
         if absent:
             raise ValueError(

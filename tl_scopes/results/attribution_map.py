@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, SupportsIndex, overload
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.models import as_int
+from tl_scopes.models import as_int, counted
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import attribution_map as card
 from tl_scopes.views.live import LiveView, LiveViews
@@ -46,7 +46,8 @@ class AttributionMap:
 
     def __repr__(self) -> str:
         last = self.answers[-1]
-        return f"AttributionMap({last.question}: {len(self)} predictions, {len(last.tokens)} tokens, {last.unit})"
+        size = f"{counted(len(self), 'prediction')}, {counted(len(last.tokens), 'token')}"
+        return f"AttributionMap({last.question}: {size}, {last.unit})"
 
     def __len__(self) -> int:
         return len(self.answers)

@@ -6,6 +6,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tl_scopes.models import counted
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import comparison as card
 from tl_scopes.views.live import LiveViews
@@ -27,7 +28,7 @@ class Comparison:
     answers: Mapping[str, Attribution]
 
     def __repr__(self) -> str:
-        return f"Comparison({', '.join(self.answers)}; {len(self._first.tokens)} tokens)"
+        return f"Comparison({', '.join(self.answers)}; {counted(len(self._first.tokens), 'token')})"
 
     @property
     def aligned(self) -> bool:

@@ -1,6 +1,6 @@
 """Results as JSON: how numbers and targets survive the journey, and what a text that is something else is told.
 
-This is a file of its own since both results that are written as JSON need it, `Attribution` and `Paths`.
+This is a file of its own since all results that are written as JSON need it: `Attribution`, `AnswerMap` and `Paths`.
 """
 
 import json

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from tl_scopes import models
 from tl_scopes.models import Model
-from tl_scopes.scopes.scope import Scope, as_written
-from tl_scopes.scopes.scope import names as names_as_written
+from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.written import as_written
 
 Contents: TypeAlias = list[Any] | str
 """Nested lists of texts and numbers, which JSON keeps as they are."""
@@ -35,6 +35,27 @@ Part: TypeAlias = tuple[str, Any]
 _PLAIN = (bool, int, float, complex, str, bytes)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _INSTALLED = tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+def names_as_written(scopes: Scope | Iterable[Scope] | Mapping[str, Scope]) -> dict[str, Scope]:
+    """Scopes by name: the names that were given, or else the scopes as they are written.
+
+    Raises:
+        ValueError: when there are no scopes, or two of the same name.
+        TypeError: for something that is not a scope.
+    """
+    given = scopes.values() if isinstance(scopes, Mapping) else scopes
+    listed = list(given) if isinstance(given, Iterable) else [given]
+    if not listed:
+        raise ValueError("there are no scopes to evaluate: give one at least, [SemanticScope()] say.")
+    for scope in listed:
+        require_scope(scope)
+    if isinstance(scopes, Mapping):
+        return dict(scopes)
+    named = {as_written(scope): scope for scope in listed}
+    if len(named) < len(listed):
+        raise ValueError(f"there are {len(listed)} scopes and {len(named)} names: name them, in a dict.")
+    return named
 
 
 def names(scopes: Iterable[Scope] | Mapping[str, Scope]) -> dict[str, Scope]:
@@ -74,7 +95,7 @@ def settings_of(model: Model, scopes: Mapping[str, Scope], remedy: str) -> dict[
         )
     return {
         "tl_scopes": version("tl-scopes"),
-        "model": models.model_name(model),
+        "model": models.model_name(model).removeprefix(models.FOLDER),  # as files of earlier days have it
         "weights": models.fingerprint(model),
         "dtype": str(models.autocast_of(model) or next(model.parameters()).dtype).removeprefix("torch."),
         "scopes": {name: identity(scope, name) for name, scope in scopes.items()},

@@ -13,13 +13,15 @@ from tl_scopes import models
 from tl_scopes.jacobian import fisher_information
 from tl_scopes.jacobian.curvature import rounds
 from tl_scopes.jacobian.fisher_information import Seen, weighted_logits
-from tl_scopes.jacobian.linearization import Linearization, squared_norms, vjps
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
 from tl_scopes.jacobian.pullback import NoSecondDerivativeError
 from tl_scopes.jacobian.randomness import source
+from tl_scopes.jacobian.together import squared_norms, vjps
 from tl_scopes.models.arguments import as_flag, as_number
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Estimate, Measurement, Scope, how_often
+from tl_scopes.scopes.measurement import Estimate, Measurement, how_often
+from tl_scopes.scopes.scope import Scope
 
 _PROBES = 32
 _TOGETHER = 16
@@ -66,8 +68,8 @@ class FisherScope(Scope):
         readout; `rank` some ten products per direction, or where the readout has fewer than 16 dimensions per
         direction, all of F.
     Raises: ValueError for a linearisation that does not end at the readout; for numbers out of range; for a generator
-        on another device. TypeError for a generator that is not a torch.Generator, and for an `exact` that is not a
-        bool.
+        on another device. TypeError for numbers of passes that are not integers, for a generator that is not a
+        torch.Generator, and for an `exact` that is not a bool.
     Source: Liu et al. 2026 (arXiv:2601.16407), Fisher Scope. Splitting off a leading part that is exact: Hutch++ (Meyer
         et al. 2021, arXiv:2010.09649), with the remainder as in Nyström++ (Persson et al. 2022, arXiv:2109.10659).
     Departure: the paper's code keeps the leading direction only. The default is an estimate since the exact answer is
@@ -106,7 +108,7 @@ class FisherScope(Scope):
 
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
         for lin in lins:
-            self._check(lin)
+            self._require_askable(lin)
         if self.rtol is not None:
             return [self._estimated([lin], self.rtol)[0] for lin in lins]
         if self.rank is not None:
@@ -281,7 +283,7 @@ class FisherScope(Scope):
         Raises:
             ValueError: as for the scores.
         """
-        self._check(lin)
+        self._require_askable(lin)
         none = lin.log_probs.new_zeros(0, len(lin.readout))
         if self.rank is not None:
             return self._leading(lin, self.rank)[0], none
@@ -299,7 +301,7 @@ class FisherScope(Scope):
     def _random(self, lin: Linearization) -> torch.Generator:
         return source(lin, self.generator, "FisherScope")
 
-    def _check(self, lin: Linearization) -> None:
+    def _require_askable(self, lin: Linearization) -> None:
         lin.require_readout()
         for name in ("probes", "rank"):
             value = getattr(self, name)

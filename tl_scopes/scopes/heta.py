@@ -19,7 +19,9 @@ from tl_scopes.jacobian.replacement import each_alone, effects, substitute
 from tl_scopes.jacobian.softmax import log_prob
 from tl_scopes.models import Target, Token
 from tl_scopes.models.arguments import as_flag, as_number
-from tl_scopes.scopes.scope import Measurement, Scope
+from tl_scopes.scopes.measurement import Measurement
+from tl_scopes.scopes.scope import Scope
+from tl_scopes.scopes.spaces import notes_on_spaces
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class HetaScope(Scope):
         nor "blocks.L.hook_resid_pre"; for a linearisation that `at` moved, or whose model has other hooks or weights by
         now; for a target or a mask that is several tokens or unknown, numbers out of range, a generator on another
         device. RuntimeError under an attention kernel that cannot be differentiated twice: load with
-        attn_implementation="eager". TypeError for a generator that is not a torch.Generator, and for a `normalize` that
-        is not a bool.
+        attn_implementation="eager". TypeError for probes that are not an integer, for a generator that is not a
+        torch.Generator, and for a `normalize` that is not a bool.
     Source: Pramanik et al. 2026, HETA (arXiv:2604.13258), section 4 and equation 5.
     Departure: from the authors' code, where that departs from the equations. Its values leave out the norm before
         attention and the biases, and cut grouped-query values as if each query head had its own: here they are those
@@ -97,7 +99,7 @@ class HetaScope(Scope):
 
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
         for lin in lins:
-            self._check(lin)
+            self._require_askable(lin)
         flows = [attention_flow(lin) for lin in lins]
         bends = self._curvatures(lins) if self.beta else [flow.new_zeros(1, len(flow)) for flow in flows]
         losses = [information(lin, self.mask) for lin in lins] if self.gamma else list(map(torch.zeros_like, flows))
@@ -132,9 +134,11 @@ class HetaScope(Scope):
         return " + ".join(unit for weight, unit in units if weight)
 
     def notes(self, lin: Linearization) -> tuple[str, ...]:
+        notes = notes_on_spaces(lin, self.target)
         if self.normalize or not self.beta or not self.gamma:
-            return ()
+            return notes
         return (
+            *notes,
             "curvature and information are added in different units, as in the paper; in Python "
             "HetaScope(normalize=True) weighs like with like",
         )
@@ -174,7 +178,7 @@ class HetaScope(Scope):
     def _random(self, lin: Linearization) -> torch.Generator:
         return source(lin, self.generator, "HetaScope")
 
-    def _check(self, lin: Linearization) -> None:
+    def _require_askable(self, lin: Linearization) -> None:
         lin.require_readout()
         if lin.rules is not None:
             raise ValueError(

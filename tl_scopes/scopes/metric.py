@@ -12,7 +12,7 @@ from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
 from tl_scopes.models import precise
 from tl_scopes.models.arguments import require_name
-from tl_scopes.scopes.scope import JacobianScope
+from tl_scopes.scopes.first_order import JacobianScope
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
 from tl_scopes.models.arguments import as_number
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Estimate, Measurement, TargetScope, estimate_by, how_often
+from tl_scopes.scopes.measurement import Estimate, Measurement, estimate_by, how_often
+from tl_scopes.scopes.target import TargetScope
 
 _TOLERABLE = 0.05
 """With a fixed number of steps, a warning is given where the completeness gap is a larger share of Σ|signed|."""
@@ -103,9 +104,8 @@ class PathIntegratedScope(TargetScope):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps is not None:
-            object.__setattr__(self, "steps", models.as_int(self.steps, "steps is a number of points on the line"))
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps is a number of points on the line, 1 at least, got {self.steps}.")
+            steps = models.as_count(self.steps, "steps is a number of points on the line, 1 at least")
+            object.__setattr__(self, "steps", steps)
         rule = "start is the α in [0, 1) where the line begins"
         object.__setattr__(self, "start", as_number(self.start, rule, lambda alpha: 0 <= alpha < 1))
         kinds = 'baseline is "zero", "mean", "token:" and the text of a token, a token id or a tensor'

@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.jacobian.linearization import Linearization, vjps
-from tl_scopes.scopes.scope import Measurement, TargetScope
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.together import vjps
+from tl_scopes.scopes.measurement import Measurement
+from tl_scopes.scopes.target import TargetScope
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,6 @@ class RelevanceScope(TargetScope):
             raise ValueError(
                 f'baseline is "zero" or "prompt", the mean of the prompt\'s other tokens; got {self.baseline!r}.'
             )
-
-    @property
-    def is_slope(self) -> bool:
-        return False
 
     @property
     def grouping(self) -> Literal["sum"]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.jacobian.linearization import Linearization, cotangents_of
-from tl_scopes.scopes.scope import JacobianScope, TargetScope
+from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.together import cotangents_of
+from tl_scopes.scopes.first_order import JacobianScope
+from tl_scopes.scopes.target import TargetScope
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from tl_scopes.jacobian.metric import Metric
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.jacobian.spectrum import Sketch, jackknife
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.scopes.scope import Estimate, Measurement, Scope, estimate_by
+from tl_scopes.scopes.measurement import Estimate, Measurement, estimate_by
+from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.singular_directions import SingularDirection, singular_directions
 
 
@@ -51,8 +52,8 @@ class SpectralScope(Scope):
         with `rank`, 2 rank + 8 passes. "distribution" needs two products with the unembedding per dimension of the
         readout.
     Raises: ValueError for an unknown statistic or `space`; for a rank below 1 or above d_of; with "distribution" for a
-        linearisation that does not end at the readout; for a generator on another device. TypeError for a generator
-        that is not a torch.Generator.
+        linearisation that does not end at the readout; for a generator on another device. TypeError for a rank
+        that is not an integer, and for a generator that is not a torch.Generator.
     Source: the Jacobian of Liu et al. 2026 (arXiv:2601.16407). Effective rank: R₀ of Bartlett et al. 2020
         (arXiv:1906.11300), the participation ratio. Singular vectors of a token's Jacobian, read as tokens: Golden
         2025 (arXiv:2505.24293). Algorithm: see `tl_scopes.jacobian.spectrum`.
@@ -110,7 +111,7 @@ class SpectralScope(Scope):
         Raises:
             ValueError: for a position that is not there, a count below 1, a linearisation that does not end at the
                 readout, and as the scope does.
-            TypeError: for a position that is not an integer.
+            TypeError: for a position or a count that is not an integer.
 
         Source: Golden 2025 (arXiv:2505.24293), of the Jacobian with frozen nonlinearities; here of J itself.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
-from tl_scopes.scopes.scope import JacobianScope
+from tl_scopes.scopes.first_order import JacobianScope
 
 
 @dataclass(frozen=True)

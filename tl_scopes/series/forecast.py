@@ -33,7 +33,8 @@ class Forecast:
     def __repr__(self) -> str:
         best = self.probabilities.argsort(descending=True)[:3].tolist()
         told = ", ".join(f"{number:02d} {self.probabilities[number]:.0%}" for number in best)
-        return f"Forecast({told}; mean {self.mean:.1f} ± {self.deviation:.1f}, after {len(self.numbers)} numbers)"
+        numbers = models.counted(len(self.numbers), "number")
+        return f"Forecast({told}; mean {self.mean:.1f} ± {self.deviation:.1f}, after {numbers})"
 
     @property
     def elsewhere(self) -> float:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_scopes.models import counted
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.units import offsets
 from tl_scopes.views import series as pictures
@@ -35,7 +36,7 @@ class SeriesInfluence:
     def __repr__(self) -> str:
         best = self.scores.abs().argsort(descending=True, stable=True)[:3].tolist()
         told = ", ".join(f"{self.numbers[i]:02d} ({len(self) - i} back) {self.share[i]:.0%}" for i in best)
-        return f"SeriesInfluence({self.answer.question}: {told}; {len(self)} numbers, {self.answer.unit})"
+        return f"SeriesInfluence({self.answer.question}: {told}; {counted(len(self), 'number')}, {self.answer.unit})"
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -97,8 +97,8 @@ def intervention(
     Cost: for each series 1 + 2 · draws times what `forecast` costs.
 
     Raises:
-        TypeError: for something else than a model or a forecaster, Numbers, and a number as caliper; for a
-            forecaster that gives no tensor.
+        TypeError: for something else than a model or a forecaster, Numbers, integers as counts, and a number as
+            caliper; for a forecaster that gives no tensor.
         ValueError: for a forecaster that gives no probabilities of the numbers that occur; for fewer than 6 series; for
             one with fewer than three different numbers, or too short to have others beside the successors; for counts
             below 1, and a caliper that is not positive.

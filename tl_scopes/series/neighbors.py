@@ -111,7 +111,8 @@ def neighbor_test(
 
     Raises:
         ValueError: for a series shorter than the embedding needs, fewer than 6 of them, ones of different lengths or
-            with NaN, constant ones; for unknown `given`, and "next" without `following`.
+            with NaN, constant ones; for counts below 1; for unknown `given`, and "next" without `following`.
+        TypeError: for counts that are not integers.
 
     Source: the question is one that Liu et al. 2026 (arXiv:2601.16407), section 3.3, leave open. The statistic is the
         generalised covariance measure (Shah and Peters 2020, arXiv:1804.07203), with series as units.

@@ -74,7 +74,7 @@ class Numbers:
 
     def __repr__(self) -> str:
         shown = self.text if len(self) <= 8 else f"{self[:4].text}…{self[-3:].text}"
-        return f"Numbers({shown!r}; {len(self)} numbers)"
+        return f"Numbers({shown!r}; {models.counted(len(self), 'number')})"
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -29,6 +29,7 @@ class System(ABC):
 
         Raises:
             ValueError: for a system that diverges, and for a count below 1.
+            TypeError: for a count that is not an integer.
         """
         count = as_count(count, "count must be at least 1")
         values: list[float] = []

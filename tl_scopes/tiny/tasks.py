@@ -67,7 +67,7 @@ def examples(task: str, count: int, *, seed: int = 0, split: Split = "test") -> 
 
     Raises:
         ValueError: for an unknown task or split, and for a count below 1.
-        TypeError: for a seed that is not an integer.
+        TypeError: for a count or a seed that is not an integer.
     """
     if task not in tuple(TASKS):
         raise ValueError(f"there is no task {task!r}: choose one of {', '.join(TASKS)}.")

@@ -10,7 +10,8 @@ from tl_scopes.views.palette import Colors, color
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tl_scopes.answers import AnswerMap, Traced
+    from tl_scopes.answers import AnswerMap
+    from tl_scopes.results.traced import Traced
 
 
 def plot(rows: "AnswerMap", colors: Colors = "root") -> "Figure":

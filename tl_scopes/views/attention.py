@@ -30,7 +30,7 @@ def plot(attention: Float[Tensor, "head query key"], tokens: Sequence[str], name
     Raises:
         ValueError: for shapes that do not fit one another, or attention outside 0 to 1.
     """
-    _check(attention, tokens, names)
+    _require_shapes(attention, tokens, names)
     later = torch.ones_like(attention, dtype=torch.bool).triu(1)
     shown = [shortened(text, 12) for text in tokens]
     return heat_map.small_multiples(attention.masked_fill(later, torch.nan), _SCALE, shown, names, "attention")
@@ -95,7 +95,7 @@ def _picture(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> 
     return embedded(figure, alt)
 
 
-def _check(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> None:
+def _require_shapes(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> None:
     wanted = [len(names), len(tokens), len(tokens)]
     if list(attention.shape) != wanted or 0 in wanted:
         raise ValueError(

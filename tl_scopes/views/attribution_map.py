@@ -86,7 +86,7 @@ def live(prompt_map: "AttributionMap") -> LiveView | LiveViews:
 
 
 def _texts_card(prompt_map: "AttributionMap", *texts: Html) -> Html:
-    """The card of a live map that is no square: the tokens of each prediction, and what it explains."""
+    """The card of a live map that is not a square: the tokens of each prediction, and what it explains."""
     last = prompt_map.answers[-1]
     lines = [
         tag("div", "font-size:16px;line-height:2;margin-bottom:6px", text, attribution.next_token(answer))
@@ -115,7 +115,7 @@ def _framed(prompt_map: "AttributionMap", picture: Html, legend: str, width: str
         tag("div", SMALL, about),
         picture,
         tag("div", SMALL, legend),
-        notes=dict.fromkeys(note for answer in prompt_map for note in answer.notes),
+        notes=markup.distinct(note for answer in prompt_map for note in answer.notes),
         width=width,
     )
 

@@ -40,7 +40,7 @@ def _card(comparison: "Comparison", *texts: Html, colors: Colors = "root") -> Ht
     """The frame around the prompt, once for each answer."""
     answers = comparison.answers.values()
     places = dict.fromkeys(card.about(answer) for answer in answers)
-    notes = dict.fromkeys(note for answer in answers for note in answer.notes)
+    notes = markup.distinct(note for answer in answers for note in answer.notes)
     legend = f"colour: {COLORS[colors].format('score')}, each answer on its own scale"
     legend += "; vermilion: below zero" if any((answer.scores < 0).any() for answer in answers) else ""
     lines: list[Html] = []

@@ -16,7 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from tl_scopes.views import attribution_map
-from tl_scopes.views.markup import THEMES, Html, joined, tag, visible
+from tl_scopes.views.markup import THEMES, Html, distinct, joined, tag, visible
 from tl_scopes.views.palette import RAMPS, dark
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _map(one: "AttributionMap", size: int, said: bool) -> dict[str, Any]:
         if answer.target is not None:
             against = f" against {visible(answer.versus.text)}" if answer.versus is not None else ""
             explained[answer.position + said] = visible(answer.target.text) + against
-    notes = [f"Note: {note}" for note in dict.fromkeys(note for answer in one for note in answer.notes)]
+    notes = [f"Note: {note}" for note in distinct(note for answer in one for note in answer.notes)]
     notes += [f"Made with {last.provenance}"] if last.provenance is not None else []
     return {
         "scope": last.question,

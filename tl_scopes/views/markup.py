@@ -153,6 +153,14 @@ def page(title: str, *cards: str, footer: object = None) -> Html:
     return joined(Html("<!doctype html>\n"), tag("html", "", head, "\n", body, lang="en"), "\n")
 
 
+def distinct(notes: Iterable[str]) -> list[str]:
+    """Notes on many answers, of which those that differ in probabilities alone are shown once."""
+    found: dict[str, str] = {}
+    for note in notes:
+        found.setdefault(re.sub(r"p = [\d.e+-]+", "", note), note)
+    return list(found.values())
+
+
 def card(title: str, *parts: str, notes: Iterable[str] = (), width: str = "860px") -> Html:
     """The frame of every picture, with its own ground and text colours, for light and dark notebooks."""
     noted = [tag("div", SMALL, "Note: ", note) for note in notes]

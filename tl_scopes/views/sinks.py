@@ -70,7 +70,11 @@ def fragment(report: "SinkReport") -> Html:
     columns = ("layer", "head", "position", "token", "value norm", "attention")
     heading = f"Strongest sinks, {len(heads)} of {len(report.sink_heads)}"
     none = tag("div", f"{SMALL};margin-top:12px", f"no head has a sink above {report.threshold:.0%}")
-    about = f"{report.model} · {len(report.tokens)} tokens · predicts ", boxed(token.text), f" ({p:.0%})"
+    about = (
+        f"{report.model} · {len(report.tokens)} token{'s' * (len(report.tokens) > 1)} · predicts ",
+        boxed(token.text),
+        f" ({p:.0%})",
+    )
     return markup.card(
         "Attention sinks",
         tag("div", SMALL, *about),
