@@ -161,7 +161,7 @@ def attribute_corpus(
 def _about_errors(corpus: Corpus, failed: int) -> str:
     """How many prompts have no answer, and why the first has none."""
     id, error = next(iter(corpus.errors.items()))
-    first = f"the first, {models.shortened(id)}: {error if len(error) <= 400 else error[:399] + '…'}"
+    first = f"the first, {models.abridged(id)}: {error if len(error) <= 400 else error[:399] + '…'}"
     if failed < len(corpus):
         return f"{failed} of {len(corpus)} prompts have no answer, for the reasons in the column 'error'; {first}"
     none = "the only prompt has no answer" if failed == 1 else f"none of the {failed} prompts has an answer"
@@ -211,9 +211,9 @@ def _rows(source: Source, options: Options) -> Iterator[Row]:
             elif not row.asked.keys() & {"answer", "target"}:
                 why = "no answer or target that is compared with it: give these as well, or leave"
             if why is not None:
-                foil = models.shortened(row.asked["foil"])
+                foil = models.abridged(row.asked["foil"])
                 raise ValueError(
-                    f"the prompt {models.shortened(row.id)} has the foil {foil}, and {why} the column of foils out, "
+                    f"the prompt {models.abridged(row.id)} has the foil {foil}, and {why} the column of foils out, "
                     "columns={'foil': None}."
                 )
         yield row

@@ -15,7 +15,7 @@ from tl_scopes.diagnostics.sink_report import can_be_sinks, uniform_mass
 from tl_scopes.diagnostics.sinks import attention_mass
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.models.arguments import as_flag
-from tl_scopes.models.errors import first_sentence
+from tl_scopes.models.wording import first_sentence
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.scopes.scope import Scope, require_scope
 

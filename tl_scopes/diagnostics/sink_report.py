@@ -100,8 +100,8 @@ class SinkReport:
         where = f", at {named}{', ...' * (len(self.sinks) > 3)}" if named else ""
         return (
             f"SinkReport({self.model}: {heads} of {self._heads} heads have a sink above {self.threshold:.0%}{where}; "
-            f"uniform attention puts {self.uniform[0]:.0%} on the first of {len(self.tokens)} tokens, "
-            f"{len(self.answers)} scope{'s' * (len(self.answers) != 1)})"
+            f"uniform attention puts {self.uniform[0]:.0%} on the first of {models.counted(len(self.tokens), 'token')}, "
+            f"{models.counted(len(self.answers), 'scope')})"
         )
 
     # -- attention ----------------------------------------------------------------------------------------------------

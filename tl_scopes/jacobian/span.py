@@ -211,7 +211,7 @@ class Exchange:
     against: Target | None = None
     """Another answer to compare with."""
     parts: tuple[str, ...] = ()
-    """In a chat, whose words each token of the prompt is; empty for other prompts."""
+    """The part of a chat that each token of the prompt belongs to; empty for other prompts."""
     notes: tuple[str, ...] = ()
     """Sentences about prompt and answer that a reader of the scores should know."""
 
