@@ -112,7 +112,8 @@ def attribute_corpus(
             for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
             are not there; for a folder of another job, with other prompts, or with a part that was cut off or changed;
             for a model with hooks of yours; for a part_size or batch_size below 1. Where no prompt of a whole first
-            part has an answer, the first error; where there are fewer prompts, a warning says that none has one.
+            part has an answer, the first error is raised; where there are fewer prompts than a part, a warning says
+            that none of them has an answer, and why.
         ImportError: for engine="ray" without Ray. ValueError for another engine, for actors or num_gpus without Ray,
             for more actors or GPUs than Ray has, and for a model with Ray that is loaded already.
         RuntimeError: while another process writes into the folder.
@@ -166,8 +167,9 @@ def _about_errors(corpus: Corpus, failed: int) -> str:
         return f"{failed} of {len(corpus)} prompts have no answer, for the reasons in the column 'error'; {first}"
     none = "the only prompt has no answer" if failed == 1 else f"none of the {failed} prompts has an answer"
     return (
-        f"{none}, so that something will be wrong with the call, or with all prompts; {first} A prompt that has no "
-        f"answer is not tried again: mend it, and give another folder than {str(corpus.path)!r}, or delete that one."
+        f"{none}, so that something is probably wrong with the call, or with all prompts; {first} Another run does not "
+        f"try these prompts again: correct what is wrong, and give another folder than {str(corpus.path)!r}, or delete "
+        "that one."
     )
 
 

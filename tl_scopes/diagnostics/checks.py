@@ -60,8 +60,8 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
         repetition     Is the first token the target itself, earlier in the prompt, while the model answers something
                        else? Scopes put it first whether or not it was looked up. Look: if so.
         linearity      How far does the first order reach? The radius of 10% error along the steepest direction of the
-                       top 3 tokens, as a part of the distance to the nearest other token. A step of 1% of that way
-                       predicts it, and what is predicted is measured at its end. For a metric that is a vector there is
+                       top 3 tokens, as a part of the distance to the nearest other token. A step of 1% of that distance
+                       predicts the radius, and a second step of that radius tests it. A metric that is a vector gets
                        one step, towards that token. A few percent are usual, since scores are about small moves. Look:
                        below 1%.
         saturation     Has a confident prediction flattened the gradients? `LinearityReport.saturated`.

@@ -317,11 +317,8 @@ def linearize_answers(
         row += len(rows)
         notes = one.notes
         if trace.logits is not None:
-            notes += models.missing_space(model, one.prompt, trace.logits[rows[0]].detach(), one.answer, one.against)
-            if one.against is not None:
-                notes += models.missing_space(
-                    model, one.prompt, trace.logits[rows[0]].detach(), one.against, one.answer
-                )
+            compared = [target for target in (one.answer, one.against) if target is not None]
+            notes += models.missing_spaces(model, one.prompt, trace.logits[rows[0]].detach(), compared)
         spans.append(
             Span(
                 model=model,

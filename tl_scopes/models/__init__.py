@@ -38,7 +38,7 @@ from tl_scopes.models.prompts import (
 )
 from tl_scopes.models.provenance import Provenance
 from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph, rows_are_apart, unembedding
-from tl_scopes.models.spacing import MIND_THE_SPACE, missing_space
+from tl_scopes.models.spacing import MIND_THE_SPACE, missing_spaces
 from tl_scopes.models.state import ModelState
 from tl_scopes.models.supported import FOLDER_PREFIX, Model, architecture, autocast_of, model_name
 from tl_scopes.models.tokens import (
@@ -121,7 +121,7 @@ __all__ = [
     "load_hooked_llama",
     "masked_attention",
     "mean_embedding",
-    "missing_space",
+    "missing_spaces",
     "model_name",
     "output_size",
     "padding_token",

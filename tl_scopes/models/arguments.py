@@ -88,7 +88,7 @@ def as_number(value: Any, rule: str, fits: Callable[[float], bool] = lambda numb
         try:
             number = float(value)
         except OverflowError as error:
-            raise ValueError(f"{rule}, and this number is too large for a float.") from error
+            raise ValueError(f"{rule}, got a number too large for a float.") from error
         except (TypeError, ValueError, RuntimeError):  # several numbers, or one without a value
             pass
         else:

@@ -27,5 +27,5 @@ def abridged(value: Any, most: int = 80) -> str:
 
 
 def first_sentence(error: Exception) -> str:
-    """The message of an error up to its first full stop, on one line and without the stop; its type where it is empty."""
+    """The message of an error up to its first full stop, on one line and without it; its type where it is empty."""
     return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__

@@ -95,10 +95,10 @@ class TargetScope(Scope):
         return target, versus
 
     def _remedy(self, lin: Linearization) -> str:
-        """What to do where both are the same."""
+        """What to do where target and `versus` are the same."""
         if self.target is not None or isinstance(lin, Span):
             return "Name another token to compare with."
-        return "It is what the model finds likeliest here: name another to compare with, or a target."
+        return "The target is what the model predicts here: name another token to compare with, or a target."
 
     def function(self, lin: Linearization) -> Callable[[Tensor], Tensor]:
         """The quantity explained, as a function of the logits [vocab], or of those of all predictions [row vocab]."""
@@ -152,7 +152,7 @@ class TargetScope(Scope):
         return True
 
     def depends_on_mean_logit(self, lin: Linearization) -> bool:
-        """Whether the question is about a single logit: a difference of logits and a log-probability do not depend."""
+        """A single logit does; a difference of logits and a log-probability do not."""
         against = lin.against if isinstance(lin, Span) else None
         return self.quantity_of(lin) == "logit" and self.versus is None and against is None
 
