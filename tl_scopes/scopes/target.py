@@ -61,7 +61,7 @@ class TargetScope(Scope):
         """The target, by default the answer linearised, or else the most likely token; and what it is compared with.
 
         Raises:
-            ValueError: for an unknown token, and for `versus` equal to the target or, of two sets, sharing a token.
+            ValueError: for an unknown token, and for a `versus` that is the target or shares one of its tokens.
         """
         lin.require_readout()
         target, versus = self.named_targets(lin.model, lin.vocab)
@@ -75,15 +75,18 @@ class TargetScope(Scope):
                         f"{one.text!r} is {len(one)} tokens, which are predicted at several positions, and this "
                         "linearisation is of one prediction: linearise with answer=, or call attribute."
                     )
-        if versus is not None and set(target.ids) & set(versus.ids) and not (target.is_span or versus.is_span):
-            same = next(token for token in target.tokens if token in versus.tokens)
-            raise ValueError(
-                f"target and versus are the same token, {same.text!r}: their difference is zero. {self._remedy(lin)}"
-            )
         if target == versus:
+            noun = "token" if len(target) == 1 else "tokens"
             raise ValueError(
-                f"target and versus are the same tokens, {target.text!r}: their difference is zero. {self._remedy(lin)}"
+                f"target and versus are the same {noun}, {target.text!r}: their difference is zero. {self._remedy(lin)}"
             )
+        if versus is not None and not (target.is_span or versus.is_span):
+            for token in target.tokens:
+                if token in versus.tokens:
+                    raise ValueError(
+                        f"target and versus share the token {token.text!r}, which would speak for both: leave it "
+                        "out of one of them."
+                    )
         if self.quantity == "logit" and (target.is_span or (versus is not None and versus.is_span)):
             longer = target if target.is_span else versus
             assert longer is not None
