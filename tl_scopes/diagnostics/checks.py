@@ -340,7 +340,7 @@ def _leave_one_out(one: Evidence) -> Finding:
     count, tokens = effects.top, len(effects.positions)
     more = [int((values[:count] > values[count:].median()).sum()) for values in known]
     ranks = [1 + int((values > values[0]).sum()) for values in known]
-    # By chance the one is so in half of all cases, the other in two thirds.
+    # By chance the first condition holds in half of all cases, the second in two thirds.
     looked = 2 * more[0] <= count or 3 * ranks[0] > tokens + 2
 
     def said(numbers: Sequence[object]) -> str:
