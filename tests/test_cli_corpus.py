@@ -71,9 +71,9 @@ def test_a_corpus_without_any_answer_fails(prompts: Path, tmp_path: Path) -> Non
     """Its rows keep their errors, and the warning says what to do."""
     given = ["--out", tmp_path / "out", "--column", "prompt=question", "--target", "id:99999"]
     message = (
-        r"none of the 3 prompts has an answer, so that something will be wrong with the call, or with all prompts; the "
-        r"first, 'p0': target 99999 is outside .* A prompt that has no answer is not tried again: mend it, and give "
-        r"another folder than '.*out', or delete that one"
+        r"none of the 3 prompts has an answer, so that something is probably wrong with the call, or with all prompts; "
+        r"the first, 'p0': target 99999 is outside .* Another run does not try these prompts again: correct what is "
+        r"wrong, and give another folder than '.*out', or delete that one"
     )
     with pytest.warns(UserWarning, match=message):
         result = run(prompts, *given)
@@ -93,7 +93,7 @@ def test_long_lists_are_shortened_in_errors(tmp_path: Path) -> None:
 
 
 def test_warnings_are_lines_for_who_types_a_command(tmp_path: Path) -> None:
-    """Without the place in the code, which is not theirs."""
+    """They do not show the place in the code: the code is not the user's."""
     code = "import sys; sys.argv[0] = 'tl-scopes'; from tl_scopes.__main__ import main; main()"
     args = ["The keys to the old cabinet near the door", "--target", "is", "--json", str(tmp_path / "answer.json")]
     ran = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)

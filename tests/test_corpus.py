@@ -357,7 +357,7 @@ def test_all_sources_are_one(tiny: Any, out: Path, tmp_path: Path, source: Calla
     assert found.str_tokens == same.str_tokens
     with pytest.raises(KeyError, match="there is no prompt with the id 'p9'"):
         corpus["p9"]
-    with pytest.raises(KeyError, match="there is no prompt with the id 9 in .*: its ids are of the kind of 'p0'"):
+    with pytest.raises(KeyError, match="there is no prompt with the id 9 in .*: ids there are strs, such as 'p0'"):
         corpus[9]
 
 

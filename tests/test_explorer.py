@@ -187,7 +187,7 @@ def test_layers_under_other_rules(tiny: Any) -> None:
     with pytest.warns(
         UserWarning,
         match=r"carried splits the scores of SemanticScope.* under linear rules, and the page "
-        r"shows those of SemanticScope\(.*'\): linearise for carried_by with rules=None, as the page",
+        r"shows those of SemanticScope\(.*'\): linearise for carried_by with rules=None, as the maps are",
     ):
         tls.explore(tiny, PROMPT, scope, carried=carried)
     tls.explore(tiny, PROMPT, scope, carried=carried, rules="linear")

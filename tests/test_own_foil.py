@@ -62,7 +62,9 @@ def test_where_no_row_is_left(tiny: Any) -> None:
     for ask in (tls.attribute, tls.attribution_map):
         with pytest.raises(ValueError, match="same token, ' is': their difference is zero. Name another token to comp"):
             ask(tiny, PROMPT, tls.SemanticScope(" is", versus=" is"))
-    likeliest = "same token, ' are': their difference is zero. It is what the model finds likeliest here: name another"
+    likeliest = (
+        "same token, ' are': their difference is zero. The target is what the model predicts here: name another token"
+    )
     with pytest.raises(ValueError, match=likeliest):
         tls.attribute(tiny, PROMPT, tls.SemanticScope(versus=" are"))
     with pytest.raises(ValueError, match="same token, ' keys': their difference is zero"):

@@ -108,7 +108,7 @@ def test_the_next_token_of_a_text_is_what_it_is(tiny: Any) -> None:
 
 
 def test_a_map_says_it_once(tiny: Any) -> None:
-    with pytest.warns(UserWarning, match=r"far likelier here than .* So it is with \d+ of 10 predictions"):
+    with pytest.warns(UserWarning, match=r"far likelier here than .* \d+ of 10 predictions have such a note"):
         found = tls.attribution_map(tiny, PROMPT, tls.SemanticScope(versus="is"))
     assert sum(map(len, map(about_spaces, found))) > 1
     assert found.to_html().count("mind the space") == 1

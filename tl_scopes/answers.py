@@ -94,7 +94,7 @@ class AnswerMap:
         """A map with no model to ask again, of the Attribution and the text of each token of an answer.
 
         Raises:
-            ValueError: for no answers.
+            ValueError: where there are no answers.
         """
         if not answers:
             raise ValueError("an answer map has a row for each token of the answer, got none: give one at least.")

@@ -1,4 +1,4 @@
-"""Means over prompts with the intervals in which they would be for other prompts.
+"""Means over prompts, with bootstrap confidence intervals.
 
 This is a file of its own since circuits and the evaluation of scopes both need it, and neither may import the other.
 """
@@ -11,9 +11,15 @@ from torch import Tensor
 def bootstrap(
     values: Float[Tensor, "prompt column"], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
 ) -> tuple[Float[Tensor, " column"], Float[Tensor, " column"], Float[Tensor, " column"], Int[Tensor, " column"]]:
-    """The mean of each column, the two ends of its percentile bootstrap interval, and how many prompts they are from.
+    """The mean of each column, the two ends of its percentile bootstrap interval, and how many prompts it is over.
 
     All columns share the resampled prompts. NaN and infinity count as missing.
+
+    Args:
+        values: a row for each prompt.
+        confidence: how often the interval should hold the mean over all prompts of the kind, between 0 and 1.
+        resamples: how many times as many prompts are drawn, with replacement.
+        seed: of the draws.
 
     Source: Efron & Tibshirani 1993, chapter 13.
     """

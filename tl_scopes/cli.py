@@ -288,7 +288,7 @@ def main(
 
 
 def loader(model: str | None, device: str | None, dtype: str) -> Callable[[], Any]:
-    """What loads the model of this name, or the one that comes with the package."""
+    """A function that loads the model of this name, or the one that comes with the package where there is no name."""
     import torch
 
     import tl_scopes as tls
@@ -340,7 +340,7 @@ def exits(code: int, *kinds: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Inside, a warning is a line on stderr for who types a command, without a place in the code."""
+    """Inside, a warning is one line on stderr, without the place in the code: the code is not the user's."""
 
     def line(message: Warning | str, category: type[Warning], *place: Any) -> str:
         return f"warning: {message}\n" if issubclass(category, UserWarning) else before(message, category, *place)
@@ -356,7 +356,7 @@ def as_chat(text: str) -> list[dict[str, str]]:
     """What a user says to a chat model.
 
     Raises:
-        ValueError: where that is nothing.
+        ValueError: for a text that is empty, or only white space.
     """
     if not text.strip():
         raise ValueError("the prompt is empty: give at least one character.")

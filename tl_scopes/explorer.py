@@ -64,11 +64,11 @@ class Explorer:
                     "not begin: linearise the same prompt."
                 )
             shown = [one.answers[-1] for one in self.maps]
-            # A scope with rules of its own is called by them, and its answers say no others.
+            # An UnderRulesScope is written with its rules, which `rules` of its answers do not repeat.
             if not any(one.rules == self.carried.rules or "UnderRulesScope" in one.scope for one in shown):
                 warnings.warn(
                     f"carried splits the scores of {self.carried.question}, and the page shows those of "
-                    f"{shown[0].question}: linearise for carried_by with rules={shown[0].rules!r}, as the page.",
+                    f"{shown[0].question}: linearise for carried_by with rules={shown[0].rules!r}, as the maps are.",
                     stacklevel=3,
                 )
         cells = sum(len(answer.scores) for one in self.maps for answer in one)
@@ -132,8 +132,8 @@ def explore(
         answer: text, token ids, or what `generate` returned: what was said after the prompt. Then only the tokens of
             the answer are explained, as in `answer_map`, each from the prompt and the answer before it.
         carried: what `carried_by(lin, scope, by="position")` returned for this prompt: then a slider shows at which
-            positions the influence of a token stands before each layer. A warning says so where it was made under other
-            rules than the maps.
+            positions the influence of a token stands before each layer. There is a warning where it was made under
+            other rules than the maps.
         target, wrt, of, prepend_bos, checkpoint, rules: as in `attribution_map`.
 
     Cost: for each scope that of `attribution_map`, or of `answer_map`, with one forward pass. A `FisherScope()` goes

@@ -5,8 +5,8 @@ and nothing is kept between requests, so that a framework would add a dependency
 brings thirty packages, a build of a front end, and by default a call home) and no feature that is used here. What
 `http.server` leaves to its users is done below and tested: an address must be asked for by a name of this computer, so
 that no web site can reach the server by pointing a name of its own at it; a request that another site makes is refused;
-requests are bounded in size and time; there is one path, which reads no files and runs no code that was sent; and where
-the browser no longer waits, its tab closed or its page left, the model stops, and is free for the next prompt.
+requests are bounded in size and time; there is one path, which reads no files and runs no code that was sent; and the
+model stops when the browser no longer waits for it, so that it is free for the next prompt.
 """
 
 import ipaddress
@@ -35,14 +35,14 @@ PATIENCE = 30.0
 
 
 class Gone(BaseException):
-    """Nobody waits for the answer any more. Like an interrupt it passes by whoever catches each Exception."""
+    """Nobody waits for the answer any more. Like an interrupt it is not an Exception, so that it is rarely caught."""
 
 
 class WhileWaitedFor(TorchFunctionMode):
-    """Inside, this thread stops computing soon after nobody waits for it any more.
+    """Inside, this thread stops computing soon after nobody waits for its answer any more.
 
-    It looks a few times a second, and before the large operations alone, of which a model takes hundreds a pass:
-    whatever sets a model right again after use does none of them, and is not stopped.
+    It asks whether anybody does a few times a second, and only before large operations, of which a forward pass has
+    hundreds. Code that puts a model back as it was has none of them, so that it is never cut off.
 
     Args:
         is_gone: says whether nobody waits.
@@ -55,7 +55,7 @@ class WhileWaitedFor(TorchFunctionMode):
         {torch.nn.functional.linear, torch.nn.functional.softmax, torch.matmul, torch.einsum, torch.autograd.grad}
     )
     EVERY = 0.2
-    """After so many seconds it looks again."""
+    """How many seconds pass before it asks again."""
 
     def __init__(self, is_gone: Callable[[], bool]) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ The benchmarks are run on demand, never by a plain `pytest`:
     python -m tests.benchmarks.report costs.json  # the table of docs/costs.md, and demos/cost.png
 
     python -m tests.benchmarks.by_hand [FOLDER]  # Semantic Scope beside the same gradient written by hand
+    python -m tests.benchmarks.passes FOLDER --into docs/costs.md  # what a question costs in forward passes
     python -m tests.benchmarks.gpu --into FOLDER  # where there is a GPU; at most 8 minutes
     python -m tests.benchmarks.throughput FOLDER  # prompts a second in batches, beside captum and inseq
     python -m tests.benchmarks.precision FOLDER --into docs/costs.md  # bfloat16 and float16 against float32

@@ -87,13 +87,11 @@ class PromptPair:
                 f"{[a[i] for i in self.differing]!r}, does not matter to it."
             )
         run = self._runs[0]
-        for given, one, other in (
-            (self.answer, run.target, run.versus),
-            (self.wrong, run.versus, run.target),
-        ):
-            if isinstance(given, str) and one is not None:
-                for note in models.missing_space(self.model, run.tokens, run.logits, one, other):
-                    warnings.warn(f"{note}.", stacklevel=3)
+        targets = [(self.answer, run.target), (self.wrong, run.versus)]
+        compared = [target for _, target in targets if target is not None]
+        as_text = [target for given, target in targets if target is not None and isinstance(given, str)]
+        for note in models.missing_spaces(self.model, run.tokens, run.logits, as_text, compared):
+            warnings.warn(f"{note}.", stacklevel=3)
 
     def __repr__(self) -> str:
         ours, theirs = (run.str_tokens for run in self._runs)

@@ -112,7 +112,8 @@ def attribute_corpus(
             for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
             are not there; for a folder of another job, with other prompts, or with a part that was cut off or changed;
             for a model with hooks of yours; for a part_size or batch_size below 1. Where no prompt of a whole first
-            part has an answer, the first error; where there are fewer prompts, a warning says that none has one.
+            part has an answer, the first error is raised; where there are fewer prompts than a part, a warning says
+            that none of them has an answer, and why.
         ImportError: for engine="ray" without Ray. ValueError for another engine, for actors or num_gpus without Ray,
             for more actors or GPUs than Ray has, and for a model with Ray that is loaded already.
         RuntimeError: while another process writes into the folder.
@@ -161,13 +162,14 @@ def attribute_corpus(
 def _about_errors(corpus: Corpus, failed: int) -> str:
     """How many prompts have no answer, and why the first has none."""
     id, error = next(iter(corpus.errors.items()))
-    first = f"the first, {models.shortened(id)}: {error if len(error) <= 400 else error[:399] + '…'}"
+    first = f"the first, {models.abridged(id)}: {error if len(error) <= 400 else error[:399] + '…'}"
     if failed < len(corpus):
         return f"{failed} of {len(corpus)} prompts have no answer, for the reasons in the column 'error'; {first}"
     none = "the only prompt has no answer" if failed == 1 else f"none of the {failed} prompts has an answer"
     return (
-        f"{none}, so that something will be wrong with the call, or with all prompts; {first} A prompt that has no "
-        f"answer is not tried again: mend it, and give another folder than {str(corpus.path)!r}, or delete that one."
+        f"{none}, so that something is probably wrong with the call, or with all prompts; {first} Another run does not "
+        f"try these prompts again: correct what is wrong, and give another folder than {str(corpus.path)!r}, or delete "
+        "that one."
     )
 
 
@@ -211,9 +213,9 @@ def _rows(source: Source, options: Options) -> Iterator[Row]:
             elif not row.asked.keys() & {"answer", "target"}:
                 why = "no answer or target that is compared with it: give these as well, or leave"
             if why is not None:
-                foil = models.shortened(row.asked["foil"])
+                foil = models.abridged(row.asked["foil"])
                 raise ValueError(
-                    f"the prompt {models.shortened(row.id)} has the foil {foil}, and {why} the column of foils out, "
+                    f"the prompt {models.abridged(row.id)} has the foil {foil}, and {why} the column of foils out, "
                     "columns={'foil': None}."
                 )
         yield row

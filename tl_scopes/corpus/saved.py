@@ -85,9 +85,9 @@ class Corpus:
             if id in ids:
                 ((_, answer),) = answers_of(table.slice(ids.index(id), ids.count(id)))
                 return answer
-        ids = next(iter(self.items()), (None,))[0]
-        kind = f": its ids are of the kind of {ids!r}" if ids is not None and type(ids) is not type(id) else ""
-        raise KeyError(f"there is no prompt with the id {id!r} in {str(self.path)!r}{kind}.")
+        first = next(iter(self.items()), (id,))[0]
+        told = "" if type(first) is type(id) else f": ids there are {type(first).__name__}s, such as {first!r}"
+        raise KeyError(f"there is no prompt with the id {id!r} in {str(self.path)!r}{told}.")
 
     def items(self) -> Iterator[tuple[int | str, Found | None]]:
         """Each id with its answer, in the order of the prompts."""

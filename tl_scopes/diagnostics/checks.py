@@ -15,7 +15,7 @@ from tl_scopes.diagnostics.sink_report import can_be_sinks, uniform_mass
 from tl_scopes.diagnostics.sinks import attention_mass
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.models.arguments import as_flag
-from tl_scopes.models.errors import first_sentence
+from tl_scopes.models.wording import first_sentence
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.scopes.scope import Scope, require_scope
 
@@ -60,8 +60,8 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
         repetition     Is the first token the target itself, earlier in the prompt, while the model answers something
                        else? Scopes put it first whether or not it was looked up. Look: if so.
         linearity      How far does the first order reach? The radius of 10% error along the steepest direction of the
-                       top 3 tokens, as a part of the distance to the nearest other token. A step of 1% of that way
-                       predicts it, and what is predicted is measured at its end. For a metric that is a vector there is
+                       top 3 tokens, as a part of the distance to the nearest other token. A step of 1% of that distance
+                       predicts the radius, and a second step of that radius tests it. A metric that is a vector gets
                        one step, towards that token. A few percent are usual, since scores are about small moves. Look:
                        below 1%.
         saturation     Has a confident prediction flattened the gradients? `LinearityReport.saturated`.
@@ -340,7 +340,7 @@ def _leave_one_out(one: Evidence) -> Finding:
     count, tokens = effects.top, len(effects.positions)
     more = [int((values[:count] > values[count:].median()).sum()) for values in known]
     ranks = [1 + int((values > values[0]).sum()) for values in known]
-    # By chance the one is so in half of all cases, the other in two thirds.
+    # By chance the first condition holds in half of all cases, the second in two thirds.
     looked = 2 * more[0] <= count or 3 * ranks[0] > tokens + 2
 
     def said(numbers: Sequence[object]) -> str:

@@ -23,14 +23,15 @@ from tl_scopes.scopes.scope import Scope
 TOLERANCE = 0.1
 """The relative error that is still called linear, as in `linearity`."""
 _TOP = 3
-"""How many of the top tokens are replaced, and at how many of them the first order is followed. On 40 natural prompts
-of SmolLM2-135M three tokens and three others tell Semantic Scope from random scores as well as five and five do: by KL
-65% and 66% of its answers are fine, and a quarter of random ones."""
+"""How many of the top tokens are replaced, and at how many of them the first order is followed. Three and three others
+tell Semantic Scope from random scores as well as five and five do: on 40 natural prompts of SmolLM2-135M 65% and 66% of
+its answers are fine by KL, and a quarter of random scores."""
 _STEP = 0.01
-"""The first step towards the nearest other token, as a part of the way: where `REACH` of the checks asks."""
+"""The length of the step that predicts the radius, as a part of the distance to the nearest other token. It is as long
+as `REACH` of the checks, where the verdict is decided."""
 _VISIBLE, _NOISE = 32, 4
-"""In units of `LocalMetric.rounding_unit`: what an error of 10% has to be, lest rounding hide it, and what is rounding
-alone."""
+"""In units of `LocalMetric.rounding_unit`: how large 10% of the first-order change has to be for the step to be used at
+all, and up to what size an error at its end counts as rounding alone."""
 _PROBES = 2
 """The probes for the norm of a vector metric's Jacobian. It has only to be told from one ten times as large."""
 
@@ -77,8 +78,9 @@ class Evidence:
     ) -> None:
         self.lin, self.scope, self.thorough = lin, scope, thorough
         self.scores = answer.scores
-        self.answer = answer = answer.without(without) if without else answer
-        self.shares = dict(zip(answer.positions, answer.share.tolist(), strict=True))
+        """Those of all tokens, also of the ones that are set aside."""
+        self.answer = answer.without(without) if without else answer
+        self.shares = dict(zip(self.answer.positions, self.answer.share.tolist(), strict=True))
         self.random = prompt_generator(lin, "check")
 
     def named(self, positions: Sequence[int]) -> str:
@@ -182,9 +184,9 @@ class Evidence:
     def reach(self) -> Reach:
         """How far the first order holds at the first tokens.
 
-        A thorough check measures it. Else the change along a short step in the steepest direction predicts it, or the
-        curvature there, where rounding hides that change. A vector metric is followed along one step towards the
-        nearest token.
+        A thorough check measures it. Otherwise it is predicted by how far the metric departs from the first order at a
+        short step in the steepest direction, or by the curvature at the prompt where rounding would hide that. A vector
+        metric is followed along one step towards the nearest token.
 
         Raises:
             NoSecondDerivativeError: for a vector metric under an attention kernel that has no double backward.

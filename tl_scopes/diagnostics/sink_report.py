@@ -98,10 +98,11 @@ class SinkReport:
     def __repr__(self) -> str:
         heads, named = self._having_sinks(), ", ".join(repr(self.str_tokens[i]) for i in self.sinks[:3])
         where = f", at {named}{', ...' * (len(self.sinks) > 3)}" if named else ""
+        tokens = models.counted(len(self.tokens), "token")
         return (
             f"SinkReport({self.model}: {heads} of {self._heads} heads have a sink above {self.threshold:.0%}{where}; "
-            f"uniform attention puts {self.uniform[0]:.0%} on the first of {len(self.tokens)} tokens, "
-            f"{len(self.answers)} scope{'s' * (len(self.answers) != 1)})"
+            f"uniform attention puts {self.uniform[0]:.0%} on the first of {tokens}, "
+            f"{models.counted(len(self.answers), 'scope')})"
         )
 
     # -- attention ----------------------------------------------------------------------------------------------------

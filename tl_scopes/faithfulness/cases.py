@@ -103,7 +103,7 @@ def one_per_prompt(
 def _require_length(tokens: int, perturbation: Perturbation) -> None:
     least = min(perturbation.fractions)
     if tokens < 2:
-        raise ValueError(f"the prompt has {tokens} token{'s' * (tokens != 1)} to rank: it takes at least two.")
+        raise ValueError(f"the prompt has {models.counted(tokens, 'token')} to rank: it takes at least two.")
     if count(least, tokens) < 1:
         larger = replace(perturbation, fractions=(max(0.2, round(0.5 / tokens, 2)), 0.5))
         raise ValueError(

@@ -39,11 +39,11 @@ class Linearization:
     trace: Trace
     """The forward pass: of this prompt alone, or shared with other prompts or positions."""
     row: int = 0
-    """Which of the rows that the forward pass reads is this prediction."""
+    """The row of this prediction among those that the forward pass reads."""
     notes: tuple[str, ...] = ()
     """Sentences about the prompt that a reader of the scores should know: that it begins with two BOS tokens, say."""
     parts: tuple[str, ...] = ()
-    """In a chat, whose words each token is, "user" say, or "template"; empty for other prompts."""
+    """The part of a chat that each token belongs to, "user" say, or "template"; empty for other prompts."""
 
     def __repr__(self) -> str:
         return (

@@ -117,13 +117,15 @@ class LocalMetric:
         Cost: one forward pass per direction and size, and one for q(x).
         """
         x, steps, found = self.lin.embeddings, sizes.expand(len(rays), -1), []
-        origin = None
+        origin: Tensor | None = None
         for some in torch.arange(steps.numel(), device=x.device).split(self.batch):
             ray, step = some // steps.shape[1], steps.flatten()[some][:, None]
             moved = x + step[..., None].to(x) * rays.dense(ray)
-            if origin is None:  # it goes with the first ones, which is cheaper than by itself
-                origin, *first = self.values(torch.cat([x[None], moved]))
-                values = torch.stack(first)
+            if (
+                origin is None
+            ):  # q(x) goes through the model with the first points, which costs less than a pass of its own
+                values = self.values(torch.cat([x[None], moved]))
+                origin, values = values[:1], values[1:]
             else:
                 values = self.values(moved)
             found.append((values - origin - step * slopes[ray]).norm(dim=-1))
@@ -148,7 +150,12 @@ class LocalMetric:
 
     @property
     def rounding_unit(self) -> float:
-        """The machine's epsilon of the largest number that a q that is a number reads, times q's slope there."""
+        """About how far q moves when one of the numbers that it reads is rounded, for a q that is a number:
+
+            ε · max(|y|, |z|) · ‖∂q/∂(y, z)‖
+
+        with the readout y, its logits z and the machine's epsilon ε. Of the slope the next lower power of two is taken.
+        """
         lin = self.lin
         read = [lin.readout, *([] if lin.trace.logits is None else [lin.logits])]
         largest = max(float(values[values.isfinite()].abs().max()) for values in read)

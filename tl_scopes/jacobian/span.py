@@ -211,7 +211,7 @@ class Exchange:
     against: Target | None = None
     """Another answer to compare with."""
     parts: tuple[str, ...] = ()
-    """In a chat, whose words each token of the prompt is; empty for other prompts."""
+    """The part of a chat that each token of the prompt belongs to; empty for other prompts."""
     notes: tuple[str, ...] = ()
     """Sentences about prompt and answer that a reader of the scores should know."""
 
@@ -317,11 +317,8 @@ def linearize_answers(
         row += len(rows)
         notes = one.notes
         if trace.logits is not None:
-            notes += models.missing_space(model, one.prompt, trace.logits[rows[0]].detach(), one.answer, one.against)
-            if one.against is not None:
-                notes += models.missing_space(
-                    model, one.prompt, trace.logits[rows[0]].detach(), one.against, one.answer
-                )
+            compared = [target for target in (one.answer, one.against) if target is not None]
+            notes += models.missing_spaces(model, one.prompt, trace.logits[rows[0]].detach(), compared)
         spans.append(
             Span(
                 model=model,

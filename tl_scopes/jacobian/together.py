@@ -14,7 +14,7 @@ from tl_scopes.jacobian.linearization import Linearization
 def vjps(
     lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
 ) -> list[Float[Tensor, "_ _ d_model"]]:
-    """`Linearization.vjp` [probe token d_model] for the cotangents [probe d_of] of each of them."""
+    """`Linearization.vjp` [probe token d_model] of several linearisations, each with cotangents of its own."""
     one = lins[0]
     return pullback.vjps(one.model, one.trace, one.wrt, [lin.ends for lin in lins], cotangents)
 
@@ -22,7 +22,7 @@ def vjps(
 def squared_norms(
     lins: Sequence[Linearization], cotangents: Sequence[Float[Tensor, "_ d_of"]]
 ) -> list[Float[Tensor, "_ _"]]:
-    """`Linearization.squared_norms` [probe token] for the cotangents [probe d_of] of each of them."""
+    """`Linearization.squared_norms` [probe token] of several linearisations, each with cotangents of its own."""
     one = lins[0]
     return pullback.squared_norms(one.model, one.trace, one.wrt, [lin.ends for lin in lins], cotangents)
 
@@ -30,7 +30,9 @@ def squared_norms(
 def jvps(
     lins: Sequence[Linearization], tangents: Sequence[Float[Tensor, "_ _ d_model"]]
 ) -> list[Float[Tensor, "_ d_of"]]:
-    """`Linearization.jvp` [probe d_of] for the tangents of each of them, which are of different prompts of a batch.
+    """`Linearization.jvp` [probe d_of] of several linearisations, each with tangents [probe token d_model] of its own.
+
+    They are of different prompts of a batch.
 
     Raises:
         NoSecondDerivativeError: under an attention kernel that has no double backward.

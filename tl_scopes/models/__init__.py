@@ -4,7 +4,7 @@ Everything that depends on the kind of model stands in this folder. The rest of 
 tensors that `trace` returns.
 """
 
-from tl_scopes.models.arguments import as_count, as_int, as_number, as_position, counted, shortened
+from tl_scopes.models.arguments import as_count, as_int, as_number, as_position
 from tl_scopes.models.attention import AttentionLayer, attention_layers
 from tl_scopes.models.causality import check_model
 from tl_scopes.models.components import Component, Part, absent, components
@@ -38,9 +38,9 @@ from tl_scopes.models.prompts import (
 )
 from tl_scopes.models.provenance import Provenance
 from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph, rows_are_apart, unembedding
-from tl_scopes.models.spacing import MIND_THE_SPACE, missing_space
+from tl_scopes.models.spacing import MIND_THE_SPACE, missing_spaces
 from tl_scopes.models.state import ModelState
-from tl_scopes.models.supported import FOLDER, Model, architecture, autocast_of, model_name
+from tl_scopes.models.supported import FOLDER_PREFIX, Model, architecture, autocast_of, model_name
 from tl_scopes.models.tokens import (
     Target,
     Token,
@@ -59,10 +59,11 @@ from tl_scopes.models.tokens import (
     vocabulary_size,
 )
 from tl_scopes.models.weights import exchanged_weights, fingerprint, in_last_blocks, learned, shuffled_weights
+from tl_scopes.models.wording import abridged, counted
 
 __all__ = [
     "EMBEDDING",
-    "FOLDER",
+    "FOLDER_PREFIX",
     "MIND_THE_SPACE",
     "READOUT",
     "Answer",
@@ -83,6 +84,7 @@ __all__ = [
     "Token",
     "Trace",
     "Work",
+    "abridged",
     "absent",
     "activation_patching",
     "architecture",
@@ -119,7 +121,7 @@ __all__ = [
     "load_hooked_llama",
     "masked_attention",
     "mean_embedding",
-    "missing_space",
+    "missing_spaces",
     "model_name",
     "output_size",
     "padding_token",
@@ -133,7 +135,6 @@ __all__ = [
     "readable",
     "readout_graph",
     "rows_are_apart",
-    "shortened",
     "shuffled_weights",
     "spacing_hint",
     "starts_with_bos",

@@ -1,6 +1,6 @@
 """Numbers, flags and positions that a user gives: turned into Python's own, or refused with the rule and the value.
 
-What is of another kind is a TypeError, what is of the right kind and does not fit a ValueError.
+A value of the wrong kind is a TypeError. One of the right kind that does not fit the rule is a ValueError.
 """
 
 import operator
@@ -10,6 +10,8 @@ from typing import Any, SupportsFloat
 
 import numpy as np
 import torch
+
+from tl_scopes.models.wording import counted
 
 
 def as_int(value: Any, rule: str) -> int:
@@ -35,22 +37,6 @@ def as_count(value: Any, rule: str, least: int = 1) -> int:
     if count < least:
         raise ValueError(f"{rule}, got {value!r}.")
     return count
-
-
-def counted(number: int, noun: str) -> str:
-    """How many there are, as English says it: "1 token", "2 tokens"."""
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def shortened(value: Any, most: int = 80) -> str:
-    """A value as an error shows it: of a long list its first entries and how many there are, of a long text the
-    beginning."""
-    if isinstance(value, list | tuple) and len(value) > 8:
-        first = ", ".join(map(repr, value[:5]))
-        return f"[{first}, … {len(value)} in all]"
-    shown = value if isinstance(value, str) else repr(value)
-    shown = shown if len(shown) <= most else shown[: most - 1] + "…"
-    return repr(shown) if isinstance(value, str) else shown
 
 
 def as_position(value: Any, tokens: int, what: str = "position") -> int:
@@ -102,7 +88,7 @@ def as_number(value: Any, rule: str, fits: Callable[[float], bool] = lambda numb
         try:
             number = float(value)
         except OverflowError as error:
-            raise ValueError(f"{rule}, and this number is too large for a float.") from error
+            raise ValueError(f"{rule}, got a number too large for a float.") from error
         except (TypeError, ValueError, RuntimeError):  # several numbers, or one without a value
             pass
         else:

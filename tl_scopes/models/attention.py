@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_scopes.models.arguments import counted
 from tl_scopes.models.hooks import READOUT, StopForward, attached, hook_point, hook_points
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.precision import sum_dtype
 from tl_scopes.models.supported import Model, architecture, attention_kernel
 from tl_scopes.models.threads import one_at_a_time
+from tl_scopes.models.wording import counted
 
 
 @dataclass(frozen=True, eq=False, repr=False)

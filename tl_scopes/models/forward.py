@@ -319,7 +319,10 @@ def as_places(tokens: Tensor, places: Sequence[tuple[int, int]] | None) -> tuple
         ValueError: for no prompts, and prompts without tokens.
     """
     if not tokens.numel():
-        raise ValueError(f"there is nothing to run the model on: the ids have the shape {list(tokens.shape)}.")
+        raise ValueError(
+            f"there is nothing to run the model on: the ids have the shape {list(tokens.shape)}. Give one prompt at "
+            "least, with one token at least."
+        )
     return tuple(places or ((entry, tokens.shape[1] - 1) for entry in range(len(tokens))))
 
 

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_scopes.models.arguments import counted
 from tl_scopes.models.hooks import user_hooks
 from tl_scopes.models.supported import Model
 from tl_scopes.models.tokens import context_length, readable, special_id, token_text
+from tl_scopes.models.wording import counted
 
 
 @dataclass(frozen=True, eq=False, repr=False)

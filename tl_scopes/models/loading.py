@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tl_scopes.models.errors import first_sentence
 from tl_scopes.models.supported import Model
+from tl_scopes.models.wording import first_sentence
 
 
 def load(

@@ -40,7 +40,7 @@ class ReadPrompt(NamedTuple):
     notes: tuple[str, ...]
     """Sentences about it that a reader of the scores should know."""
     parts: tuple[str, ...] = ()
-    """In a chat, whose words each token is, "user" say, or "template" for what the chat's template puts around them."""
+    """The part of a chat that each token belongs to: "user" say, or "template" for what stands around the messages."""
 
     def up_to(self, position: SupportsIndex) -> "ReadPrompt":
         """The prompt as far as a position, whose token is its last one.
@@ -48,8 +48,8 @@ class ReadPrompt(NamedTuple):
         Raises: as `as_position` does.
         """
         length = as_position(position, len(self.tokens)) + 1
-        whole = length == len(self.tokens)
-        notes = tuple(note for note in self.notes if whole or not note.endswith(MIND_THE_SPACE))  # at the end
+        whole = length == len(self.tokens)  # a space at the end is noted where the end is read
+        notes = tuple(note for note in self.notes if whole or not note.endswith(MIND_THE_SPACE))
         return self._replace(tokens=self.tokens[:length], parts=self.parts[:length], notes=notes)
 
 

@@ -1,6 +1,7 @@
-"""Spaces that are missing in what is asked about, or that stand where the next word would bring its own."""
+"""Notes on spaces: one that is missing in front of a word, and one at the end of a prompt that belongs to a word."""
 
 import math
+from collections.abc import Sequence
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,38 +20,56 @@ from tl_scopes.models.tokens import (
 )
 
 MUCH = 10
-"""How many times as likely the text with a space must be for the model to say so."""
+"""How many times as likely the text with a space must be for a note."""
 
 MIND_THE_SPACE = ": mind the space"
-"""How each note on spaces ends, by which warnings know them."""
+"""The end of every note on spaces. What warns of them finds the notes by it."""
 
 
-def missing_space(
+def missing_spaces(
     model: Model,
     tokens: Int[Tensor, "token"],
     logits: Float[Tensor, " vocab"],
-    target: Target,
-    against: Target | None = None,
+    named: Sequence[Target],
+    beside: Sequence[Target] = (),
 ) -> tuple[str, ...]:
-    """A note where a word is asked about without a space in front, and the model writes it with one there.
+    """A note for each word that is asked about without a space in front, where the model writes it with one.
 
     Tokens hold their space: after "The capital of France is" comes " Paris", and "Paris" is another token, with which
-    the model would write "isParis". Of several tokens the first are compared, which costs no pass.
+    the model would write "isParis". Of an answer of several tokens the first is compared, which costs no pass.
 
     Args:
         model: a checked model.
         tokens: the token ids of the prompt.
         logits: the prediction after it.
-        target: what is asked about.
-        against: what it is compared with: there is no note where that is the text with the space, so that spaces
-            themselves are asked about.
+        named: the answers that are asked about, which may get a note.
+        beside: what they are compared with, which gets none. An answer that is compared with itself behind a space gets
+            no note either: the space is what is asked about.
     """
+    compared = [*named, *beside]
+    return tuple(
+        note
+        for one in named
+        for note in _missing_space(
+            model, tokens, logits, one, next((other for other in compared if other != one), None)
+        )
+    )
+
+
+def _missing_space(
+    model: Model,
+    tokens: Int[Tensor, "token"],
+    logits: Float[Tensor, " vocab"],
+    target: Target,
+    against: Target | None,
+) -> tuple[str, ...]:
+    """The note on one of them, or nothing."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None or output_size(model) != vocabulary_size(model):
         return ()
-    last = int(tokens[-1])  # after BOS nothing has begun
+    last = int(tokens[-1])
     if last == special_id(model, "bos") or token_text(model, last)[-1:].isspace():
-        return ()
+        return ()  # a word that begins a text or a line, or stands behind a space, brings none
     words = [token.text for token in target.tokens] if target.any_of else [target.text]
     if not all(word[:1].isalnum() for word in words):
         return ()
@@ -76,7 +95,7 @@ def missing_space(
 def space_at_the_end(model: Model, prompt: str) -> tuple[str, ...]:
     """A note where a prompt ends with a space that the tokenizer would put into the next word.
 
-    Left alone it is a token that hardly ever stands there in texts, and what follows it is something else than words.
+    A space alone is a token that texts hardly ever have between words, so that the model expects no word behind it.
 
     Args:
         model: a checked model with a tokenizer.
@@ -91,7 +110,7 @@ def space_at_the_end(model: Model, prompt: str) -> tuple[str, ...]:
 
 
 def _words_begin(model: Model, logits: Float[Tensor, " vocab"]) -> bool:
-    """Whether the likeliest tokens begin a word rather than go on with one."""
+    """Whether the likeliest tokens rather begin a word than go on with one."""
     best = precise(logits).log_softmax(0).exp().topk(min(20, len(logits)))
     begun, gone_on = 0.0, 0.0
     for id, p in zip(best.indices.tolist(), best.values.tolist(), strict=True):
@@ -101,7 +120,7 @@ def _words_begin(model: Model, logits: Float[Tensor, " vocab"]) -> bool:
 
 
 def _likely(text: str, targets: list[Target], p: float, any_of: bool) -> str:
-    """A text and how likely it is, or its first token, where it is several."""
+    """A text and how likely it is; where it is several tokens, how likely the first is."""
     first: Token = targets[0].tokens[0]
     several = not any_of and len(targets[0]) > 1
     return f"{text!r} ({f'first token {first.text!r} of {len(targets[0])}, ' if several else ''}p = {p:.2g})"

@@ -228,8 +228,8 @@ def model_name(model: Model) -> str:
     return _called(str(getattr(model.cfg, "model_name", None) or "unnamed"))
 
 
-FOLDER = "folder "
-"""What stands before the path of a model without another name."""
+FOLDER_PREFIX = "folder "
+"""What the name of a model begins with that is called by its folder."""
 
 
 @cache
@@ -243,4 +243,4 @@ def _called(name: str) -> str:
             return said
     if path.parent.name == "snapshots":  # the cache of the Hugging Face hub: models--owner--name/snapshots/revision
         return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return FOLDER + "/".join(config.parent.resolve().parts[-2:])
+    return FOLDER_PREFIX + "/".join(config.parent.resolve().parts[-2:])

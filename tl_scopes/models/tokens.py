@@ -10,8 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tl_scopes.models.arguments import as_int, shortened
+from tl_scopes.models.arguments import as_int
 from tl_scopes.models.supported import Model, hf_config
+from tl_scopes.models.wording import abridged
 
 
 class Token(NamedTuple):
@@ -49,7 +50,7 @@ class Target:
             ValueError: for a target of several tokens.
         """
         if len(self.tokens) != 1:
-            raise ValueError(f"the target {self.text!r} is {len(self.tokens)} tokens: `ids` are {shortened(self.ids)}.")
+            raise ValueError(f"the target {self.text!r} is {len(self.tokens)} tokens: `ids` are {abridged(self.ids)}.")
         return self.tokens[0].id
 
     @property

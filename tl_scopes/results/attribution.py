@@ -80,9 +80,9 @@ class Attribution:
             axis, and numbers and texts about the whole. The scope's docstring gives their units.
         value: the number that the scores are about, such as a logit or a log-probability; None where it is not one.
         quantity: what `value` is, such as "log p(' Paris')"; None where it has no name.
-        parts: in a chat, whose words each token is: "system", "user", "assistant", "tool", "reasoning", "answer", or
-            "template" for what the chat's template puts around the messages; else empty. Where a role has the word
-            several times its turns are numbered: "user 1", "user 2".
+        parts: the part of a chat that each token belongs to: "system", "user", "assistant", "tool", "reasoning",
+            "answer", or "template" for what the chat's template puts around the messages; empty for other prompts.
+            Where a role speaks several times, its turns are numbered: "user 1", "user 2".
         uncounted: parts that stand outside of shares and `top`.
         grouping: what the score of several tokens together is: "norm" for √Σ score², "sum" for Σ score, "signed" for
             |Σ signed| with the detail of that name; None where the scores of the tokens do not tell.

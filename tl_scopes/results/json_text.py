@@ -1,4 +1,4 @@
-"""Results as JSON: how numbers and targets survive the journey, and what a text that is something else is told.
+"""Results as JSON: numbers and targets that come back as they were, and errors for texts that are something else.
 
 This is a file of its own since all results that are written as JSON need it: `Attribution`, `AnswerMap` and `Paths`.
 """
@@ -94,7 +94,7 @@ def common(fields: dict[str, Any], kind: str, version: int) -> dict[str, Any]:
 
 
 def parsed(text: str, what: str, version: int) -> dict[str, Any]:
-    """The JSON of a text that says of itself that it is a result of this kind, "an Attribution", of a known version.
+    """The JSON of a text that says that it is a result of this kind, "an Attribution" say, and of a version known here.
 
     Raises:
         TypeError: for something that is not text.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.models import Target
+from tl_scopes.models import Target, counted
 from tl_scopes.models.linear_rules import under
 from tl_scopes.results.attribution import Attribution, Influence
 from tl_scopes.views import answer_map as card
@@ -45,13 +45,18 @@ class Traced:
         chosen: Sequence[int],
         hops: int,
     ) -> "Traced":
-        """Follow the shares of some tokens of an answer to the prompt: w R, w Q R, w Q² R and so on.
+        """Follow the shares of some tokens of an answer back to the prompt, hop by hop:
+
+            w R,  w Q R,  w Q² R  and so on
+
+        with the shares R [answer, token] of the prompt's tokens and Q [answer, answer] of the answer's earlier tokens,
+        and the same weight w for each row that is explained.
 
         Args:
             rows: the Attribution of each token of the answer.
-            share: their shares, zero for what comes after a row.
-            chosen: the rows that are explained, each with the same weight.
-            hops: how many steps weight takes.
+            share: their shares: R, and behind it Q without its last column; zero for what comes after a row.
+            chosen: the rows that are explained.
+            hops: how many hops are taken, at most.
         """
         first, last = rows[0], rows[-1]
         n = len(first.scores)
@@ -98,7 +103,7 @@ class Traced:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """In a chat, whose words each token of the prompt is; empty for other prompts."""
+        """The part of a chat that each token of the prompt belongs to; empty for other prompts."""
         return self.answer.parts
 
     def top(self, count: int | SupportsIndex = 5) -> tuple[Influence, ...]:
@@ -113,7 +118,7 @@ class Traced:
     def __repr__(self) -> str:
         shown = ", ".join(f"{row.token!r} {row.score:.0%}" for row in self.top(3))
         question = under(self.answer.scope.removesuffix(", traced"), self.answer.rules)
-        hops = f"{len(self.hops)} hop{'s' * (len(self.hops) > 1)}"
+        hops = counted(len(self.hops), "hop")
         return f"Traced({question}: {shown}; {hops}, {self.left:.0%} left; shares, not derivatives)"
 
     def to_dataframe(self) -> "pd.DataFrame":

@@ -150,9 +150,16 @@ class PositionCorrectedScope(Around):
     def shares(
         self, lin: Linearization, scores: Float[Tensor, " token"]
     ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"], Float[Tensor, " token"]]:
-        """The shares of the scope's scores that are given, those expected at their positions, and the error of these.
+        """The share of each token, the share that shuffles give its position, and the standard error of the latter.
+
+        Args:
+            lin: the linearisation.
+            scores: the scope's scores there, which need not be computed again.
 
         Cost: that of the scope, and a forward pass, for each shuffle.
+
+        Raises:
+            ValueError: for negative scores. Else as the scope does.
         """
         first = int(models.starts_with_bos(lin.model, lin.tokens))
         target, _ = targets_of(self.scope, lin)

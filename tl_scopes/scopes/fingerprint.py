@@ -95,7 +95,7 @@ def settings_of(model: Model, scopes: Mapping[str, Scope], remedy: str) -> dict[
         )
     return {
         "tl_scopes": version("tl-scopes"),
-        "model": models.model_name(model).removeprefix(models.FOLDER),  # as files of earlier days have it
+        "model": models.model_name(model).removeprefix(models.FOLDER_PREFIX),  # which older files do not have
         "weights": models.fingerprint(model),
         "dtype": str(models.autocast_of(model) or next(model.parameters()).dtype).removeprefix("torch."),
         "scopes": {name: identity(scope, name) for name, scope in scopes.items()},

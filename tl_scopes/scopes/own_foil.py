@@ -1,4 +1,7 @@
-"""Every prediction of a text, where some may be the very token that they are compared with."""
+"""Questions about every prediction of a text, some of which may be the very token that all are compared with.
+
+This is a file of its own since maps of one prompt and corpora both ask so.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,31 +17,27 @@ from tl_scopes.scopes.scope import Scope
 def ask_each(scope: Scope, lins: Sequence[Linearization]) -> list[Attribution]:
     """Ask about every prediction of a text.
 
-    Where a prediction is the very token that it is compared with, the difference is zero whatever the prompt, and so is
-    each score; a note says so. It is an error only where it is so with all.
+    Where a prediction is the very token that it is compared with, the difference is zero whatever the prompt is, and so
+    is each score: the answer has zeros, and a note that says so.
 
-    Raises: as the scope does.
+    Raises: as the scope does; ValueError where every prediction is the token that it is compared with.
     """
-    versus = scope.named_targets(lins[0].model, lins[0].vocab)[1]
-    own = [None if versus is None else _own_target(scope, lin) for lin in lins]
-    others = [lin for lin, target in zip(lins, own, strict=True) if target is None or target != versus]
-    asked = iter(scope.ask(others or lins))
+    target, versus = scope.named_targets(lins[0].model, lins[0].vocab)
+    if target is not None or versus is None:
+        return scope.ask(lins)
+    others = [lin for lin in lins if _predicted(lin) != versus]
     if not others:
-        return list(asked)
-    return [
-        next(asked) if target is None or target != versus else _nothing(scope, lin, target)
-        for lin, target in zip(lins, own, strict=True)
-    ]
+        return scope.ask(lins)  # which says what is wrong
+    asked = iter(scope.ask(others))
+    return [_zeros(scope, lin, versus) if _predicted(lin) == versus else next(asked) for lin in lins]
 
 
-def _own_target(scope: Scope, lin: Linearization) -> Target | None:
-    """What the prediction itself says is explained, where the scope names no target."""
-    if scope.named_targets(lin.model, lin.vocab)[0] is not None:
-        return None
+def _predicted(lin: Linearization) -> Target:
+    """What is explained where the scope leaves its target to the prediction."""
     return lin.answer if isinstance(lin, Span) else Target((lin.token(),))
 
 
-def _nothing(scope: Scope, lin: Linearization, target: Target) -> Attribution:
+def _zeros(scope: Scope, lin: Linearization, target: Target) -> Attribution:
     """The answer about the difference of a token and itself."""
     zeros = lin.readout.new_zeros(len(lin.tokens))
     details = {"signed": zeros} if scope.grouping == "signed" else {}

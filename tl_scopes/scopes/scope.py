@@ -157,7 +157,7 @@ class Scope(ABC):
         return ()
 
     def caveat(self, answers: Sequence[Attribution]) -> str | None:
-        """A warning about these answers, given once for all answers of a call; None where nothing is amiss."""
+        """A warning about these answers, one for all answers of a call; None where there is nothing to warn of."""
         return None
 
     # -- asking it ----------------------------------------------------------------------------------------------------
@@ -314,7 +314,14 @@ class Scope(ABC):
         value: float | None,
         quantity: str | None,
     ) -> Attribution:
-        """The answer that keeps this measurement."""
+        """The answer that keeps this measurement.
+
+        Args:
+            lin: the linearisation that was asked.
+            target, versus: what was explained, and what that was compared with; None where there is no such token.
+            found: the scores and details, of all tokens.
+            value, quantity: the number that the scores are about, and its name; None where there is no such number.
+        """
         scored, keeps = lin.scored, kept(found, lin)
         return Attribution(
             scores=keeps.scores,
@@ -378,14 +385,14 @@ def most_likely(lin: Linearization) -> tuple[Prediction, ...]:
 
 
 def caveat_of(scope: Scope, answers: Sequence[Attribution]) -> str | None:
-    """What there is to warn of about these answers, once for all of them; None where nothing is amiss."""
+    """The warning about these answers, one for all answers of a call; None where there is nothing to warn of."""
     same = [answer for answer in answers if answer.target is not None and answer.target == answer.versus]
     asked = [answer for answer in answers if answer.target is None or answer.target != answer.versus]
     said = [scope.caveat(asked)] if asked else []
     found = [next((note for note in answer.notes if note.endswith(models.MIND_THE_SPACE)), None) for answer in asked]
     if missing := [note for note in found if note is not None]:
-        more = f" So it is with {len(missing)} of {len(answers)} predictions." if len(set(missing)) > 1 else ""
-        said.append(f"{missing[0]}.{more}")
+        of = f" {len(missing)} of {len(answers)} predictions have such a note." if len(set(missing)) > 1 else ""
+        said.append(f"{missing[0]}.{of}")
     if same:
         text = same[0].target.text if same[0].target is not None else ""
         places = ", ".join(str(answer.position) for answer in same[:8]) + (", …" if len(same) > 8 else "")
@@ -398,7 +405,7 @@ def caveat_of(scope: Scope, answers: Sequence[Attribution]) -> str | None:
 
 
 def warn(scope: Scope, answers: Sequence[Attribution]) -> bool:
-    """Warn of what is amiss with these answers, and return whether there was anything."""
+    """Give the warning about these answers, if there is one, and return whether there is."""
     caveat = caveat_of(scope, answers)
     if caveat is not None:
         warnings.warn(caveat, stacklevel=3)

@@ -1,4 +1,7 @@
-"""Notes on texts that name a token and lack the space with which a model would write it."""
+"""Notes on the texts by which a scope names tokens, where they lack the space with which the model writes them.
+
+This is a file of its own since `TargetScope` and `HetaScope` both name tokens, and neither is the other.
+"""
 
 from collections.abc import Set
 from typing import Any
@@ -9,9 +12,13 @@ from tl_scopes.jacobian.span import Span
 
 
 def notes_on_spaces(lin: Linearization, *named: Any) -> tuple[str, ...]:
-    """A note for each text, as which a scope names a token, that lacks the space with which the model would write it.
+    """A note for each text that names a token and lacks the space with which the model writes it.
 
-    Those of a span's answers are among the span's own notes.
+    A span notes the same about its own answers, which therefore get no second note.
+
+    Args:
+        lin: the linearisation that is asked.
+        named: the options by which the scope names tokens. Ids mean what they say, and get no note.
     """
     if lin.trace.logits is None:
         return ()
@@ -21,12 +28,6 @@ def notes_on_spaces(lin: Linearization, *named: Any) -> tuple[str, ...]:
         for one in named
         if isinstance(one, str) or (isinstance(one, Set) and all(isinstance(member, str) for member in one))
     ]
-    known = (lin.answer, lin.against) if isinstance(lin, Span) else ()
-    others = [*read, *(one for one in known if one is not None)]
-    return tuple(
-        note
-        for one in read
-        if one not in known
-        for other in [next((other for other in others if other != one), None)]
-        for note in models.missing_space(lin.model, first.tokens, first.logits, one, other)
-    )
+    noted = [one for one in (lin.answer, lin.against) if one is not None] if isinstance(lin, Span) else []
+    new = [one for one in read if one not in noted]
+    return models.missing_spaces(lin.model, first.tokens, first.logits, new, noted)

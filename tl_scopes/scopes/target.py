@@ -61,7 +61,7 @@ class TargetScope(Scope):
         """The target, by default the answer linearised, or else the most likely token; and what it is compared with.
 
         Raises:
-            ValueError: for an unknown token, and for `versus` equal to the target or, of two sets, sharing a token.
+            ValueError: for an unknown token, and for a `versus` that is the target or shares one of its tokens.
         """
         lin.require_readout()
         target, versus = self.named_targets(lin.model, lin.vocab)
@@ -75,15 +75,18 @@ class TargetScope(Scope):
                         f"{one.text!r} is {len(one)} tokens, which are predicted at several positions, and this "
                         "linearisation is of one prediction: linearise with answer=, or call attribute."
                     )
-        if versus is not None and set(target.ids) & set(versus.ids) and not (target.is_span or versus.is_span):
-            same = next(token for token in target.tokens if token in versus.tokens)
-            raise ValueError(
-                f"target and versus are the same token, {same.text!r}: their difference is zero. {self._remedy(lin)}"
-            )
         if target == versus:
+            noun = "token" if len(target) == 1 else "tokens"
             raise ValueError(
-                f"target and versus are the same tokens, {target.text!r}: their difference is zero. {self._remedy(lin)}"
+                f"target and versus are the same {noun}, {target.text!r}: their difference is zero. {self._remedy(lin)}"
             )
+        if versus is not None and not (target.is_span or versus.is_span):
+            for token in target.tokens:
+                if token in versus.tokens:
+                    raise ValueError(
+                        f"target and versus share the token {token.text!r}, which would speak for both: leave it "
+                        "out of one of them."
+                    )
         if self.quantity == "logit" and (target.is_span or (versus is not None and versus.is_span)):
             longer = target if target.is_span else versus
             assert longer is not None
@@ -95,10 +98,10 @@ class TargetScope(Scope):
         return target, versus
 
     def _remedy(self, lin: Linearization) -> str:
-        """What to do where both are the same."""
+        """What to do where target and `versus` are the same."""
         if self.target is not None or isinstance(lin, Span):
             return "Name another token to compare with."
-        return "It is what the model finds likeliest here: name another to compare with, or a target."
+        return "The target is what the model predicts here: name another token to compare with, or a target."
 
     def function(self, lin: Linearization) -> Callable[[Tensor], Tensor]:
         """The quantity explained, as a function of the logits [vocab], or of those of all predictions [row vocab]."""
@@ -152,7 +155,7 @@ class TargetScope(Scope):
         return True
 
     def depends_on_mean_logit(self, lin: Linearization) -> bool:
-        """Whether the question is about a single logit: a difference of logits and a log-probability do not depend."""
+        """A single logit does; a difference of logits and a log-probability do not."""
         against = lin.against if isinstance(lin, Span) else None
         return self.quantity_of(lin) == "logit" and self.versus is None and against is None
 
