@@ -248,7 +248,7 @@ class TestBadInput:
             tls.FrozenAttentionScope(tls.SemanticScope())(lin)
 
 
-def test_a_scope_around_another_says_what_that_says() -> None:
-    for around in (tls.PositionCorrectedScope, tls.FrozenAttentionScope):
-        assert around(tls.SemanticScope()).is_slope
-        assert not around(tls.HetaScope()).is_slope
+def test_a_scope_around_another_is_a_slope_where_that_is() -> None:
+    assert tls.FrozenAttentionScope(tls.SemanticScope()).is_slope
+    assert not tls.FrozenAttentionScope(tls.HetaScope()).is_slope
+    assert not tls.PositionCorrectedScope(tls.SemanticScope()).is_slope  # a ratio of shares

@@ -356,9 +356,9 @@ class Linearization:
             >>> lin.vjp(confidence[None]).shape
             torch.Size([1, 10, 128])
         """
-        return self.logits_vjp(self._gradient(function)[None])[0]
+        return self.logits_vjp(self.logits_gradient(function)[None])[0]
 
-    def _gradient(self, function: Callable[[Float[Tensor, "*row vocab"]], Tensor]) -> Float[Tensor, "*row vocab"]:
+    def logits_gradient(self, function: Callable[[Float[Tensor, "*row vocab"]], Tensor]) -> Float[Tensor, "*row vocab"]:
         """∂f/∂z for a number f that is computed from the logits z. In float64.
 
         Raises: as `cotangent` does.

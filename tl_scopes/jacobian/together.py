@@ -60,7 +60,7 @@ def cotangents_of(
     gradient, scales = torch.empty_like(logits), []
     sizes = [len(lin.ends.rows) for lin in lins]
     for lin, function, written in zip(lins, functions, gradient.split(sizes), strict=True):
-        units, of_one = pullback.near_one(lin._gradient(function)[None])
+        units, of_one = pullback.near_one(lin.logits_gradient(function)[None])
         written.copy_(units.reshape(written.shape))
         scales += of_one
     (pulled,) = torch.autograd.grad(logits, readout, gradient, retain_graph=True)

@@ -186,6 +186,10 @@ class PositionCorrectedScope(Around):
         counted[scored:] = 0
         return counted / counted.sum().clamp(min=torch.finfo(counted.dtype).tiny)
 
+    @property
+    def is_slope(self) -> bool:
+        return False  # a ratio of shares
+
     def unit(self, lin: Linearization) -> str:
         return "times the share expected at the position"
 
