@@ -83,8 +83,8 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
         thorough: replace every token, and give the rank correlation; measure the radius, by `linearity`.
 
     Cost: three times the scope's own, at the prompt and at two shuffles of its tokens; some 15 forward passes, and
-        a backward pass. Each line says what it took. With `thorough` ten times as
-        much and more: as `linearity` of three tokens, and a forward pass for every token.
+        a backward pass. Each line says what it took. With `thorough` ten times as much and more: as `linearity` of
+        three tokens, and a forward pass for every token.
 
     Raises:
         TypeError: for something that is not a Linearization, or not a scope; for positions that are not several
