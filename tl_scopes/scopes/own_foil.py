@@ -1,4 +1,4 @@
-"""Every prediction of a text, where some may be the very token that they are compared with."""
+"""Every prediction of a text, where some may be the very token, or one of those, that they are compared with."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,20 +15,25 @@ def ask_each(scope: Scope, lins: Sequence[Linearization]) -> list[Attribution]:
     """Ask about every prediction of a text.
 
     Where a prediction is the very token that it is compared with, the difference is zero whatever the prompt, and so is
-    each score; a note says so. It is an error only where it is so with all.
+    each score; a note says so. Where it is one of several tokens that it is compared with, nothing is asked of it, and
+    its scores are zero too. It is an error only where it is so with all.
 
     Raises: as the scope does.
     """
     versus = scope.named_targets(lins[0].model, lins[0].vocab)[1]
     own = [None if versus is None else _own_target(scope, lin) for lin in lins]
-    others = [lin for lin, target in zip(lins, own, strict=True) if target is None or target != versus]
+    others = [lin for lin, target in zip(lins, own, strict=True) if not _is_own(target, versus)]
     asked = iter(scope.ask(others or lins))
     if not others:
         return list(asked)
     return [
-        next(asked) if target is None or target != versus else _nothing(scope, lin, target)
+        _nothing(scope, lin, target, versus) if _is_own(target, versus) else next(asked)
         for lin, target in zip(lins, own, strict=True)
     ]
+
+
+def _is_own(target: Target | None, versus: Target | None) -> bool:
+    return target is not None and versus is not None and target.overlaps(versus)
 
 
 def _own_target(scope: Scope, lin: Linearization) -> Target | None:
@@ -38,11 +43,21 @@ def _own_target(scope: Scope, lin: Linearization) -> Target | None:
     return lin.answer if isinstance(lin, Span) else Target((lin.token(),))
 
 
-def _nothing(scope: Scope, lin: Linearization, target: Target) -> Attribution:
-    """The answer about the difference of a token and itself."""
+def _nothing(scope: Scope, lin: Linearization, target: Target | None, versus: Target | None) -> Attribution:
+    """The answer about the difference of a token and itself, or of a token and several, itself among them."""
+    assert target is not None
+    assert versus is not None
     zeros = lin.readout.new_zeros(len(lin.tokens))
     details = {"signed": zeros} if scope.grouping == "signed" else {}
-    name = f"the difference of {target.text!r} and itself"
-    found = scope.recorded(lin, target, target, Measurement(zeros, details), 0.0, name)
-    note = f"where the prediction is {target.text!r} itself, the difference is zero, and so is each score"
+    value: float | None = None
+    name: str | None = None
+    if target == versus:
+        value, name = 0.0, f"the difference of {target.text!r} and itself"
+        note = f"where the prediction is {target.text!r} itself, the difference is zero, and so is each score"
+    else:
+        note = (
+            f"where the prediction is {target.text!r}, one of those that it would be compared with, nothing is asked, "
+            "and each score is zero"
+        )
+    found = scope.recorded(lin, target, versus, Measurement(zeros, details), value, name)
     return replace(found, notes=(*found.notes, note))

@@ -61,7 +61,7 @@ class TargetScope(Scope):
         """The target, by default the answer linearised, or else the most likely token; and what it is compared with.
 
         Raises:
-            ValueError: for an unknown token, and for `versus` equal to the target or, of two sets, sharing a token.
+            ValueError: for an unknown token, and for `versus` equal to the target, or a set with a token of it.
         """
         lin.require_readout()
         target, versus = self.named_targets(lin.model, lin.vocab)
@@ -75,14 +75,17 @@ class TargetScope(Scope):
                         f"{one.text!r} is {len(one)} tokens, which are predicted at several positions, and this "
                         "linearisation is of one prediction: linearise with answer=, or call attribute."
                     )
-        if versus is not None and set(target.ids) & set(versus.ids) and not (target.is_span or versus.is_span):
+        if target == versus:
+            tokens = "token" if len(target) == 1 else "tokens"
+            raise ValueError(
+                f"target and versus are the same {tokens}, {target.text!r}: their difference is zero. "
+                f"{self._remedy(lin)}"
+            )
+        if versus is not None and target.overlaps(versus):
             same = next(token for token in target.tokens if token in versus.tokens)
             raise ValueError(
-                f"target and versus are the same token, {same.text!r}: their difference is zero. {self._remedy(lin)}"
-            )
-        if target == versus:
-            raise ValueError(
-                f"target and versus are the same tokens, {target.text!r}: their difference is zero. {self._remedy(lin)}"
+                f"target {target.text!r} and versus {versus.text!r} share the token {same.text!r}, which would be "
+                f"compared with itself: leave it out of one of them. {self._remedy(lin)}"
             )
         if self.quantity == "logit" and (target.is_span or (versus is not None and versus.is_span)):
             longer = target if target.is_span else versus
