@@ -635,3 +635,36 @@ def test_the_report(tiny: Any) -> None:
     assert len(checks) == len(frame) == len(NAMES)
     with pytest.raises(KeyError, match="there is no check 'sink': there are sinks, position, repetition,"):
         checks["sink"]
+
+
+SLOPE = tls.SemanticScope()
+
+
+def test_a_radius_that_is_cut_short_is_between_the_sizes_measured(tiny: Any) -> None:
+    """Near an inflection the error is no proportion of the size, and one in proportion said 0.5% of the way here, which
+    is to be looked at, for the 7% that `linearity` measures."""
+    lin = tls.linearize(tiny, "The old man near the door was")
+    short, measured = (Evidence(lin, scope, scope(lin), thorough) for thorough in (False, True) for scope in [SLOPE])
+    assert short.reach.how == "predicted, and cut short by a measured change"
+    assert torch.allclose(short.reach.radius, measured.reach.radius.to(short.reach.radius), rtol=0.3)
+
+
+def test_rounding_cuts_no_radius_short() -> None:
+    """In bfloat16 the change at the predicted radius is rounding: taken for an error, it made a fifth of the radius."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        lin = tls.linearize(tls.load_tiny(dtype=dtype), "The keys")
+        scope = tls.SemanticScope(" are", quantity="log_prob")
+        found.append(Evidence(lin, scope, scope(lin), thorough=False).reach)
+    assert found[1].how == "predicted, and rounding hides the change there"
+    assert torch.allclose(found[1].radius.float(), found[0].radius.float(), rtol=0.1)
+
+
+@pytest.mark.parametrize("aside", [[], [9]])
+def test_where_no_score_is_left(tiny: Any, aside: list[int]) -> None:
+    """A check is made, or says why not, where all scores that count are zero."""
+    last = f"blocks.{tiny.cfg.n_layers - 1}.hook_resid_post"
+    lin = tls.linearize(tiny, "The keys to the old cabinet near the door", wrt=last if aside else models.EMBEDDING)
+    scope = tls.SemanticScope() if aside else tls.MetricScope(lambda logits: (logits * 0).sum())
+    found = tls.check(lin, scope, without=aside)
+    assert found["position"].finding.count("0%") == 2

@@ -69,3 +69,23 @@ def test_where_no_row_is_left(tiny: Any) -> None:
         tls.attribute(tiny, PROMPT, tls.SemanticScope(versus=" are"))
     with pytest.raises(ValueError, match="same token, ' keys': their difference is zero"):
         tls.attribution_map(tiny, "The keys", tls.SemanticScope(versus=" keys"), target="next", prepend_bos=False)
+
+
+def test_one_of_several_that_all_are_compared_with(tiny: Any, tmp_path: Path) -> None:
+    """The row asks nothing, and the others are what they are alone."""
+    scope = tls.SemanticScope(versus={" cabinet", " are"})
+    with pytest.warns(
+        UserWarning, match=r"2 of 10 .* are one of ' are \|  cabinet', with which all are compared: noth"
+    ):
+        found = tls.attribution_map(tiny, f"{PROMPT} are", scope, target="next")
+    row = found[5]
+    assert not row.scores.any()
+    assert (row.value, row.quantity) == (None, None)
+    assert "where the prediction is ' cabinet', one of those that it would be compared with" in row.notes[-1]
+    alone = tls.attribute(tiny, PROMPT, tls.SemanticScope(" old", versus={" cabinet", " are"}), 4)
+    assert found[4].value == pytest.approx(alone.value, abs=1e-4)
+    found.to_html(tmp_path / "map.html")
+    with pytest.raises(
+        ValueError, match=r"versus ' are \|  is' share the token ' are', which would be compared with its"
+    ):
+        tls.attribute(tiny, PROMPT, tls.SemanticScope(versus={" are", " is"}))

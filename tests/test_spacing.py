@@ -135,3 +135,12 @@ def test_the_command_says_it(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=ARE):
         corpus = tls.attribute_corpus(rows, tmp_path / "out", tls.SemanticScope())
     assert [len(about_spaces(answer)) for answer in corpus] == [1, 0]
+
+
+@pytest.mark.parametrize("target", ["likeliest", "next"])
+def test_in_a_map_the_last_row_alone_ends_with_the_space(tiny: Any, target: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = tls.attribution_map(tiny, f"{PROMPT} ", tls.SemanticScope(), target=target)
+    ends = [any("ends with a space" in note for note in row.notes) for row in found]
+    assert ends == [False] * (len(ends) - 1) + [target == "likeliest"]

@@ -167,7 +167,8 @@ def attribution_map(
         target: what `SemanticScope()` and other questions without a target of their own explain at each position: the
             most likely token after it; or with "next" the token that stands there in the text, and so not at the last
             position, behind which nothing stands. Where that is the scope's `versus` itself, the difference is zero,
-            and so is each score of the row: a warning and a note say where.
+            and so is each score of the row; so it is where a set of tokens is `versus`, and has that one in it. A
+            warning and a note say where.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         checkpoint, rules: as in `linearize`.
@@ -195,7 +196,8 @@ def attribution_map(
         each = [whole.part(k, k + 1) for k in range(len(said))]
         # The text after the first token is not an answer of somebody's, with notes of its own.
         rows = [
-            replace(one, parts=read.parts[: k + 1], notes=read.notes, of_answer=False) for k, one in enumerate(each)
+            replace(one, parts=read.parts[: k + 1], notes=read.up_to(k).notes, of_answer=False)
+            for k, one in enumerate(each)
         ]
         return AttributionMap(_asked(scope, rows))
     places = [(0, position) for position in range(len(read.tokens))]

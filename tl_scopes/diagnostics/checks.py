@@ -1,7 +1,7 @@
 """The verdict beside the picture: what a careful reviewer would ask about the scores of one prediction."""
 
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite, isnan
+from math import isnan
 from typing import NamedTuple, SupportsIndex
 
 import torch
@@ -218,7 +218,7 @@ def _linearity(one: Evidence) -> Finding:
         raise NotApplicableError(f"in {one.answer.dtype} rounding hides the changes")
     looked = not part >= REACH
 
-    up_to = f"up to a norm of {size:.2g}, {part:.0%} of the way" if isfinite(size) else "all the way"
+    up_to = f"up to a norm of {size:.2g}, {part:.0%} of the way" if part < 1 else "all the way"
     tokens = f"median of the top {len(parts)}" if len(parts) > 1 else "the first token"
     said = f"the first order is within {TOLERANCE:.0%} {up_to} to the nearest other token ({reach.how}; {tokens})"
     return Finding(looked, said, reach.cost)

@@ -100,7 +100,8 @@ class Evidence:
         own = self.scores.to(self.lin.embeddings.device)
         _, shares, _ = PositionCorrectedScope(self.scope, shuffles=self.shuffles).shares(self.lin, own)
         kept = {i: float(shares[i]) for i in self.shares}
-        return {i: share / sum(kept.values()) for i, share in kept.items()}
+        total = sum(kept.values()) or 1.0  # where no place of these gets anything
+        return {i: share / total for i, share in kept.items()}
 
     @cached_property
     def q(self) -> LocalMetric | None:
@@ -225,13 +226,22 @@ class Evidence:
         predicted = curvature_radius(size[:, None], bends[:, None], TOLERANCE)
         # Near an inflection the second order says nothing, however far it is followed: so the change is measured, at
         # the predicted radius of each token, or at the nearest token where that lies beyond it.
-        step = torch.minimum(predicted, distance.to(predicted))
-        first = size * step
-        error = (q.residuals(steepest, slopes, step[:, None])[:, 0] / first).where(first > 0, 0.0)
+        near, noise = step, _NOISE * q.rounding_unit
+        far = torch.minimum(predicted, distance.to(predicted))
+        first = size * far
+        # What rounding may have added does not count.
+        beyond = (q.residuals(steepest, slopes, far[:, None])[:, 0] - noise).clamp(min=0)
+        error = (beyond / first).where(first > 0, 0.0)
         # A measured error a little above the tolerance is what the prediction says; a larger one cuts it short.
         cut = error > 2 * TOLERANCE
-        found = torch.where(cut, step * TOLERANCE / error, predicted)
-        how = "predicted, and cut short by a measured change" if bool(cut.any()) else "predicted, and measured there"
+        before = torch.maximum(bends * near**2 / 2, bends.new_tensor(noise)) / (size * near)
+        found = torch.where(cut, _crossing(near, before, far, error), predicted)
+        if bool(cut.any()):
+            how = "predicted, and cut short by a measured change"
+        elif bool((noise > TOLERANCE * first).any()):
+            how = "predicted, and rounding hides the change there"
+        else:
+            how = "predicted, and measured there"
         return Reach(found.cpu(), distance, how, cost)
 
     def _stepped_reach(self, top: list[int], distance: Tensor, nearest: Tensor) -> Reach:
@@ -250,3 +260,15 @@ class Evidence:
     def _rays(self, top: list[int], directions: Tensor) -> Rays:
         x = self.lin.embeddings
         return Rays(torch.tensor(top, device=x.device), directions, x.new_zeros(0, *x.shape))
+
+
+def _crossing(
+    near: Float[Tensor, " some"], before: Float[Tensor, " some"], far: Float[Tensor, " some"], error: Tensor
+) -> Float[Tensor, " some"]:
+    """Where an error of `before` at the near size and of `error` at the far one passes the tolerance.
+
+    As in `radius`: between the two it is a power of the size, and proportional to it where the near one says nothing.
+    """
+    power = (error / before).log() / (far / near).log()
+    between = near * (TOLERANCE / before) ** (1 / power)
+    return between.where((near < far) & (before < TOLERANCE) & (before > 0), far * TOLERANCE / error)

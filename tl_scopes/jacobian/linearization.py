@@ -490,7 +490,7 @@ def linearize_places(
             of=of,
             trace=trace,
             row=row,
-            notes=prompts[entry].notes,
+            notes=prompts[entry].up_to(at).notes,
             parts=prompts[entry].parts[: at + 1],
         )
         for row, (entry, at) in enumerate(trace.places)

@@ -70,6 +70,12 @@ class Target:
         """Whether the tokens follow one another, so that they are predicted at several positions."""
         return len(self.tokens) > 1 and not self.any_of
 
+    def overlaps(self, other: "Target") -> bool:
+        """Whether both are about the same prediction and have a token in common, or are the same text."""
+        if self.is_span or other.is_span:
+            return self == other
+        return not set(self.ids).isdisjoint(other.ids)
+
 
 def starts_with_bos(model: Model, tokens: Int[Tensor, "token"]) -> bool:
     """Whether the first of these tokens is the tokenizer's BOS token."""

@@ -18,18 +18,19 @@ def ask_each(scope: Scope, lins: Sequence[Linearization]) -> list[Attribution]:
     """Ask about every prediction of a text.
 
     Where a prediction is the very token that it is compared with, the difference is zero whatever the prompt is, and so
-    is each score: the answer has zeros, and a note that says so.
+    is each score: the answer has zeros, and a note that says so. Where it is one of several tokens that it is compared
+    with, it would stand on both sides, and nothing is asked: the answer has zeros, no value, and a note.
 
-    Raises: as the scope does; ValueError where every prediction is the token that it is compared with.
+    Raises: as the scope does; ValueError where every prediction is a token that it is compared with.
     """
     target, versus = scope.named_targets(lins[0].model, lins[0].vocab)
     if target is not None or versus is None:
         return scope.ask(lins)
-    others = [lin for lin in lins if _predicted(lin) != versus]
+    others = [lin for lin in lins if not _predicted(lin).overlaps(versus)]
     if not others:
         return scope.ask(lins)  # which says what is wrong
     asked = iter(scope.ask(others))
-    return [_zeros(scope, lin, versus) if _predicted(lin) == versus else next(asked) for lin in lins]
+    return [_zeros(scope, lin, versus) if _predicted(lin).overlaps(versus) else next(asked) for lin in lins]
 
 
 def _predicted(lin: Linearization) -> Target:
@@ -37,11 +38,20 @@ def _predicted(lin: Linearization) -> Target:
     return lin.answer if isinstance(lin, Span) else Target((lin.token(),))
 
 
-def _zeros(scope: Scope, lin: Linearization, target: Target) -> Attribution:
-    """The answer about the difference of a token and itself."""
+def _zeros(scope: Scope, lin: Linearization, versus: Target) -> Attribution:
+    """The answer about a token beside itself, or beside several of which it is one."""
+    target = _predicted(lin)
     zeros = lin.readout.new_zeros(len(lin.tokens))
     details = {"signed": zeros} if scope.grouping == "signed" else {}
-    name = f"the difference of {target.text!r} and itself"
-    found = scope.recorded(lin, target, target, Measurement(zeros, details), 0.0, name)
-    note = f"where the prediction is {target.text!r} itself, the difference is zero, and so is each score"
+    value: float | None = None
+    name: str | None = None
+    if target == versus:
+        value, name = 0.0, f"the difference of {target.text!r} and itself"
+        note = f"where the prediction is {target.text!r} itself, the difference is zero, and so is each score"
+    else:
+        note = (
+            f"where the prediction is {target.text!r}, one of those that it would be compared with, nothing is asked, "
+            "and each score is zero"
+        )
+    found = scope.recorded(lin, target, versus, Measurement(zeros, details), value, name)
     return replace(found, notes=(*found.notes, note))

@@ -386,22 +386,32 @@ def most_likely(lin: Linearization) -> tuple[Prediction, ...]:
 
 def caveat_of(scope: Scope, answers: Sequence[Attribution]) -> str | None:
     """The warning about these answers, one for all answers of a call; None where there is nothing to warn of."""
-    same = [answer for answer in answers if answer.target is not None and answer.target == answer.versus]
-    asked = [answer for answer in answers if answer.target is None or answer.target != answer.versus]
+    same = [answer for answer in answers if _is_own_foil(answer)]
+    asked = [answer for answer in answers if not _is_own_foil(answer)]
     said = [scope.caveat(asked)] if asked else []
     found = [next((note for note in answer.notes if note.endswith(models.MIND_THE_SPACE)), None) for answer in asked]
     if missing := [note for note in found if note is not None]:
         of = f" {len(missing)} of {len(answers)} predictions have such a note." if len(set(missing)) > 1 else ""
         said.append(f"{missing[0]}.{of}")
     if same:
-        text = same[0].target.text if same[0].target is not None else ""
+        versus = same[0].versus
+        assert versus is not None
         places = ", ".join(str(answer.position) for answer in same[:8]) + (", …" if len(same) > 8 else "")
         said.append(
             f"{len(same)} of {len(answers)} predictions (after position {places}) "
-            f"{'is' if len(same) == 1 else 'are'} {text!r}, with which all are compared: the difference "
-            "is zero there, and so is each score."
+            f"{'is' if len(same) == 1 else 'are'} {'one of ' if versus.any_of else ''}{versus.text!r}, with which all "
+            f"are compared: {'nothing is asked' if versus.any_of else 'the difference is zero'} there, and "
+            f"{'each score is zero' if versus.any_of else 'so is each score'}."
         )
     return " ".join(one for one in said if one is not None) or None
+
+
+def _is_own_foil(answer: Attribution) -> bool:
+    target, versus = answer.target, answer.versus
+    if target is None or versus is None:
+        return False
+    # A scope of the user's may know how to compare two sets that share a token.
+    return target == versus or (target.overlaps(versus) and not answer.scores.any())
 
 
 def warn(scope: Scope, answers: Sequence[Attribution]) -> bool:

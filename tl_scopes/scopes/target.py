@@ -80,13 +80,12 @@ class TargetScope(Scope):
             raise ValueError(
                 f"target and versus are the same {noun}, {target.text!r}: their difference is zero. {self._remedy(lin)}"
             )
-        if versus is not None and not (target.is_span or versus.is_span):
-            for token in target.tokens:
-                if token in versus.tokens:
-                    raise ValueError(
-                        f"target and versus share the token {token.text!r}, which would speak for both: leave it "
-                        "out of one of them."
-                    )
+        if versus is not None and target.overlaps(versus):
+            same = next(token for token in target.tokens if token in versus.tokens)
+            raise ValueError(
+                f"target {target.text!r} and versus {versus.text!r} share the token {same.text!r}, which would be "
+                f"compared with itself: leave it out of one of them. {self._remedy(lin)}"
+            )
         if self.quantity == "logit" and (target.is_span or (versus is not None and versus.is_span)):
             longer = target if target.is_span else versus
             assert longer is not None
