@@ -151,9 +151,7 @@ def test_costs_in_forward_passes(
     page = tmp_path / "costs.md"
     page.write_text("`python -m tests.benchmarks.passes`\n\n| old |\n\nBehind it.\n")
     run(passes.main, "--into", str(page))
-    assert capsys.readouterr().out.startswith(
-        "tiny\n\n| forward passes | 8 tokens | 12 tokens |\n|---|--:|--:|\n| Semantic"
-    )
+    assert "\n\n| forward passes | 8 tokens | 12 tokens |\n|---|--:|--:|\n| Semantic" in capsys.readouterr().out
     assert page.read_text().count("\n| ") == 5
     assert page.read_text().endswith("\n\nBehind it.\n")
 

@@ -99,6 +99,7 @@ def test_a_prompt_with_a_space_at_its_end(tiny: Any) -> None:
         answer = tls.attribute(tiny, f"{PROMPT} ", tls.SemanticScope())
     assert about_spaces(answer) == [note]
     assert not about_spaces(tls.attribute(tiny, f"{PROMPT} ", tls.SemanticScope(), position=4))  # before it
+    assert not about_spaces(tls.attribute(tiny, "2 + 2 = ", tls.SemanticScope()))  # a number takes no space into it
 
 
 def test_the_next_token_of_a_text_is_what_it_is(tiny: Any) -> None:
