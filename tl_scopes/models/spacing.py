@@ -95,8 +95,8 @@ def _missing_space(
 def space_at_the_end(model: Model, prompt: str) -> tuple[str, ...]:
     """A note where a prompt ends with a space that the tokenizer would put into the next word.
 
-    A space alone is a token that texts hardly ever have between words, so that the model expects no word behind it. Many
-    tokenizers put none into a number, and then there is no note near the digits of a text: "2 + 2 = " ends as it should.
+    A space alone is a token that texts hardly ever have between words, so that the model expects no word behind it.
+    Many tokenizers put none into a number, and then there is no note near digits: "2 + 2 = " ends as it should.
 
     Args:
         model: a checked model with a tokenizer.
