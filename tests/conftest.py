@@ -4,6 +4,8 @@ import os
 
 # Before transformers is imported: no test may reach a model hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch: in processes that tests start, several threads beside other tests would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Iterator
 from typing import Any

@@ -119,7 +119,7 @@ def layouts(notebook: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("path", DEMOS, ids=lambda path: path.name)
-def test_demos_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demos_run(path: Path) -> None:
     """Each notebook runs from top to bottom, and is committed with its output, in today's layout.
 
     `python -m tests.test_docs` stores them as they run now.
@@ -129,7 +129,6 @@ def test_demos_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(cell.execution_count for cell in cells), "commit the notebook with its output"
     assert sum(bool(cell.outputs) for cell in cells) >= len(cells) / 2
     assert all(one.output_type != "error" and one.get("name") != "stderr" for cell in cells for one in cell.outputs)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several threads beside other tests would wait for one another
     assert layouts(stored) == layouts(executed(path)), "the stored pictures are old: store the notebook again"
 
 
