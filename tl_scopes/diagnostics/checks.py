@@ -61,9 +61,9 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
                        else? Scopes put it first whether or not it was looked up. Look: if so.
         linearity      How far does the first order reach? The radius of 10% error along the steepest direction of the
                        top 3 tokens, as a part of the distance to the nearest other token. A step of 1% of that distance
-                       predicts the radius, and a second step of that radius tests it. A metric that is a vector gets
-                       one step, towards that token. A few percent are usual, since scores are about small moves. Look:
-                       below 1%.
+                       predicts the radius (the curvature does, where rounding hides such a step), and a second step of
+                       that radius tests it. A metric that is a vector gets one step, towards that token. A few percent
+                       are usual, since scores are about small moves. Look: below 1%.
         saturation     Has a confident prediction flattened the gradients? `LinearityReport.saturated`.
         weights        Do folding, centring, a soft-cap or half precision change what the scores mean?
         leave-one-out  Do the top 3 tokens change the prediction more than 3 others, drawn at random, when the mean
