@@ -33,6 +33,7 @@ def test_the_difference_of_a_token_and_itself_is_zero(tiny: Any, scope: tls.Scop
     alone = tls.attribute(tiny, PROMPT, scope, 4, answer=" old")
     assert found[4].target == alone.target
     assert found[4].value == pytest.approx(alone.value, abs=1e-4)
+    assert found[4].scores.tolist() == pytest.approx(alone.scores.tolist(), rel=1e-3, abs=1e-4)
     assert tls.Attribution.from_json(row.to_json()).versus == row.target
     if row.grouping == "signed":
         assert not row.by("word").scores.any()
