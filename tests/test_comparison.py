@@ -124,8 +124,8 @@ def test_pairs_of_prompts() -> None:
     pair = tls.compare(SENTENCE, other)
     assert pair.aligned
     assert pair.differing == (6,)
-    assert pair.str_tokens[6] == "inet |  x"
-    assert list(pair.to_dataframe().index.get_level_values("token"))[6] == "inet |  x"
+    assert pair.str_tokens[6] == "inet| x"
+    assert list(pair.to_dataframe().index.get_level_values("token"))[6] == "inet| x"
     assert "differ in 1 token, underlined" in pair.to_html()
     assert pair.to_html().count("3px double #1f2328") == 2
     longer = tls.compare({"a": SENTENCE, "b": answer([*WORDS, " x"], [1.0] * 8)})

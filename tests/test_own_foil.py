@@ -75,9 +75,7 @@ def test_where_no_row_is_left(tiny: Any) -> None:
 def test_one_of_several_that_all_are_compared_with(tiny: Any, tmp_path: Path) -> None:
     """The row asks nothing, and the others are what they are alone."""
     scope = tls.SemanticScope(versus={" cabinet", " are"})
-    with pytest.warns(
-        UserWarning, match=r"2 of 10 .* are one of ' are \|  cabinet', with which all are compared: noth"
-    ):
+    with pytest.warns(UserWarning, match=r"2 of 10 .* are one of ' are\| cabinet', with which all are compared: noth"):
         found = tls.attribution_map(tiny, f"{PROMPT} are", scope, target="next")
     row = found[5]
     assert not row.scores.any()

@@ -1,5 +1,6 @@
 """A word that is asked about without the space with which the model would write it."""
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typer.testing import CliRunner
 import tl_scopes as tls
 from tl_scopes import models
 from tl_scopes.cli import app
-from tl_scopes.models import MIND_THE_SPACE
+from tl_scopes.models import SpacingNote
 
 PROMPT = "The keys to the old cabinet near the door"
 ARE = r"' are' \(p = 0.86\) is far likelier here than 'are' \(first token 'ar' of 2, p = 1.8e-08\), which is asked"
 
 
 def about_spaces(answer: Any) -> list[str]:
-    return [note for note in answer.notes if note.endswith(MIND_THE_SPACE)]
+    return [note for note in answer.notes if note.endswith(": mind the space")]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,9 @@ def test_one_token_without_its_space(tiny: Any) -> None:
         answer = scope(lin)
     spaced, bare = (float(lin.log_probs[models.token(tiny, text).id].exp()) for text in (" is", "is"))
     told = f"' is' (p = {spaced:.2g}) is far likelier here than 'is' (p = {bare:.2g}), which is asked about"
-    assert about_spaces(answer) == [f"{told}{MIND_THE_SPACE}"]
+    (note,) = about_spaces(answer)
+    assert note == f"{told}: mind the space"
+    assert isinstance(pickle.loads(pickle.dumps(note)), SpacingNote)
 
 
 def test_an_answer_without_its_space(tiny: Any) -> None:
@@ -68,7 +71,7 @@ def test_an_answer_without_its_space(tiny: Any) -> None:
 
 def test_a_set_without_spaces(tiny: Any) -> None:
     """The probabilities are those of all members together."""
-    with pytest.warns(UserWarning, match=r"' in \|  is' \(p = .* than 'in \| is'"):
+    with pytest.warns(UserWarning, match=r"' in\| is' \(p = .* than 'in\|is'"):
         answer = tls.attribute(tiny, PROMPT, tls.SemanticScope({"is", "in"}))
     assert len(about_spaces(answer)) == 1
 

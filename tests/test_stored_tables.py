@@ -25,21 +25,6 @@ DOCS = ROOT / "docs"
 CIRCUITS, REAL, BUNDLED = read(circuits.FILE), read(causes.REAL_FILE), read(causes.BUNDLED_FILE)
 
 
-NOT_YET = "this is not measured yet: run python -m tests.benchmarks.known_causes_table{}"
-"""Why a test is skipped: what was stopped, or never begun, has no figures to compare a page with."""
-
-
-def need(there: bool, model: str = " --model tests/real/.model") -> None:
-    if not there:
-        pytest.skip(NOT_YET.format(model))
-
-
-def asked(judge: str, *names: str) -> bool:
-    """Whether all of these methods were asked by a judge, "tasks" or "natural"."""
-    records = [*REAL["tasks"].values()] if judge == "tasks" else [REAL["natural"]]
-    return all(name in record["values"] for name in names for record in records)
-
-
 def said(page: str) -> str:
     """The text of a page, with one space between words."""
     return " ".join((ROOT / page).read_text(encoding="utf-8").split())
@@ -57,12 +42,10 @@ def test_the_table_of_circuits() -> None:
     [("evidence.md", (causes.REAL_BEGIN, causes.REAL_END)), ("decided.md", (causes.RULES_BEGIN, causes.RULES_END))],
 )
 def test_the_tables_of_a_real_model(page: str, marks: tuple[str, str]) -> None:
-    need(asked("natural", *(causes.METHODS if page == "evidence.md" else causes.UNDER_RULES)))
     assert between(DOCS / page, *marks) == causes.pages(REAL)[marks]
 
 
 def test_the_table_of_the_bundled_model() -> None:
-    need(list(BUNDLED.get("tasks", ())) == list(TASKS), "")
     marks = (causes.BEGIN, causes.END)
     assert between(DOCS / "evidence.md", *marks) == causes.pages(BUNDLED)[marks]
 
@@ -186,7 +169,6 @@ def in_decided() -> list[str]:
 
 
 def by_deletion() -> list[str]:
-    need(asked("natural", *causes.UNDER_RULES))
     return [
         f'under `rules="lookup"`: {nats("relevance, lookup")} nats on {len(REAL["natural"]["prompts"])} prompts (its '
         f"sizes alone {nats('sizes, lookup')}), where Semantic Scope takes {nats('Semantic')}. Leave-one-out takes "
@@ -195,7 +177,6 @@ def by_deletion() -> list[str]:
 
 
 def of_no_help() -> list[str]:
-    need(asked("tasks", *causes.methods(None, None)))
     return [
         f"counting inputs from the mean embedding of the vocabulary "
         f'({first(precision("gradient · (x − mean), linear"))} under "linear", where the plain product has '
@@ -264,7 +245,6 @@ def test_methods_have_the_names_that_agreement_gives_them(tiny: Any) -> None:
 )
 def test_a_name_means_the_scope_that_was_measured(found: dict[str, Any], askers: dict[str, Any], tasks: Any) -> None:
     """Each name is stored with its scope as it is written, which the name must still mean."""
-    need(list(found.get("tasks", ())) == list(tasks), "" if tasks is TASKS else " --model tests/real/.model")
     assert found["scopes"].items() <= {name: causes.written(asker) for name, asker in askers.items()}.items()
     assert set(found["scopes"]) >= (set(all_scopes()) if tasks is TASKS else {*causes.METHODS, *causes.UNDER_RULES})
     for record in found["tasks"].values():
@@ -302,7 +282,6 @@ def test_the_files_are_small() -> None:
 
 def test_another_name_makes_another_table() -> None:
     """A figure that stands under another scope's name is found."""
-    need(asked("natural", *causes.METHODS))
     marks = (causes.REAL_BEGIN, causes.REAL_END)
     renamed = json.loads(json.dumps(REAL).replace('"Fisher"', '"Temperature again"'))
     assert causes.pages(renamed)[marks] != causes.pages(REAL)[marks]
@@ -383,7 +362,6 @@ def test_numbers_are_written_as_the_pages_write_them() -> None:
 
 def test_tables_of_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """`--stored` measures nothing, and puts each table where a page has its marks."""
-    need(asked("natural", *causes.UNDER_RULES))
     page = tmp_path / "page.md"
     page.write_text(f"a\n{causes.RULES_BEGIN}\nold\n{causes.RULES_END}\nb\n")
     monkeypatch.setattr("sys.argv", ["known_causes_table", "--stored", "--into", str(page)])

@@ -1,6 +1,5 @@
 """A prompt to explore: maps of several scopes in one page that answers to the mouse and the keys."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +65,9 @@ class Explorer:
             shown = [one.answers[-1] for one in self.maps]
             # An UnderRulesScope is written with its rules, which `rules` of its answers do not repeat.
             if not any(one.rules == self.carried.rules or "UnderRulesScope" in one.scope for one in shown):
-                warnings.warn(
+                models.warn(
                     f"carried splits the scores of {self.carried.question}, and the page shows those of "
-                    f"{shown[0].question}: linearise for carried_by with rules={shown[0].rules!r}, as the maps are.",
-                    stacklevel=3,
+                    f"{shown[0].question}: linearise for carried_by with rules={shown[0].rules!r}, as the maps are."
                 )
         cells = sum(len(answer.scores) for one in self.maps for answer in one)
         _require_small(

@@ -1,7 +1,8 @@
 """What becomes of a prompt that cannot be answered, in a call on many prompts: a warning, or the end of the call."""
 
 import traceback
-import warnings
+
+from tl_scopes import models
 
 
 class Failures:
@@ -59,7 +60,7 @@ class Failures:
 
     def _warn(self) -> None:
         for text in self._waiting:
-            warnings.warn(text, stacklevel=4)  # at the line that called the function, or asks for its next answer
+            models.warn(text)
         self._waiting.clear()
 
 

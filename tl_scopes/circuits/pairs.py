@@ -1,6 +1,5 @@
 """Two prompts that differ in what is asked, and what each part of the network does to the difference."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,7 +90,7 @@ class PromptPair:
         compared = [target for _, target in targets if target is not None]
         as_text = [target for given, target in targets if target is not None and isinstance(given, str)]
         for note in models.missing_spaces(self.model, run.tokens, run.logits, as_text, compared):
-            warnings.warn(f"{note}.", stacklevel=3)
+            models.warn(f"{note}.")
 
     def __repr__(self) -> str:
         ours, theirs = (run.str_tokens for run in self._runs)

@@ -326,7 +326,7 @@ class Paths:
         """
         found = paths_record.read(text)
         if found["provenance"] is not None:
-            found["provenance"].warn_of_other_versions("this answer", stacklevel=2)
+            found["provenance"].warn_of_other_versions("this answer")
         found["predictions"] = tuple(Prediction(Token(*token), p) for token, p in found["predictions"])
         return cls(**found)
 

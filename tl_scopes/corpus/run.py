@@ -1,6 +1,5 @@
 """A corpus in, a folder of answers out, which goes on after any interruption."""
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -155,7 +154,7 @@ def attribute_corpus(
     corpus = read_corpus(out)
     failed = sum(entry["errors"] for entry in corpus.entries)
     if failed:
-        warnings.warn(_about_errors(corpus, failed), stacklevel=2)
+        models.warn(_about_errors(corpus, failed))
     return corpus
 
 
@@ -265,7 +264,7 @@ def _go_on(
             _require_answers(computed, rows, options, answered)
             answered = True
             if computed.caveat is not None and not warned:
-                warnings.warn(computed.caveat, stacklevel=3)
+                models.warn(computed.caveat)
                 warned = True
             parts.write(number, rows, computed.table, computed.errors)
     beyond = [other for other in parts.entries if other >= count]

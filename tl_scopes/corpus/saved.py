@@ -44,7 +44,7 @@ def read_corpus(out: str | Path) -> "Corpus":
     folder = Path(out)
     entries = tuple(entries_of(folder))
     made = Provenance(**log.first_line(folder / MANIFEST, FORMAT)["provenance"])
-    made.warn_of_other_versions(f"the corpus in {str(out)!r}", stacklevel=2)
+    made.warn_of_other_versions(f"the corpus in {str(out)!r}")
     return Corpus(folder, entries, made)
 
 

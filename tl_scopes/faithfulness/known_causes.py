@@ -4,7 +4,6 @@ The causes are known by construction, and each example is checked here: do they 
 """
 
 import random
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
@@ -262,7 +261,7 @@ def _by_kind(confirmations: Sequence[Confirmation]) -> Drawn:
         )
     if none:
         listed = ", ".join(f"{number} of {kind!r}" for kind, number in none.items())
-        warnings.warn(f"none was confirmed of {listed}, which are left out: the model does not do them.", stacklevel=4)
+        models.warn(f"none was confirmed of {listed}, which are left out: the model does not do them.")
     return {kind: drawn for kind, drawn in found.items() if kind not in none}
 
 

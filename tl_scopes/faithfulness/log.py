@@ -1,6 +1,5 @@
 """The results of an evaluation on disk: a log with an entry for each prompt, from which a later run goes on."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from tl_scopes import log
+from tl_scopes import log, models
 from tl_scopes.faithfulness.perturbation import Perturbation
 from tl_scopes.models import Model
 from tl_scopes.scopes.fingerprint import settings_of
@@ -120,9 +119,8 @@ def _records(file: log.Log) -> dict[int, Record]:
     if unusable:
         listed = "; ".join(f"line {number} {why}" for number, why in sorted(unusable)[:5])
         listed += f"; and {len(unusable) - 5} more" if len(unusable) > 5 else ""
-        warnings.warn(
+        models.warn(
             f"{str(file.path)!r} has lines that are left out: {listed}. Prompts without another line are evaluated "
-            "again.",
-            stacklevel=5,
+            "again."
         )
     return records

@@ -38,7 +38,7 @@ from tl_scopes.models.prompts import (
 )
 from tl_scopes.models.provenance import Provenance
 from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph, rows_are_apart, unembedding
-from tl_scopes.models.spacing import MIND_THE_SPACE, missing_spaces
+from tl_scopes.models.spacing import SpacingNote, missing_spaces
 from tl_scopes.models.state import ModelState
 from tl_scopes.models.supported import FOLDER_PREFIX, Model, architecture, autocast_of, model_name
 from tl_scopes.models.tokens import (
@@ -59,12 +59,11 @@ from tl_scopes.models.tokens import (
     vocabulary_size,
 )
 from tl_scopes.models.weights import exchanged_weights, fingerprint, in_last_blocks, learned, shuffled_weights
-from tl_scopes.models.wording import abridged, counted
+from tl_scopes.models.wording import abridged, counted, warn
 
 __all__ = [
     "EMBEDDING",
     "FOLDER_PREFIX",
-    "MIND_THE_SPACE",
     "READOUT",
     "Answer",
     "AttentionLayer",
@@ -80,6 +79,7 @@ __all__ = [
     "Provenance",
     "ReadPrompt",
     "Rules",
+    "SpacingNote",
     "Target",
     "Token",
     "Trace",
@@ -149,6 +149,7 @@ __all__ = [
     "unembedding",
     "user_hooks",
     "vocabulary_size",
+    "warn",
     "where_they_meet",
     "zeroed_values",
 ]

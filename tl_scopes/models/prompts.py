@@ -11,7 +11,7 @@ from torch import Tensor
 from tl_scopes.models.arguments import as_flag, as_int, as_position
 from tl_scopes.models.chats import is_chat, read_chat
 from tl_scopes.models.generation import Generated
-from tl_scopes.models.spacing import MIND_THE_SPACE, space_at_the_end
+from tl_scopes.models.spacing import SpacingNote, space_at_the_end
 from tl_scopes.models.supported import Model, device_of
 from tl_scopes.models.tokens import (
     Target,
@@ -49,7 +49,7 @@ class ReadPrompt(NamedTuple):
         """
         length = as_position(position, len(self.tokens)) + 1
         whole = length == len(self.tokens)  # a space at the end is noted where the end is read
-        notes = tuple(note for note in self.notes if whole or not note.endswith(MIND_THE_SPACE))
+        notes = tuple(note for note in self.notes if whole or not isinstance(note, SpacingNote))
         return self._replace(tokens=self.tokens[:length], parts=self.parts[:length], notes=notes)
 
 

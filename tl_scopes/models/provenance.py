@@ -1,6 +1,5 @@
 """What an answer was made with: versions, model, precision, device and date, so that it can be made again."""
 
-import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from tl_scopes.models.supported import (
     run_by,
 )
 from tl_scopes.models.weights import sample
+from tl_scopes.models.wording import warn
 
 _LIBRARIES = {
     "tl_scopes": "tl-scopes",
@@ -101,13 +101,12 @@ class Provenance:
             if field != "tl_scopes" and (then := getattr(self, field)) != _installed(package)
         ]
 
-    def warn_of_other_versions(self, what: str, stacklevel: int) -> None:
+    def warn_of_other_versions(self, what: str) -> None:
         """Say that something was made with other versions of the model's libraries, if it was."""
         if others := self.other_versions():
-            warnings.warn(
+            warn(
                 f"{what} was made with other versions, {', '.join(others)}, with which the same model may compute "
-                "other numbers: ask again before you compare it with answers of today.",
-                stacklevel=stacklevel + 1,
+                "other numbers: ask again before you compare it with answers of today."
             )
 
 

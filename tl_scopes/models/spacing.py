@@ -22,8 +22,11 @@ from tl_scopes.models.tokens import (
 MUCH = 10
 """How many times as likely the text with a space must be for a note."""
 
-MIND_THE_SPACE = ": mind the space"
-"""The end of every note on spaces. What warns of them finds the notes by it."""
+
+class SpacingNote(str):
+    """A note on spaces, which is given as a warning as well."""
+
+    __slots__ = ()
 
 
 def missing_spaces(
@@ -32,7 +35,7 @@ def missing_spaces(
     logits: Float[Tensor, " vocab"],
     named: Sequence[Target],
     beside: Sequence[Target] = (),
-) -> tuple[str, ...]:
+) -> tuple[SpacingNote, ...]:
     """A note for each word that is asked about without a space in front, where the model writes it with one.
 
     Tokens hold their space: after "The capital of France is" comes " Paris", and "Paris" is another token, with which
@@ -62,7 +65,7 @@ def _missing_space(
     logits: Float[Tensor, " vocab"],
     target: Target,
     against: Target | None,
-) -> tuple[str, ...]:
+) -> tuple[SpacingNote, ...]:
     """The note on one of them, or nothing."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None or output_size(model) != vocabulary_size(model):
@@ -85,14 +88,15 @@ def _missing_space(
         return ()
     total = precise(logits).logsumexp(0)
     found = [float((one - total).exp()) for one in (of_written, of_asked)]
-    meant = " | ".join(one.text for one in spaced)
-    return (
+    meant = "|".join(one.text for one in spaced)
+    note = (
         f"{_likely(meant, spaced, found[0], target.any_of)} is far likelier here than "
-        f"{_likely(target.text, [target], found[1], target.any_of)}, which is asked about{MIND_THE_SPACE}",
+        f"{_likely(target.text, [target], found[1], target.any_of)}, which is asked about: mind the space"
     )
+    return (SpacingNote(note),)
 
 
-def space_at_the_end(model: Model, prompt: str) -> tuple[str, ...]:
+def space_at_the_end(model: Model, prompt: str) -> tuple[SpacingNote, ...]:
     """A note where a prompt ends with a space that the tokenizer would put into the next word.
 
     A space alone is a token that texts hardly ever have between words, so that the model expects no word behind it.
@@ -107,7 +111,7 @@ def space_at_the_end(model: Model, prompt: str) -> tuple[str, ...]:
     tail = prompt[-20:]
     if not _joins(model, tail, "a") or (any(map(str.isdigit, tail)) and not _joins(model, tail, "7")):
         return ()
-    return (f"the prompt ends with a space, which the next word would bring itself{MIND_THE_SPACE}",)
+    return (SpacingNote("the prompt ends with a space, which the next word would bring itself: mind the space"),)
 
 
 def _joins(model: Model, text: str, next: str) -> bool:

@@ -57,7 +57,7 @@ class Target:
     def text(self) -> str:
         """The text: of all tokens in their order, or of each of them, with a bar between."""
         if self.any_of:
-            return " | ".join(token.text for token in self.tokens)
+            return "|".join(token.text for token in self.tokens)
         return readable("".join(token.text for token in self.tokens))
 
     @property

@@ -1,8 +1,11 @@
-"""How sentences name what they are about: numbers of things, long values, and errors of other libraries.
+"""How sentences name what they are about, numbers of things, long values and errors of other libraries; and warnings.
 
 This is a file of its own since errors, notes and printed answers in every folder above need it.
 """
 
+import sys
+import traceback
+import warnings
 from typing import Any
 
 
@@ -29,3 +32,13 @@ def abridged(value: Any, most: int = 80) -> str:
 def first_sentence(error: Exception) -> str:
     """The message of an error up to its first full stop, on one line and without it; its type where it is empty."""
     return " ".join(str(error).split()).split(". ")[0].rstrip(".") or type(error).__name__
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside this package that called into it, however many calls lie between."""
+    package = __name__.partition(".")[0]
+    outermost = 0
+    for depth, (frame, _) in enumerate(traceback.walk_stack(sys._getframe())):
+        if frame.f_globals.get("__name__", "").partition(".")[0] == package:
+            outermost = depth
+    warnings.warn(message, stacklevel=outermost + 2)

@@ -46,7 +46,7 @@ class Comparison:
     def str_tokens(self) -> tuple[str, ...]:
         """The text of each token of aligned answers, with a bar between those that differ."""
         columns = zip(*(answer.str_tokens for answer in self.answers.values()), strict=False)
-        return tuple(" | ".join(dict.fromkeys(several)) for several in columns)
+        return tuple("|".join(dict.fromkeys(several)) for several in columns)
 
     @property
     def _first(self) -> Attribution:

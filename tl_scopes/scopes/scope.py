@@ -1,6 +1,5 @@
 """A `Scope` is a question: asked of a `Linearization`, it gives an `Attribution`."""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
@@ -389,7 +388,7 @@ def caveat_of(scope: Scope, answers: Sequence[Attribution]) -> str | None:
     same = [answer for answer in answers if _is_own_foil(answer)]
     asked = [answer for answer in answers if not _is_own_foil(answer)]
     said = [scope.caveat(asked)] if asked else []
-    found = [next((note for note in answer.notes if note.endswith(models.MIND_THE_SPACE)), None) for answer in asked]
+    found = [next((note for note in answer.notes if isinstance(note, models.SpacingNote)), None) for answer in asked]
     if missing := [note for note in found if note is not None]:
         of = f" {len(missing)} of {len(answers)} predictions have such a note." if len(set(missing)) > 1 else ""
         said.append(f"{missing[0]}.{of}")
@@ -418,7 +417,7 @@ def warn(scope: Scope, answers: Sequence[Attribution]) -> bool:
     """Give the warning about these answers, if there is one, and return whether there is."""
     caveat = caveat_of(scope, answers)
     if caveat is not None:
-        warnings.warn(caveat, stacklevel=3)
+        models.warn(caveat)
     return caveat is not None
 
 

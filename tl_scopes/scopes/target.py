@@ -163,7 +163,7 @@ class TargetScope(Scope):
         if self.depends_on_mean_logit(lin) and lin.is_centered:
             notes.append("the unembedding is centred: the logit explained is the logit minus the vocabulary mean")
         notes += notes_on_spaces(lin, self.target, self.versus)
-        noted = any(note.endswith(models.MIND_THE_SPACE) for note in (*lin.notes, *notes))
+        noted = any(isinstance(note, models.SpacingNote) for note in (*lin.notes, *notes))
         for name, given in (("target", self.target), ("versus", self.versus)):
             if noted or not (isinstance(given, str) and isinstance(lin, Span)):
                 continue
