@@ -85,6 +85,6 @@ def test_one_of_several_that_all_are_compared_with(tiny: Any, tmp_path: Path) ->
     assert found[4].value == pytest.approx(alone.value, abs=1e-4)
     found.to_html(tmp_path / "map.html")
     with pytest.raises(
-        ValueError, match=r"versus ' are \|  is' share the token ' are', which would be compared with its"
+        ValueError, match=r"versus ' are\| is' share the token ' are', which would be compared with its"
     ):
         tls.attribute(tiny, PROMPT, tls.SemanticScope(versus={" are", " is"}))
