@@ -19,7 +19,7 @@ from tests import zoo
 from tests.zoo import PROMPT
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
-from tl_scopes.jacobian.pullback import pull, pulls
+from tl_scopes.jacobian.pullback import pull
 from tl_scopes.tiny.tasks import MIXTURES, documents
 
 
@@ -232,11 +232,9 @@ def test_mamba_goes_one_by_one() -> None:
     """Its scan has no batching rules: batched cotangents would take ten times as long."""
     with zoo.Float64():
         lin = tls.linearize(zoo.specimen("bridge mamba").model, PROMPT)
-        dealt = pulls([lin.ends], [torch.eye(16).double()[:3]])
-        assert [len(batch) for batch in pull(lin.model, lin.trace, lin.wrt, dealt)] == [1, 1, 1]
+        assert [len(batch) for batch in pull([lin], [torch.eye(16).double()[:3]])] == [1, 1, 1]
     other = tls.linearize(zoo.specimen("bridge llama").model, PROMPT)
-    dealt = pulls([other.ends], [torch.eye(16).double()[:3]])
-    assert [len(batch) for batch in pull(other.model, other.trace, other.wrt, dealt)] == [3]
+    assert [len(batch) for batch in pull([other], [torch.eye(16).double()[:3]])] == [3]
 
 
 def test_threads(model: Any) -> None:

@@ -15,7 +15,7 @@ from tests import zoo
 from tests.zoo import PROMPT, Specimen
 from tl_scopes.jacobian.fisher_information import fisher_information, leading_part, remainder_probes
 from tl_scopes.jacobian.metric import LocalMetric
-from tl_scopes.jacobian.pullback import near_one, power_of_two, pull, pulls
+from tl_scopes.jacobian.pullback import near_one, power_of_two, pull
 from tl_scopes.jacobian.softmax import balanced, deviations, left_open, log_prob
 from tl_scopes.models.supported import parameters_of, run_by
 
@@ -98,8 +98,7 @@ def test_batches_change_no_number(lin: tls.Linearization, monkeypatch: pytest.Mo
     zoo.batches_of(monkeypatch, 1)
     assert_close(lin.vjp(cotangents), whole, **EXACT)
     assert_close(lin.jvp(tangents), pushed, **EXACT)
-    dealt = pulls([lin.ends], [cotangents])
-    assert [len(batch) for batch in pull(lin.model, lin.trace, lin.wrt, dealt)] == [1] * 5
+    assert [len(batch) for batch in pull([lin], [cotangents])] == [1] * 5
 
 
 def test_logits_products(lin: tls.Linearization, truth: dict[str, Any]) -> None:

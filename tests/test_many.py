@@ -16,7 +16,7 @@ from tests import zoo
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import linearize_places
-from tl_scopes.jacobian.together import cotangents_of
+from tl_scopes.jacobian.pullback import cotangents_of
 from tl_scopes.tiny.tasks import examples
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}

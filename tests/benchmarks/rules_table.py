@@ -11,7 +11,7 @@ import tl_scopes as tls
 from tests.benchmarks.known_causes_table import Method
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.jacobian.together import vjps
+from tl_scopes.jacobian.pullback import vjps
 from tl_scopes.scopes.baselines import GradientTimesInput
 from tl_scopes.scopes.target import TargetScope
 

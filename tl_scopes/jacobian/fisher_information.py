@@ -13,9 +13,9 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
+from tl_scopes.jacobian.pullback import jvps
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.jacobian.softmax import balanced, deviations, left_open
-from tl_scopes.jacobian.together import jvps
 
 _OVERSAMPLING, _ITERATIONS = 8, 2
 """More directions and more rounds of the block power iteration than it needs at least. They cost products with the

@@ -147,7 +147,7 @@ class Linearization:
         if read == self.rules:
             return self
         self.require_unchanged()
-        return replace(self, trace=replace(self.trace, rules=read)).at(self.embeddings)
+        return self._finite_at_each(self.embeddings[None], read)[0]
 
     def require_readout(self) -> None:
         """Refuse a question about the prediction when J ends elsewhere.
@@ -228,7 +228,7 @@ class Linearization:
             TypeError: for something that is not a tensor.
         """
         require_shape(cotangents, "cotangents", (None, *self.readout.shape), "[probe d_of]")
-        return pullback.vjps(self.model, self.trace, self.wrt, [self.ends], [cotangents])[0]
+        return pullback.vjps([self], [cotangents])[0]
 
     def squared_norms(self, cotangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe token"]:
         """‖cᵀJ_t‖² for every probe c and token t, which all first-order scopes are made of.
@@ -241,7 +241,7 @@ class Linearization:
         Raises: as `vjp` does.
         """
         require_shape(cotangents, "cotangents", (None, *self.readout.shape), "[probe d_of]")
-        return pullback.squared_norms(self.model, self.trace, self.wrt, [self.ends], [cotangents])[0]
+        return pullback.squared_norms([self], [cotangents])[0]
 
     def jvp(self, tangents: Float[Tensor, "probe token d_model"]) -> Float[Tensor, "probe d_of"]:
         """Σ_t J_t δ_t for every probe δ: the first-order change of y.
@@ -256,7 +256,7 @@ class Linearization:
             RuntimeError: under an attention kernel that has no double backward.
         """
         require_shape(tangents, "tangents", (None, *self.embeddings.shape), "[probe token d_model]")
-        return pullback.jvps(self.model, self.trace, self.wrt, [self.ends], [tangents])[0]
+        return pullback.jvps([self], [tangents])[0]
 
     def as_matrix(self) -> Float[Tensor, "d_of token d_model"]:
         """J itself: `as_matrix()[:, t]` is J_t.
@@ -290,12 +290,19 @@ class Linearization:
         """
         models.check_model(self.model)
         require_shape(embeddings, "embeddings", (None, *self.embeddings.shape), "[point token d_model]")
-        lins = self._at_each(embeddings)
+        return self._finite_at_each(embeddings, self.rules)
+
+    def _finite_at_each(
+        self, embeddings: Float[Tensor, "point token d_model"], rules: LinearRules | None
+    ) -> tuple["Linearization", ...]:
+        lins = self._at_each(embeddings, rules)
         for lin in lins:
             lin.require_finite()
         return lins
 
-    def _at_each(self, embeddings: Float[Tensor, "point token d_model"]) -> tuple["Linearization", ...]:
+    def _at_each(
+        self, embeddings: Float[Tensor, "point token d_model"], rules: LinearRules | None
+    ) -> tuple["Linearization", ...]:
         trace = models.trace(
             self.model,
             self.tokens.expand(len(embeddings), -1),
@@ -303,7 +310,7 @@ class Linearization:
             of=self.of,
             values={self.wrt: embeddings.detach()},
             checkpoint=self.trace.checkpointed,
-            rules=self.rules,
+            rules=rules,
         )
         return tuple(replace(self, trace=trace, row=row) for row in range(len(embeddings)))
 

@@ -1,13 +1,14 @@
-"""cᵀJ for many cotangents c of one forward pass, in batched backward passes; Jδ, and products in general.
+"""cᵀJ and Jδ for linearisations of one forward pass, in batched passes that all of them share; products in general.
 
 All of them are linear in c or δ. So each vector goes through the network at a norm near 1, where half precision and
 float32 neither underflow nor overflow, and what comes back is multiplied by the power of two that it was divided by.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,9 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.models import Model, Trace, Work
 from tl_scopes.progress import progress_bar
+
+if TYPE_CHECKING:
+    from tl_scopes.jacobian.linearization import Linearization
 
 
 @dataclass(frozen=True)
@@ -62,19 +66,19 @@ class Ends:
         return summed
 
 
-def pulls(ends: Sequence[Ends], cotangents: Sequence[Tensor]) -> list[Pull]:
-    """Cotangents [probe d_of] of several Jacobians, dealt out to as few slots as possible, in the order given.
+def _dealt(lins: "Sequence[Linearization]", cotangents: Sequence[Tensor]) -> list[Pull]:
+    """Cotangents [probe d_of] of several linearisations, dealt out to as few slots as possible, in the order given.
 
     Prompts of a batch do not influence one another, so that a slot takes one cotangent of each; those that read from
     one prompt have to queue.
     """
     filled: dict[int, int] = {}
     dealt = []
-    for one, of_one in zip(ends, cotangents, strict=True):
-        for cotangent, scale in zip(*near_one(of_one), strict=True):
-            slot = max(filled.get(entry, 0) for entry in one.entries)
-            filled |= dict.fromkeys(one.entries, slot + 1)
-            dealt.append(Pull(one, slot, cotangent, scale))
+    for lin, of_lin in zip(lins, cotangents, strict=True):
+        for cotangent, scale in zip(*near_one(of_lin), strict=True):
+            slot = max(filled.get(entry, 0) for entry in lin.ends.entries)
+            filled |= dict.fromkeys(lin.ends.entries, slot + 1)
+            dealt.append(Pull(lin.ends, slot, cotangent, scale))
     return dealt
 
 
@@ -94,12 +98,19 @@ def power_of_two(number: float) -> float:
     return 2.0 ** (math.frexp(number)[1] - 1) if 0 < number < math.inf else 1.0
 
 
-def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterator[list[tuple[int, Tensor, float]]]:
+def pull(
+    lins: "Sequence[Linearization]", cotangents: Sequence[Float[Tensor, "_ d_of"]]
+) -> Iterator[list[tuple[int, Tensor, float]]]:
     """Yield, batch by batch, for each cotangent its index, cᵀJ [token d_model], and the scale to multiply that by.
+
+    Args:
+        lins: linearisations of one forward pass.
+        cotangents: some [probe d_of] for each of them, which are counted one after another.
 
     Raises:
         ValueError: when the output does not depend on the input.
     """
+    model, trace, wrt, dealt = lins[0].model, lins[0].trace, lins[0].wrt, _dealt(lins, cotangents)
     leaf, output = trace.perturbations[wrt], trace.output
     # It is not asked for a single slot, since it looks up the free memory.
     size = batch_size(model, trace, leaf, Work.PULLBACK) if any(one.slot for one in dealt) else 1
@@ -110,47 +121,41 @@ def pull(model: Model, trace: Trace, wrt: str, dealt: Sequence[Pull]) -> Iterato
         by_slot = by_slot[len(batch) :]
         slots = [dealt[i].slot - first for i in batch]
         starts = [(slot, row) for i, slot in zip(batch, slots, strict=True) for row in dealt[i].ends.rows]
-        cotangents = output.new_zeros(max(slots) + 1, *output.shape)
-        given = torch.cat([dealt[i].cotangent.reshape(-1, output.shape[1]) for i in batch])
-        cotangents[[slot for slot, _ in starts], [row for _, row in starts]] = given.to(output)
+        whole = output.new_zeros(max(slots) + 1, *output.shape)
+        values = torch.cat([dealt[i].cotangent.reshape(-1, output.shape[1]) for i in batch])
+        whole[[slot for slot, _ in starts], [row for _, row in starts]] = values.to(output)
         with models.undisturbed(trace):
-            (pulled,) = gradients(output, [leaf], cotangents, together=size > 1)
+            (pulled,) = gradients(output, [leaf], whole, together=size > 1)
         if pulled is None:  # the value depends on something else that is trainable, such as a tensor in a hook
             raise models.independence([wrt], "the end of the Jacobian")
         yield [(i, dealt[i].ends.gathered(pulled[slot]), dealt[i].scale) for i, slot in zip(batch, slots, strict=True)]
 
 
 def vjps(
-    model: Model, trace: Trace, wrt: str, ends: Sequence[Ends], cotangents: Sequence[Float[Tensor, "_ d_of"]]
+    lins: "Sequence[Linearization]", cotangents: Sequence[Float[Tensor, "_ d_of"]]
 ) -> list[Float[Tensor, "_ _ d_model"]]:
-    """cᵀJ [probe token d_model] for the cotangents [probe d_of] of each Jacobian.
-
-    In float32, or float64 for a float64 model.
-    """
-    output, d_model = trace.output, trace.perturbations[wrt].shape[-1]
+    """`Linearization.vjp` of several, each with cotangents of its own: cᵀJ [probe token d_model]."""
+    output, d_model = lins[0].trace.output, lins[0].embeddings.shape[-1]
     dtype = models.sum_dtype(output)
     pulled = [
-        output.new_empty(len(c), one.count, d_model, dtype=dtype) for one, c in zip(ends, cotangents, strict=True)
+        output.new_empty(len(c), lin.ends.count, d_model, dtype=dtype) for lin, c in zip(lins, cotangents, strict=True)
     ]
-    slots = [slot for of_one in pulled for slot in of_one]
-    for batch in pull(model, trace, wrt, pulls(ends, cotangents)):
+    slots = [slot for of_lin in pulled for slot in of_lin]
+    for batch in pull(lins, cotangents):
         for i, gradient, scale in batch:
             slots[i].copy_(gradient).mul_(scale)
     return pulled
 
 
 def squared_norms(
-    model: Model, trace: Trace, wrt: str, ends: Sequence[Ends], cotangents: Sequence[Float[Tensor, "_ d_of"]]
+    lins: "Sequence[Linearization]", cotangents: Sequence[Float[Tensor, "_ d_of"]]
 ) -> list[Float[Tensor, "_ _"]]:
-    """‖cᵀJ_t‖² [probe token] for the cotangents [probe d_of] of each Jacobian.
-
-    In float64, with memory for one batch of cotangents. A progress bar appears on a terminal after a few seconds.
-    """
-    precise = models.precise(trace.output.detach())
-    norms = [precise.new_empty(len(c), one.count) for one, c in zip(ends, cotangents, strict=True)]
-    slots = [slot for of_one in norms for slot in of_one]
+    """`Linearization.squared_norms` of several, each with cotangents of its own: ‖cᵀJ_t‖² [probe token]."""
+    precise = models.precise(lins[0].trace.output.detach())
+    norms = [precise.new_empty(len(c), lin.ends.count) for lin, c in zip(lins, cotangents, strict=True)]
+    slots = [slot for of_lin in norms for slot in of_lin]
     with progress_bar(len(slots), "cotangents") as bar:
-        for batch in pull(model, trace, wrt, pulls(ends, cotangents)):
+        for batch in pull(lins, cotangents):
             for i, gradient, scale in batch:
                 slots[i].copy_(models.precise(gradient).square().sum(-1) * scale**2)
             bar.update(len(batch))
@@ -158,37 +163,64 @@ def squared_norms(
 
 
 def jvps(
-    model: Model, trace: Trace, wrt: str, ends: Sequence[Ends], tangents: Sequence[Float[Tensor, "_ _ d_model"]]
+    lins: "Sequence[Linearization]", tangents: Sequence[Float[Tensor, "_ _ d_model"]]
 ) -> list[Float[Tensor, "_ d_of"]]:
-    """Σ_t J_t δ_t for the tangents δ of each Jacobian: the derivative of cᵀJ δ with respect to c, in batches.
+    """`Linearization.jvp` of several, each with tangents of its own: Σ_t J_t δ_t, the derivative of cᵀJ δ by c.
 
     They begin at different prompts of the batch, which do not influence one another, so that they go together.
 
     Raises:
         NoSecondDerivativeError: under an attention kernel that has no double backward.
     """
-    leaf, output = trace.perturbations[wrt], trace.output
+    model, trace = lins[0].model, lins[0].trace
+    leaf, output = trace.perturbations[lins[0].wrt], trace.output
     size = batch_size(model, trace, leaf, Work.PULLBACK)
     cotangent = torch.zeros_like(output, requires_grad=True)
-    scaled = [near_one(of_one) for of_one in tangents]
+    scaled = [near_one(of_lin) for of_lin in tangents]
     dtype = models.sum_dtype(output)
     pushed = [
-        output.new_empty(len(of_one), len(one.rows) * output.shape[1], dtype=dtype)
-        for one, of_one in zip(ends, tangents, strict=True)
+        output.new_empty(len(of_lin), len(lin.ends.rows) * output.shape[1], dtype=dtype)
+        for lin, of_lin in zip(lins, tangents, strict=True)
     ]
     with differentiated_twice(", or multiply by as_matrix()"), models.undisturbed(trace):
         (pulled,) = torch.autograd.grad(output, leaf, cotangent, create_graph=True)
         for some in torch.arange(max(map(len, tangents)), device="cpu").split(size):
             directions = leaf.new_zeros(len(some), *leaf.shape)
-            for one, (units, _) in zip(ends, scaled, strict=True):
+            for lin, (units, _) in zip(lins, scaled, strict=True):
                 mine = some[some < len(units)]
-                one.spread(units[mine].to(leaf), directions[: len(mine)])
+                lin.ends.spread(units[mine].to(leaf), directions[: len(mine)])
             found = products(pulled, cotangent, directions, together=size > 1)
-            for one, of_one in zip(ends, pushed, strict=True):
-                mine = some[some < len(of_one)]
-                of_one[mine] = found[: len(mine), list(one.rows)].flatten(1).to(of_one)
-    scales = (of_one.new_tensor(each)[:, None] for of_one, (_, each) in zip(pushed, scaled, strict=True))
-    return [of_one * scale for of_one, scale in zip(pushed, scales, strict=True)]
+            for lin, of_lin in zip(lins, pushed, strict=True):
+                mine = some[some < len(of_lin)]
+                of_lin[mine] = found[: len(mine), list(lin.ends.rows)].flatten(1).to(of_lin)
+    scales = (of_lin.new_tensor(each)[:, None] for of_lin, (_, each) in zip(pushed, scaled, strict=True))
+    return [of_lin * scale for of_lin, scale in zip(pushed, scales, strict=True)]
+
+
+def cotangents_of(
+    lins: "Sequence[Linearization]", functions: Sequence[Callable[[Float[Tensor, "*row vocab"]], Tensor]]
+) -> list[Float[Tensor, " d_of"]]:
+    """`Linearization.cotangent` for a function of each of several linearisations of one forward pass.
+
+    They go back through the unembedding together, which is read once and not once for each of them. Where two of them
+    read the same row, or a hook may mix the rows, they go one by one.
+
+    Raises: as `Linearization.cotangent` does.
+    """
+    one, rows = lins[0], [row for lin in lins for row in lin.ends.rows]
+    if len(lins) == 1 or len(set(rows)) < len(rows) or not models.rows_are_apart(one.model, one.trace):
+        return [lin.cotangent(function) for lin, function in zip(lins, functions, strict=True)]
+    for lin in lins:
+        lin.require_readout()
+    readout, logits = models.readout_graph(one.model, one.trace, rows)
+    gradient, scales = torch.empty_like(logits), []
+    sizes = [len(lin.ends.rows) for lin in lins]
+    for lin, function, written in zip(lins, functions, gradient.split(sizes), strict=True):
+        units, of_one = near_one(lin.logits_gradient(function)[None])
+        written.copy_(units.reshape(written.shape))
+        scales += of_one
+    (pulled,) = torch.autograd.grad(logits, readout, gradient, retain_graph=True)
+    return [models.precise(of_lin).flatten() * scale for of_lin, scale in zip(pulled.split(sizes), scales, strict=True)]
 
 
 def products(output: Tensor, leaf: Tensor, cotangents: Tensor, *, together: bool) -> Tensor:

@@ -141,13 +141,15 @@ class Span(Linearization):
 
     # -- elsewhere ----------------------------------------------------------------------------------------------------
 
-    def _at_each(self, embeddings: Float[Tensor, "point token d_model"]) -> tuple[Linearization, ...]:
+    def _at_each(
+        self, embeddings: Float[Tensor, "point token d_model"], rules: LinearRules | None
+    ) -> tuple[Linearization, ...]:
         texts = [self.str_tokens] * len(embeddings)
-        return _linearized(self, self.tokens.expand(len(embeddings), -1), texts, embeddings)
+        return _linearized(self, self.tokens.expand(len(embeddings), -1), texts, embeddings, rules)
 
     def _at_tokens(self, tokens: Int[Tensor, "token"]) -> Linearization:
         texts = models.token_texts(self.model, tokens)
-        (lin,) = _linearized(self, tokens[None], [texts], None)
+        (lin,) = _linearized(self, tokens[None], [texts], None, self.rules)
         lin.require_finite()
         return lin
 
@@ -181,7 +183,11 @@ class Span(Linearization):
 
 
 def _linearized(
-    span: Span, tokens: Int[Tensor, "point token"], texts: Sequence[tuple[str, ...]], values: Tensor | None
+    span: Span,
+    tokens: Int[Tensor, "point token"],
+    texts: Sequence[tuple[str, ...]],
+    values: Tensor | None,
+    rules: LinearRules | None,
 ) -> tuple[Span, ...]:
     """The same span at other tokens or embeddings, several in one forward pass."""
     entries, places = span._laid_out(tokens)
@@ -193,7 +199,7 @@ def _linearized(
         places=places,
         values=None if values is None else {span.wrt: span._laid_out_values(values.detach(), entries)},
         checkpoint=span.trace.checkpointed,
-        rules=span.rules,
+        rules=rules,
     )
     rows = len(span.rows)
     return tuple(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.pullback import vjps
 from tl_scopes.jacobian.randomness import prompt_generator
 from tl_scopes.jacobian.replacement import each_alone, effects, substitute
 from tl_scopes.jacobian.span import Span
-from tl_scopes.jacobian.together import vjps
 from tl_scopes.models import Target
 from tl_scopes.scopes.measurement import Measurement
 from tl_scopes.scopes.path_integrated import PathIntegratedScope

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
+from tl_scopes.jacobian.pullback import squared_norms
 from tl_scopes.jacobian.span import Span
 from tl_scopes.jacobian.tensor_arguments import require_real
-from tl_scopes.jacobian.together import squared_norms
 from tl_scopes.scopes.measurement import Measurement
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.written import as_written

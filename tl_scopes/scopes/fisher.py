@@ -15,9 +15,8 @@ from tl_scopes.jacobian.curvature import rounds
 from tl_scopes.jacobian.fisher_information import Seen, weighted_logits
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
-from tl_scopes.jacobian.pullback import NoSecondDerivativeError
+from tl_scopes.jacobian.pullback import NoSecondDerivativeError, squared_norms, vjps
 from tl_scopes.jacobian.randomness import source
-from tl_scopes.jacobian.together import squared_norms, vjps
 from tl_scopes.models.arguments import as_flag, as_number
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.scopes.measurement import Estimate, Measurement, how_often

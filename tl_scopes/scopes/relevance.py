@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.jacobian.together import vjps
+from tl_scopes.jacobian.pullback import vjps
 from tl_scopes.scopes.measurement import Measurement
 from tl_scopes.scopes.target import TargetScope
 

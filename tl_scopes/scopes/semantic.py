@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.jacobian.together import cotangents_of
+from tl_scopes.jacobian.pullback import cotangents_of
 from tl_scopes.scopes.first_order import JacobianScope
 from tl_scopes.scopes.target import TargetScope
 
