@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_scopes.models.hooks import READOUT, StopForward, attached, hook_point, hook_points
+from tl_scopes.models.hooks import READOUT, StopForward, hook_points, run
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.precision import sum_dtype
 from tl_scopes.models.supported import Model, architecture, attention_kernel
-from tl_scopes.models.threads import one_at_a_time
 from tl_scopes.models.wording import counted
 
 
@@ -125,16 +123,9 @@ def _cached(model: Model, tokens: Tensor, group: range) -> dict[str, Tensor]:
         return hook_function
 
     # Not `run_with_cache`, whose hooks would also keep what other threads compute, and which tells the blocks where to
-    # stop, those threads' passes too.
-    with ExitStack() as stack:
-        stack.enter_context(one_at_a_time)
-        points = hook_points(model)
-        for name in names:
-            stack.enter_context(attached(points[name], keep(name)))
-        # The pass goes on to the end where a kernel forms no pattern; the logits of one position are enough then.
-        stack.enter_context(attached(hook_point(points, READOUT), lambda value, hook: value[:, -1:]))
-        with suppress(StopForward):
-            model(tokens[None], return_type="logits")
+    # stop, those threads' passes too. The pass goes on to the end where a kernel forms no pattern; the logits of one
+    # position are enough then.
+    run(model, tokens[None], *((name, keep(name)) for name in names), (READOUT, lambda value, hook: value[:, -1:]))
     return cache
 
 

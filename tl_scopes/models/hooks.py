@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,6 +119,24 @@ def attached(point: Any, function: Callable[..., Tensor | None]) -> Iterator[Non
         afterwards(_detach, point, act)
         point.add_hook(act)
         yield
+
+
+def run(model: Model, tokens: Tensor, *hooks: tuple[str, Callable[..., Tensor | None]]) -> Tensor | None:
+    """The logits [batch token vocab] of the model with hooks of ours, each with its name; None where one of them stops
+    the forward pass. No other thread's pass runs beside it.
+
+    Raises:
+        ValueError: for a hook that the model does not have.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(one_at_a_time)
+        points = hook_points(model)
+        for name, function in hooks:
+            stack.enter_context(attached(hook_point(points, name), function))
+        stack.enter_context(suppress(StopForward))
+        logits: Tensor = model(tokens, return_type="logits")
+        return logits
+    return None
 
 
 def _detach(point: Any, function: Callable[..., Any]) -> None:

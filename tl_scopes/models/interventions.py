@@ -1,7 +1,7 @@
 """Forward passes in which something is replaced: values at one hook, or what tokens attend to."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, SupportsIndex
 
 import torch
@@ -17,9 +17,9 @@ from tl_scopes.models.hooks import (
     StopForward,
     as_stream,
     attached,
-    hook_point,
     hook_points,
     is_readout,
+    run,
 )
 from tl_scopes.models.linear_rules import LinearRules, within
 from tl_scopes.models.precision import sum_dtype
@@ -67,20 +67,13 @@ def evaluate(
             raise StopForward
         return read[-1][:, None]
 
-    logits = None
-    with ExitStack() as stack:
-        stack.enter_context(one_at_a_time)
-        points = hook_points(model)
-        stack.enter_context(attached(hook_point(points, wrt), replace))
-        stack.enter_context(attached(hook_point(points, of), choose))
-        with suppress(StopForward):
-            logits = model(tokens, return_type="logits")[:, -1]
+    logits = run(model, tokens, (wrt, replace), (of, choose))
     for name, seen in ((wrt, fired), (of, read)):
         if not seen:
             raise ValueError(
                 f"the hook {name!r} never fired: this model does not run it, or an option switches it off."
             )
-    return read[0], logits
+    return read[0], None if logits is None else logits[:, -1]
 
 
 def predict(
@@ -147,17 +140,8 @@ def push(
         arrived.append(last.flatten(1))
         raise StopForward
 
-    with ExitStack() as stack:
-        stack.enter_context(one_at_a_time)
-        points = hook_points(model)
-        stack.enter_context(within(rules, nullcontext()))
-        stack.enter_context(forward_ad.dual_level())
-        stack.enter_context(attached(hook_point(points, wrt), enter))
-        for name, act in met.items():
-            stack.enter_context(attached(points[name], meet(act)))
-        stack.enter_context(attached(hook_point(points, of), leave))
-        with suppress(StopForward):
-            model(tokens, return_type="logits")
+    with one_at_a_time, within(rules, nullcontext()), forward_ad.dual_level():
+        run(model, tokens, (wrt, enter), *((name, meet(act)) for name, act in met.items()), (of, leave))
     return arrived[0]
 
 
