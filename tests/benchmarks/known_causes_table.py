@@ -120,6 +120,16 @@ UNDER_RULES = {
 }
 """The rows of the table of rules, and what it calls them."""
 
+BUNDLED_RULES = (
+    "Semantic, lookup",
+    "Semantic, no attention rule",
+    "sizes, linear",
+    "sizes, lookup",
+    "relevance, baseline prompt, linear",
+    "relevance, baseline prompt, lookup",
+)
+"""What else the bundled model is asked under rules, of which docs/decided.md tells: methods of `rules_table`."""
+
 
 def to_markdown(results: "pd.DataFrame", measure: str, reference: str | None = None) -> str:
     """Write one measure as a Markdown table of means with their 95% intervals.
@@ -302,7 +312,7 @@ def told(table: "pd.DataFrame", column: str = "mean", sign: str = "", digits: in
 
 def of_bundled(stored: Mapping[str, Any]) -> str:
     """The table of the bundled model."""
-    causes = causes_of(stored)
+    causes = causes_of(stored, all_scopes())
     return f"{to_markdown(causes, _SHOWN, _BUNDLED_REFERENCE)}\n\n{confirmed(causes)}"
 
 
@@ -332,13 +342,18 @@ def methods(also: str | None, only: Iterable[str] | None) -> dict[str, Method]:
     return {_REFERENCE: SEMANTIC} | chosen
 
 
+def of_the_bundled_model() -> dict[str, Any]:
+    """What the bundled model is asked: the scopes that `known_causes` compares by itself, and some under rules."""
+    return all_scopes() | {name: methods(None, None)[name] for name in BUNDLED_RULES}
+
+
 def _measured(options: argparse.Namespace) -> dict[str, Any]:
     """Measure what is not stored yet."""
     if options.model:
         model, askers = models.load(options.model, device="cpu"), methods(options.also, options.only)
         tasks, prompts = options.tasks or KINDS, json.loads(NATURAL.read_text(encoding="utf-8"))[: options.prompts]
     else:
-        model, askers, tasks, prompts = tls.load_tiny(), all_scopes(), options.tasks or TASKS, []
+        model, askers, tasks, prompts = tls.load_tiny(), of_the_bundled_model(), options.tasks or TASKS, []
     settings = {"measure": _SHOWN, "examples of a task": options.count, "seed": options.seed, "BOS": options.bos}
     if options.model:
         settings |= {"natural prompts": options.prompts, "deletion": repr(DELETION)}
