@@ -531,6 +531,26 @@ def test_a_scope_under_rules(tiny: Any) -> None:
     assert torch.equal(found.scores, scope(tls.linearize(tiny, KEYS, rules="linear")).scores)
     assert found.unit == scope.unit(lin)
     assert tls.UnderRulesScope(scope, ("patterns", "norms")).rules == ("norms", "patterns")
+    assert (found.rules, found.question) == ("linear", found.scope)
+    assert found.scope == f"UnderRulesScope(scope={scope!r}, rules='linear')"
+    assert tls.Attribution.from_json(found.to_json()).rules == "linear"
+
+
+@pytest.mark.parametrize("around", [lambda scope: scope, tls.PositionCorrectedScope, tls.FrozenAttentionScope])
+def test_an_answer_says_the_rules_that_made_it(tiny: Any, around: Any) -> None:
+    """Whether they are the scope's, or those of a scope within, or given beside it; two that differ are refused."""
+    scope = around(tls.UnderRulesScope(tls.SemanticScope(" are"), "linear"))
+    plain = tls.attribute(tiny, KEYS, scope)
+    same = tls.attribute(tiny, KEYS, scope, rules="linear")
+    assert plain.rules == same.rules == "linear"
+    assert torch.equal(plain.scores, same.scores)
+    with pytest.raises(
+        ValueError, match=r"rules='linear'\) asks under linear rules, and lookup rules are given as well"
+    ):
+        tls.attribute(tiny, KEYS, scope, rules="lookup")
+    twice = tls.UnderRulesScope(scope, "lookup")
+    with pytest.raises(ValueError, match="asks under linear rules, and lookup rules are given as well: leave one of"):
+        tls.attribute(tiny, KEYS, twice)
 
 
 def test_checks_know_about_rules(tiny: Any) -> None:

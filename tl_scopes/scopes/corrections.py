@@ -87,6 +87,9 @@ class Around(Scope):
     def unit(self, lin: Linearization) -> str:
         return self.scope.unit(lin)
 
+    def rules_of(self, lin: Linearization) -> models.LinearRules | None:
+        return self.scope.rules_of(lin)
+
 
 @dataclass(frozen=True)
 class PositionCorrectedScope(Around):
@@ -275,8 +278,9 @@ class UnderRulesScope(Around):
 
     Unit: that of the scope.
     Cost: that of the scope, and a forward pass.
-    Raises: TypeError for something that is not a scope, or not names of rules; ValueError for unknown rules, and for a
-        model that they do not cover; else as the scope does.
+    Raises: TypeError for something that is not a scope, or not names of rules; ValueError for unknown rules, for a
+        model that they do not cover, and where other rules are given to `linearize` or `attribute` as well; else as the
+        scope does.
     Source: as `linearize` says.
 
     Example:
@@ -285,7 +289,7 @@ class UnderRulesScope(Around):
         ' keys'
     """
 
-    rules: models.Rules = "linear"
+    rules: models.Rules = field(default="linear", metadata={"always": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -296,7 +300,17 @@ class UnderRulesScope(Around):
     def is_slope(self) -> bool:
         return False  # of the model itself
 
+    def rules_of(self, lin: Linearization) -> models.LinearRules | None:
+        read = models.LinearRules.read(self.rules)
+        if None not in (read, lin.rules) and read != lin.rules:
+            raise ValueError(
+                f"{as_written(self)} asks under {read} rules, and {lin.rules} rules are given as well: leave one of "
+                "them out."
+            )
+        return self.scope.rules_of(lin) if read is None else read
+
     def measure(self, lin: Linearization) -> Measurement:
+        self.rules_of(lin)  # refuses others
         return self.scope.measure(lin.under(self.rules))
 
 
