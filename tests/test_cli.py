@@ -172,13 +172,28 @@ def test_without_a_model_the_bundled_one_answers() -> None:
         (["--scope", "heta", "--target", " the"], ["What moves the log-probability of ·the?", "attention flow"]),
         (["--scope", "path-integrated", "--target", " the"], ["moves the logit of ·the?", "contributes to this logit"]),
         (["--scope", "spectral"], ["What moves the whole prediction?", "√(2 KL)", "nat^½ per unit"]),
+        (
+            ["--target", " the", "--rules", "linear"],
+            ["What moves the logit of ·the under linear rules?", "derivative under linear rules, not the model's own"],
+        ),
+        (
+            ["--scope", "relevance", "--target", " the", "--versus", " old", "--rules", "linear"],
+            ["against ·old under linear rules?", "sum    tokens ", " + biases "],
+        ),
+        (["--scope", "relevance", "--target", " the"], ["sum    the tokens sum to "]),
+        (
+            ["--answer", " the", "--rows", "--rules", "linear"],
+            ["What moves each token of ·the under linear rules?", "under linear rules, not the model's own"],
+        ),
     ],
 )
 def test_the_report_says_what_was_asked(run: Callable[..., Any], args: list[str], words: list[str]) -> None:
     result = run(PROMPT, *args)
     assert (result.exit_code, result.stderr) == (0, "")
-    for text in [*words, "Next token after ·cabinet", f"<bos>{PROMPT} →", "/small, float32"]:
-        assert text in result.stdout
+    whole = [] if "--rows" in args else ["Next token after ·cabinet", f"<bos>{PROMPT} →"]
+    printed = re.sub(r" *\n {7}", " ", result.stdout)  # long sentences go on in the next line
+    for text in [*words, *whole, "/small, float32"]:
+        assert text in printed
 
 
 def test_the_report_shows_the_numbers(run: Callable[..., Any], ask: Callable[..., tls.Attribution]) -> None:
