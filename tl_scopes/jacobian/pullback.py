@@ -125,7 +125,7 @@ def vjps(
 ) -> list[Float[Tensor, "_ _ d_model"]]:
     """cᵀJ [probe token d_model] for the cotangents [probe d_of] of each Jacobian.
 
-    In float32, or float64 for a float64 model.
+    In float32, or float64 for a float64 model. A progress bar appears on a terminal after a few seconds.
     """
     output, d_model = trace.output, trace.perturbations[wrt].shape[-1]
     dtype = models.sum_dtype(output)
@@ -133,9 +133,11 @@ def vjps(
         output.new_empty(len(c), one.count, d_model, dtype=dtype) for one, c in zip(ends, cotangents, strict=True)
     ]
     slots = [slot for of_one in pulled for slot in of_one]
-    for batch in pull(model, trace, wrt, pulls(ends, cotangents)):
-        for i, gradient, scale in batch:
-            slots[i].copy_(gradient).mul_(scale)
+    with progress_bar(len(slots), "cotangents") as bar:
+        for batch in pull(model, trace, wrt, pulls(ends, cotangents)):
+            for i, gradient, scale in batch:
+                slots[i].copy_(gradient).mul_(scale)
+            bar.update(len(batch))
     return pulled
 
 
