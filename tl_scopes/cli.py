@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import sys
 import warnings
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
@@ -160,14 +162,26 @@ Bos = Annotated[
 Checkpoint = Annotated[bool, _Model("--checkpoint", help=_CHECKPOINT)]
 RuleNames = Annotated[str | None, _Question(metavar="NAMES", help=_RULES)]
 
-_FLAGS = {
+_FLAGS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\btarget=(\d+)": r"--target id:\1",
     r"\bdevice='(\w+)'": r"--device \1",
     r"\bcheckpoint=True\b": "--checkpoint",
     r"\bprepend_bos=True\b": "--bos",
     r"\bprepend_bos=False\b": "--no-bos",
+    r"\bcolumns=(\{[^{}]*\})": lambda found: " ".join(map(column_option, literal_eval(found[1]).items())),
+    r"\bcolumns names the columns for": "--column says the columns for",
+    r"\bstrongest=(\d+)": r"--strongest \1",
+    r"\bgive carried_by, \"head\" say": "give --carried-by head, say",
+    r"\bcarried_by='(\w+)'": r"--carried-by \1",
+    r"\bpredictions=\"every\"": "--predictions every",
 }
 """Arguments in the library's errors, and the options of the command line that they are."""
+
+
+def column_option(named: tuple[str, str | None]) -> str:
+    """The option of `tl-scopes corpus` for a column of ours, and what it is called in the file."""
+    ours, theirs = named
+    return "--column " + shlex.quote(f"{ours}={theirs or ''}")
 
 
 def named_tokens(scope: Scope, target: str | None, versus: str | None) -> dict[str, str]:
