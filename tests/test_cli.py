@@ -131,6 +131,13 @@ def test_dtype(ask: Callable[..., tls.Attribution], dtype: str) -> None:
     assert ask(PROMPT, "--dtype", dtype).dtype == dtype
 
 
+@pytest.mark.parametrize("scope", ["spectral", "heta"])
+def test_answers_of_one_token_for_scopes_of_one_prediction(run: Callable[..., Any], scope: str) -> None:
+    """As --help says."""
+    assert run(PROMPT, "--scope", scope, "--answer", " the").exit_code == 0
+    assert "is about one prediction at a time" in run(PROMPT, "--scope", scope, "--answer", " the old").stderr
+
+
 def test_a_token_named_by_id_is_the_same_token(ask: Callable[..., tls.Attribution]) -> None:
     by_text = ask(PROMPT, "--target", " the")
     assert by_text.target is not None
@@ -302,6 +309,8 @@ def test_what_libraries_print_stays_out_of_stdout(
         ([" ", "--chat"], 2, "the prompt is empty: give at least one character"),
         ([PROMPT, "--target", ""], 2, "the target '' is unknown"),
         ([PROMPT, "--target", "id:99999"], 2, "target 99999 is outside the vocabulary"),
+        ([PROMPT, "--target", "id:x"], 2, "--target id:x is not the id of a token: after id: stands a number, id:42"),
+        ([PROMPT, "--versus", "id:-1"], 2, "--versus id:-1 is not the id of a token"),
         ([PROMPT, "--versus", "a\udcff"], 2, "must be UTF-8"),
         ([PROMPT, "--target", " the", "--versus", " the"], 2, "are the same token"),
         (

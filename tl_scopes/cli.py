@@ -135,7 +135,7 @@ fisher: what moves the whole prediction? path-integrated: what built the logit u
 spectral: how far can each token move the prediction at most? heta: attention, curvature and information lost; slow.
 relevance: what speaks for one token, and what against? With --rules linear the parts add up."""
 _TARGET = 'What to explain, as text (" are", mind the space; it may be several tokens) or as id (id:42).'
-_ANSWER = "What is said after the prompt: it is explained as a whole, with any scope but spectral and heta."
+_ANSWER = "What is said after the prompt: it is explained as a whole; with spectral and heta it is one token."
 _GENERATE = "Let the model say so many tokens at most, and explain them as with --answer."
 _ROWS = "Explain each token of the answer by itself, from the prompt and the answer before it."
 _CHAT = "The prompt is what a user says to a chat model, whose template is put around it."
@@ -188,12 +188,15 @@ def named_tokens(scope: Scope, target: str | None, versus: str | None) -> dict[s
     """The tokens that a question names.
 
     Raises:
-        ValueError: for one that the scope does not take.
+        ValueError: for one that the scope does not take, and for an id that is not a number.
     """
     named = {name: token for name, token in (("target", target), ("versus", versus)) if token is not None}
     for name in set(named) - set(QUESTIONS[scope].tokens):
         takers = ", ".join(other for other, asked in QUESTIONS.items() if name in asked.tokens)
         raise ValueError(f"--{name} goes with --scope {takers}, not with {scope}.")
+    for name, token in named.items():
+        if token.startswith("id:") and isinstance(as_token(token), str):
+            raise ValueError(f"--{name} {token} is not the id of a token: after id: stands a number, id:42 say.")
     return named
 
 

@@ -79,7 +79,9 @@ def corpus(
     prompts: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=_FILE)],
     out: Annotated[Path, _Output(metavar="FOLDER", show_default=False, help="Where the answers go.")],
     scope: Annotated[Scope, _Question(metavar="NAME", help="As for one prompt: tl-scopes --help.")] = Scope.SEMANTIC,
-    target: Annotated[str | None, _Question(metavar="TOKEN", help="What to explain after every prompt that has none of its own.")] = None,
+    target: Annotated[
+        str | None, _Question(metavar="TOKEN", help="What to explain after every prompt that has none of its own.")
+    ] = None,
     versus: Annotated[str | None, _Question(metavar="TOKEN", help="Why the target rather than this?")] = None,
     column: Annotated[list[str] | None, _Question(metavar="NAME=COLUMN", help=_COLUMN)] = None,
     rules: RuleNames = None,
