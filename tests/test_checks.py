@@ -129,6 +129,18 @@ def test_without_patterns_there_are_no_sinks() -> None:
 # -- position and repetition ------------------------------------------------------------------------------------------
 
 
+def test_a_place_of_scores_with_a_sign(llama: Any) -> None:
+    """Their sizes are compared, and nothing is advised that takes no signs."""
+
+    class Against(OneHot):
+        def measure(self, lin: tls.Linearization) -> Measurement:
+            return Measurement(-super().measure(lin).scores)
+
+    one, other = (check(llama, kind(place=2), "position") for kind in (OneHot, Against))
+    assert other.verdict == "look"
+    assert one.finding == f"{other.finding}, which PositionCorrectedScope divides out"
+
+
 @dataclass(frozen=True)
 class OneHot(tls.Scope):
     """All of the score on one place, or on one token wherever it stands."""
@@ -160,7 +172,7 @@ def test_a_place_that_takes_all(llama: Any) -> None:
     few = tls.check(tls.linearize(llama, PROMPT[:2]), OneHot(0))["position"]
     assert few.finding == "there are too few tokens to shuffle"
     path = tls.PathIntegratedScope(TARGET, steps=2, start=0.9)
-    assert check(llama, path, "position").finding.startswith("the scores are not slopes")
+    assert check(llama, path, "position").finding.startswith("this check is for scores that are slopes")
 
 
 def test_the_targets_own_occurrence(llama: Any) -> None:

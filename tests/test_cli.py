@@ -131,6 +131,13 @@ def test_dtype(ask: Callable[..., tls.Attribution], dtype: str) -> None:
     assert ask(PROMPT, "--dtype", dtype).dtype == dtype
 
 
+@pytest.mark.parametrize("scope", ["spectral", "heta"])
+def test_answers_of_one_token_for_scopes_of_one_prediction(run: Callable[..., Any], scope: str) -> None:
+    """As --help says."""
+    assert run(PROMPT, "--scope", scope, "--answer", " the").exit_code == 0
+    assert "is about one prediction at a time" in run(PROMPT, "--scope", scope, "--answer", " the old").stderr
+
+
 def test_a_token_named_by_id_is_the_same_token(ask: Callable[..., tls.Attribution]) -> None:
     by_text = ask(PROMPT, "--target", " the")
     assert by_text.target is not None
@@ -172,13 +179,28 @@ def test_without_a_model_the_bundled_one_answers() -> None:
         (["--scope", "heta", "--target", " the"], ["What moves the log-probability of ·the?", "attention flow"]),
         (["--scope", "path-integrated", "--target", " the"], ["moves the logit of ·the?", "contributes to this logit"]),
         (["--scope", "spectral"], ["What moves the whole prediction?", "√(2 KL)", "nat^½ per unit"]),
+        (
+            ["--target", " the", "--rules", "linear"],
+            ["What moves the logit of ·the under linear rules?", "derivative under linear rules, not the model's own"],
+        ),
+        (
+            ["--scope", "relevance", "--target", " the", "--versus", " old", "--rules", "linear"],
+            ["against ·old under linear rules?", "sum    tokens ", " + biases "],
+        ),
+        (["--scope", "relevance", "--target", " the"], ["sum    the tokens sum to "]),
+        (
+            ["--answer", " the", "--rows", "--rules", "linear"],
+            ["What moves each token of ·the under linear rules?", "under linear rules, not the model's own"],
+        ),
     ],
 )
 def test_the_report_says_what_was_asked(run: Callable[..., Any], args: list[str], words: list[str]) -> None:
     result = run(PROMPT, *args)
     assert (result.exit_code, result.stderr) == (0, "")
-    for text in [*words, "Next token after ·cabinet", f"<bos>{PROMPT} →", "/small, float32"]:
-        assert text in result.stdout
+    whole = [] if "--rows" in args else ["Next token after ·cabinet", f"<bos>{PROMPT} →"]
+    printed = re.sub(r" *\n {7}", " ", result.stdout)  # long sentences go on in the next line
+    for text in [*words, *whole, "/small, float32"]:
+        assert text in printed
 
 
 def test_the_report_shows_the_numbers(run: Callable[..., Any], ask: Callable[..., tls.Attribution]) -> None:
@@ -287,6 +309,8 @@ def test_what_libraries_print_stays_out_of_stdout(
         ([" ", "--chat"], 2, "the prompt is empty: give at least one character"),
         ([PROMPT, "--target", ""], 2, "the target '' is unknown"),
         ([PROMPT, "--target", "id:99999"], 2, "target 99999 is outside the vocabulary"),
+        ([PROMPT, "--target", "id:x"], 2, "--target id:x is not the id of a token: after id: stands a number, id:42"),
+        ([PROMPT, "--versus", "id:-1"], 2, "--versus id:-1 is not the id of a token"),
         ([PROMPT, "--versus", "a\udcff"], 2, "must be UTF-8"),
         ([PROMPT, "--target", " the", "--versus", " the"], 2, "are the same token"),
         (

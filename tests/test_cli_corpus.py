@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pandas as pd
@@ -16,6 +17,7 @@ from tl_scopes.__main__ import main
 from tl_scopes.circuits.cut import By
 from tl_scopes.cli_corpus import Cut, Predictions, app
 from tl_scopes.corpus.job import Predictions as KnownPredictions
+from tl_scopes.corpus.worker import Worker
 
 TEXTS = ["The keys near the door", "The key near the doors", ""]
 
@@ -82,6 +84,54 @@ def test_a_corpus_without_any_answer_fails(prompts: Path, tmp_path: Path) -> Non
     assert len(tls.read_corpus(tmp_path / "out").errors) == 3
 
 
+def test_columns_of_two_words_are_written_as_a_shell_takes_them(tmp_path: Path) -> None:
+    for lines, args, message in [
+        (['{"the question": "a"}'], [], "--column 'prompt=the question' say"),
+        (
+            ['"a"'],
+            ["--column", "prompt=x", "--column", "id=y"],
+            "so that --column prompt=x --column id=y names nothing",
+        ),
+    ]:
+        (tmp_path / "p.jsonl").write_text("\n".join(lines))
+        result = run(tmp_path / "p.jsonl", "--out", tmp_path / "a", *args)
+        assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_a_target_for_every_foil(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "The keys to the cabinet", "foil": " is"}')
+    assert run(tmp_path / "p.jsonl", "--out", tmp_path / "a", "--target", " are").exit_code == 0
+    (found,) = tls.read_corpus(tmp_path / "a")
+    expected = tls.attribute(tls.load_tiny(), "The keys to the cabinet", tls.SemanticScope(" are", versus=" is"))
+    assert (found.value, found.quantity) == (expected.value, expected.quantity)
+
+
+def test_an_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("")
+    with pytest.warns(UserWarning, match="there is no prompt in what was given, and so no answer in '.*a'"):
+        result = run(tmp_path / "p.jsonl", "--out", tmp_path / "a")
+    assert (result.exit_code, result.stdout) == (2, f"0 prompts in {tmp_path / 'a'}, 0 without an answer\n")
+
+
+def test_ctrl_c_says_what_is_kept(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute, given = Worker.compute, [prompts, "--out", tmp_path / "a", "--column", "prompt=question"]
+
+    def interrupted(self: Worker, rows: Any, *others: Any) -> Any:
+        if rows[0].id == "p1":
+            raise KeyboardInterrupt
+        return compute(self, rows, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Worker, "compute", interrupted)
+        result = run(*given, "--part-size", "1")
+        assert (result.exit_code, result.stdout) == (130, "")
+        assert result.stderr == "interrupted: 1 of 3 prompts are kept; run it again to go on.\n"
+        patched.setattr(Worker, "__init__", lambda *args: interrupted(*args[:1], [SimpleNamespace(id="p1")]))
+        assert run(*given).stderr == "interrupted: nothing was computed.\n"
+    with pytest.warns(UserWarning, match="1 of 3 prompts have no answer"):
+        assert run(*given, "--part-size", "1").exit_code == 0
+
+
 def test_long_lists_are_shortened_in_errors(tmp_path: Path) -> None:
     rows = [{"prompt": "The", "target": list(range(5, 300)), "foil": list(range(7, 300))}]
     with pytest.raises(ValueError, match=r"the foil \[7, 8, 9, 10, 11, … 293 in all\], and FisherScope\(\) does not"):
@@ -108,9 +158,19 @@ def test_what_is_wrong(prompts: Path, tmp_path: Path) -> None:
             "--target goes with --scope semantic, path-integrated",
         ),
         (["--column", "question"], "--column is written NAME=COLUMN, prompt=question say, got 'question'"),
-        ([], "has no column 'prompt': it has 'id', 'question'"),
+        (
+            [],
+            "has no column 'prompt': it has 'id', 'question'. Say which one holds the prompts, --column prompt=",
+        ),
+        (
+            ["--column", "text=question"],
+            "--column says the columns for id, prompt, answer, target, foil, and not for 'te",
+        ),
+        (["--column", "text=question"], "write --column prompt=question for prompts in a column called question"),
+        (["--column", "prompt=question", "--column", "foil=id"], "leave the column of foils out, --column foil=."),
+        (["--predictions", "every", "--carried-by", "head"], "--carried-by head splits the score of one prediction"),
         (["--column", "prompt=question", "--column", "id=key"], "has no column 'key'"),
-        (["--column", "prompt=question", "--strongest", "2"], "strongest=2 says how many tokens' scores are split"),
+        (["--column", "prompt=question", "--strongest", "2"], "--strongest 2 says how many tokens' scores are split"),
         (["--column", "prompt=question", "--model", "./nothing"], "there is no folder './nothing'"),
     ]:
         result = run(prompts, "--out", tmp_path / "a", *args)

@@ -287,9 +287,53 @@ def test_answers_targets_and_foils(tiny: Any, out: Path) -> None:
         [{"text": TEXTS[0], "target": " is", "answer": 3}], out.with_name("t"), model=tiny, columns={"answer": None}
     )
     assert [answer and answer.target and answer.target.text for answer in targets] == [" is"]
-    mixed = [{"prompt": TEXTS[0], "answer": " are"}, {"prompt": TEXTS[1], "answer": None}]
-    with pytest.warns(UserWarning, match="its answer or target is None: where some prompts have one, all must"):
-        ask(mixed, out.with_name("m"), model=tiny)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", ["target", "answer"])
+def test_rows_of_unlike_columns(tiny: Any, tmp_path: Path, name: str, turned: bool) -> None:
+    """What a row lacks, or has as null, is the default for that row, wherever it stands; what is wrong is its error."""
+    rows: list[Any] = [
+        {"text": TEXTS[0]},
+        {"text": TEXTS[1], name: None},
+        {"text": TEXTS[0], name: " is"},
+        {"text": TEXTS[1], name: " is", "foil": " are"},
+    ]
+    rows = rows[::-1] if turned else rows
+    bad = [
+        ({"text": ""}, "the prompt is empty"),
+        ({"txt": "a"}, "it has no column 'text', where the first has its prompt: it has 'txt'"),
+        ({"text": None}, "it has null in its column 'text', where the first has its prompt"),
+        ("The sky is", "it is a str, and the first prompt is not of that kind: give all as they are, or all as dicts"),
+        ({"text": "The sky is", "foil": " is"}, "it has the foil ' is', and no answer or target that is compared"),
+    ]
+    path = write(tmp_path / "p.jsonl", *map(json.dumps, [*rows, *(row for row, _ in bad)]))
+    with pytest.warns(UserWarning, match="5 of 9 prompts have no answer"):
+        corpus = ask(path, tmp_path / "out", model=tiny, batch_size=8)
+    for found, row in zip(corpus, rows, strict=False):
+        scope = tls.SemanticScope(row.get(name), versus=row.get("foil"))
+        alone = tls.attribute(tiny, row["text"], scope)
+        assert found is not None
+        assert found.value == pytest.approx(alone.value, rel=1e-5)
+        assert (found.target, found.versus) == (alone.target, alone.versus)
+        torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-5)
+    assert list(corpus.errors) == [4, 5, 6, 7, 8]
+    for error, (_, message) in zip(corpus.errors.values(), bad, strict=True):
+        assert error.startswith(message)
+
+
+def test_the_scopes_target_is_that_of_a_row_without(tiny: Any, out: Path) -> None:
+    scope, foils = tls.FrozenAttentionScope(tls.SemanticScope(" are")), [" is", None]
+    rows = [{"prompt": text, "foil": foil} for text, foil in zip(TEXTS, foils, strict=False)]
+    corpus = tls.attribute_corpus(rows, out, scope, model=tiny)
+    many = tls.attribute_many(tiny, TEXTS[:2], scope, foils=foils)
+    for found, other, foil in zip(corpus, many, foils, strict=True):
+        assert found is not None
+        assert other is not None
+        assert found.target is not None
+        assert found.target.text == " are"
+        assert (found.versus and found.versus.text) == (other.versus and other.versus.text) == foil
+        assert found.value == other.value
 
 
 def test_chats_and_ids(out: Path) -> None:
@@ -377,9 +421,7 @@ def test_lines_that_are_prompts(tiny: Any, out: Path, tmp_path: Path) -> None:
         ("p.jsonl", ['{"id": true, "prompt": "a"}'], "has the id True: ids are texts or integers"),
         ("p.jsonl", ['{"id": 1, "prompt": "a"}', '{"id": "b", "prompt": "b"}'], "has the id 'b', and the first id is"),
         ("p.jsonl", ['{"question": "a"}'], r"has no column 'prompt': it has 'question'\. Say which .*'question'} say"),
-        ("p.jsonl", ['{"prompt": "a"}', '{"x": "b"}'], "line 2 of .* has no column 'prompt', as the first has"),
-        ("p.jsonl", ['{"prompt": "a"}', '"b"'], "line 2 of .* is a str, and the first is not of that kind: give all"),
-        ("p.jsonl", ['{"prompt": "a"}', '{"prompt": "b", "answer": "c"}'], "has a column 'answer', and the first has"),
+        ("p.jsonl", ['{"id": 1, "prompt": "a"}', '"b"'], r"line 2 of .* has no id in its column 'id'"),
         ("p.csv", [], r"p\.csv' is empty: its first line must name the columns"),
         ("p.csv", ["id,prompt", "1,a,b"], r"line 2 of .* has 3 fields, and the first line names 2 columns: put a text"),
         ("p.csv", ["id,prompt", '1,"a'], r"line 2 of '.*p\.csv' is not CSV: unexpected end of data"),
@@ -450,7 +492,8 @@ def test_run_again(tiny: Any, out: Path) -> None:
 
 def test_no_prompts(tiny: Any, out: Path) -> None:
     """A folder without answers can be read as well, and go on."""
-    assert list(ask([], out, model=tiny)) == []
+    with pytest.warns(UserWarning, match="there is no prompt in what was given"):
+        assert list(ask([], out, model=tiny)) == []
     assert len(pd.read_parquet(out)) == 0
     assert len(ask(iter(TEXTS), out, model=tiny)) == 4
 

@@ -238,7 +238,7 @@ class TestBadInput:
             kind(tls.SemanticScope)
 
     def test_signs(self, toy: tls.Linearization) -> None:
-        with pytest.raises(ValueError, match=r"Signed\(\) has negative scores, -0.484 for one token"):
+        with pytest.raises(ValueError, match=r"Signed\(\) has negative scores, -0.484 for one token, and how many"):
             tls.PositionCorrectedScope(Signed())(toy)
 
     def test_models_whose_attention_cannot_be_held(self) -> None:

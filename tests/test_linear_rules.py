@@ -531,6 +531,54 @@ def test_a_scope_under_rules(tiny: Any) -> None:
     assert torch.equal(found.scores, scope(tls.linearize(tiny, KEYS, rules="linear")).scores)
     assert found.unit == scope.unit(lin)
     assert tls.UnderRulesScope(scope, ("patterns", "norms")).rules == ("norms", "patterns")
+    assert (found.rules, found.question) == ("linear", found.scope)
+    assert found.scope == f"UnderRulesScope(scope={scope!r}, rules='linear')"
+    assert tls.Attribution.from_json(found.to_json()).rules == "linear"
+
+
+@pytest.mark.parametrize("around", [lambda scope: scope, tls.PositionCorrectedScope, tls.FrozenAttentionScope])
+def test_an_answer_says_the_rules_that_made_it(tiny: Any, around: Any) -> None:
+    """Whether they are the scope's, or those of a scope within, or given beside it; two that differ are refused."""
+    scope = around(tls.UnderRulesScope(tls.SemanticScope(" are"), "linear"))
+    plain = tls.attribute(tiny, KEYS, scope)
+    same = tls.attribute(tiny, KEYS, scope, rules="linear")
+    assert plain.rules == same.rules == "linear"
+    assert torch.equal(plain.scores, same.scores)
+    with pytest.raises(
+        ValueError, match=r"rules='linear'\) asks under linear rules, and lookup rules are given as well"
+    ):
+        tls.attribute(tiny, KEYS, scope, rules="lookup")
+    twice = tls.UnderRulesScope(scope, "lookup")
+    with pytest.raises(ValueError, match="asks under linear rules, and lookup rules are given as well: leave one of"):
+        tls.attribute(tiny, KEYS, twice)
+
+
+@pytest.mark.parametrize("rules", ["linear", None])
+def test_pictures_say_what_the_parts_sum_to(tiny: Any, rules: str | None) -> None:
+    answer = tls.attribute(tiny, KEYS, tls.RelevanceScope(" are", versus=" is"), rules=rules)
+    total, value, shorter = float(answer.scores.sum()), answer.value, answer.without([0])
+    assert value is not None
+    if rules:
+        told = f"sum: tokens {total:.2f} + biases {abs(answer.biases):.2f} = {value:.2f}"
+        rest = f"sum: tokens {total - float(answer.scores[0]):.2f} + biases 0.00 + tokens set aside"
+    else:
+        told = f"sum: the tokens sum to {total:.2f} of {value:.2f}; the rest has no meaning of its own"
+        rest = f"sum: the tokens sum to {total - float(answer.scores[0]):.2f} of {value:.2f}"
+    assert told in answer.to_html()
+    assert rest in shorter.to_html()
+    name = "biases" if rules else "gap"
+    note = f"tokens are set aside, so that the scores and the {name} no longer add up to the value"
+    assert note not in answer.notes
+    assert shorter.without([1]).notes == (*answer.notes, note)
+    assert "sum:" not in tls.attribute(tiny, KEYS, tls.SemanticScope(" are", versus=" is")).to_html()
+
+
+def test_why_an_answer_has_no_biases(tiny: Any) -> None:
+    scope = tls.RelevanceScope(" are", versus=" is", baseline="prompt")
+    with pytest.raises(
+        AttributeError, match=r"no biases, because its parts do not add up.*`gap` \(-?[\d.]+\) is what is"
+    ):
+        _ = tls.attribute(tiny, KEYS, scope, rules="linear").biases
 
 
 def test_checks_know_about_rules(tiny: Any) -> None:

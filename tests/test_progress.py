@@ -66,6 +66,11 @@ def test_none_where_they_are_switched_off(terminal: Terminal) -> None:
     assert "prompts" not in terminal.getvalue()
 
 
+def test_a_bar_for_a_whole_spectrum(terminal: Terminal) -> None:
+    tls.attribute(zoo.specimen("bridge llama").model, PROMPT, tls.SpectralScope(space="distribution"))
+    assert "cotangents: " in terminal.getvalue()
+
+
 def test_none_for_one_cotangent(terminal: Terminal) -> None:
     tls.attribute(zoo.specimen("bridge llama").model, PROMPT, tls.SemanticScope(3))
     assert terminal.getvalue() == ""

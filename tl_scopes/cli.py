@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import sys
 import warnings
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
@@ -133,7 +135,7 @@ fisher: what moves the whole prediction? path-integrated: what built the logit u
 spectral: how far can each token move the prediction at most? heta: attention, curvature and information lost; slow.
 relevance: what speaks for one token, and what against? With --rules linear the parts add up."""
 _TARGET = 'What to explain, as text (" are", mind the space; it may be several tokens) or as id (id:42).'
-_ANSWER = "What is said after the prompt: it is explained as a whole, with any scope but spectral and heta."
+_ANSWER = "What is said after the prompt: it is explained as a whole; with spectral and heta it is one token."
 _GENERATE = "Let the model say so many tokens at most, and explain them as with --answer."
 _ROWS = "Explain each token of the answer by itself, from the prompt and the answer before it."
 _CHAT = "The prompt is what a user says to a chat model, whose template is put around it."
@@ -160,26 +162,41 @@ Bos = Annotated[
 Checkpoint = Annotated[bool, _Model("--checkpoint", help=_CHECKPOINT)]
 RuleNames = Annotated[str | None, _Question(metavar="NAMES", help=_RULES)]
 
-_FLAGS = {
+_FLAGS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\btarget=(\d+)": r"--target id:\1",
     r"\bdevice='(\w+)'": r"--device \1",
     r"\bcheckpoint=True\b": "--checkpoint",
     r"\bprepend_bos=True\b": "--bos",
     r"\bprepend_bos=False\b": "--no-bos",
+    r"\bcolumns=(\{[^{}]*\})": lambda found: " ".join(map(column_option, literal_eval(found[1]).items())),
+    r"\bcolumns names the columns for": "--column says the columns for",
+    r"\bstrongest=(\d+)": r"--strongest \1",
+    r"\bgive carried_by, \"head\" say": "give --carried-by head, say",
+    r"\bcarried_by='(\w+)'": r"--carried-by \1",
+    r"\bpredictions=\"every\"": "--predictions every",
 }
 """Arguments in the library's errors, and the options of the command line that they are."""
+
+
+def column_option(named: tuple[str, str | None]) -> str:
+    """The option of `tl-scopes corpus` for a column of ours, and what it is called in the file."""
+    ours, theirs = named
+    return "--column " + shlex.quote(f"{ours}={theirs or ''}")
 
 
 def named_tokens(scope: Scope, target: str | None, versus: str | None) -> dict[str, str]:
     """The tokens that a question names.
 
     Raises:
-        ValueError: for one that the scope does not take.
+        ValueError: for one that the scope does not take, and for an id that is not a number.
     """
     named = {name: token for name, token in (("target", target), ("versus", versus)) if token is not None}
     for name in set(named) - set(QUESTIONS[scope].tokens):
         takers = ", ".join(other for other, asked in QUESTIONS.items() if name in asked.tokens)
         raise ValueError(f"--{name} goes with --scope {takers}, not with {scope}.")
+    for name, token in named.items():
+        if token.startswith("id:") and isinstance(as_token(token), str):
+            raise ValueError(f"--{name} {token} is not the id of a token: after id: stands a number, id:42 say.")
     return named
 
 

@@ -1,7 +1,8 @@
 """The command `tl-scopes corpus`: a file of prompts in, a folder of answers out."""
 
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from tl_scopes.cli import (
 HELP = """Ask about every prompt in a file, and keep the answers in a folder of Parquet files.
 
 Run it again after an interruption, and it goes on. Without --model it asks the small model that comes with the package.
-The exit code is 2 where no prompt has an answer.
+The exit code is 2 where no prompt has an answer, as in an empty file.
 
 Examples:
   tl-scopes corpus prompts.jsonl --out scores/
@@ -78,7 +79,9 @@ def corpus(
     prompts: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help=_FILE)],
     out: Annotated[Path, _Output(metavar="FOLDER", show_default=False, help="Where the answers go.")],
     scope: Annotated[Scope, _Question(metavar="NAME", help="As for one prompt: tl-scopes --help.")] = Scope.SEMANTIC,
-    target: Annotated[str | None, _Question(metavar="TOKEN", help="What to explain after every prompt.")] = None,
+    target: Annotated[
+        str | None, _Question(metavar="TOKEN", help="What to explain after every prompt that has none of its own.")
+    ] = None,
     versus: Annotated[str | None, _Question(metavar="TOKEN", help="Why the target rather than this?")] = None,
     column: Annotated[list[str] | None, _Question(metavar="NAME=COLUMN", help=_COLUMN)] = None,
     rules: RuleNames = None,
@@ -99,7 +102,8 @@ def corpus(
         named = named_tokens(scope, target, versus)
         columns = dict(map(_column, column or []))
 
-    with redirect_stdout(sys.stderr), plain_warnings():  # what libraries print is not a part of the answer
+    # What libraries print is not a part of the answer.
+    with redirect_stdout(sys.stderr), plain_warnings(), _interruptible():
         import tl_scopes as tls
         from tl_scopes import models
 
@@ -122,8 +126,19 @@ def corpus(
             )
     failed = sum(entry["errors"] for entry in found.entries)
     typer.echo(f"{models.counted(len(found), 'prompt')} in {out}, {failed} without an answer")
-    if failed == len(found) > 0:
+    if failed == len(found):
         raise typer.Exit(2)  # the warning has said why
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, Ctrl+C ends the command with a line that says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as interruption:
+        told = str(interruption) or "nothing was computed."
+        typer.echo(f"interrupted: {told}", err=True)
+        raise typer.Exit(130) from None  # 128 + SIGINT, as in a shell
 
 
 def _column(text: str) -> tuple[str, str | None]:

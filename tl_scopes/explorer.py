@@ -63,8 +63,7 @@ class Explorer:
                     "not begin: linearise the same prompt."
                 )
             shown = [one.answers[-1] for one in self.maps]
-            # An UnderRulesScope is written with its rules, which `rules` of its answers do not repeat.
-            if not any(one.rules == self.carried.rules or "UnderRulesScope" in one.scope for one in shown):
+            if not any(one.rules == self.carried.rules for one in shown):
                 models.warn(
                     f"carried splits the scores of {self.carried.question}, and the page shows those of "
                     f"{shown[0].question}: linearise for carried_by with rules={shown[0].rules!r}, as the maps are."

@@ -19,6 +19,7 @@ from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
+from tl_scopes.scopes.corrections import Around
 from tl_scopes.scopes.own_foil import ask_each
 from tl_scopes.scopes.scope import Scope
 
@@ -67,17 +68,18 @@ class Asked(NamedTuple):
     answer: Answer | None
     target: Any
     foil: Any
-    named: bool
-    """Whether the call names answers or targets."""
+    wrong: str = ""
+    """Why it is not a prompt, where it is not."""
 
     def read(self, model: Model, settings: Settings) -> Exchange | ReadPrompt:
         """The tokens of the prompt, and of what is said after it.
 
         Raises:
-            ValueError: for None in the place of an answer or target; as `read_prompt` and `read_target` do.
+            ValueError: for what is not a prompt; for a foil that nothing is compared with; as `read_prompt` and
+                `read_target` do.
         """
-        if self.named and self.answer is None and self.target is None:
-            raise ValueError("its answer or target is None: where some prompts have one, all must.")
+        if self.wrong:
+            raise ValueError(self.wrong)
         read = models.read_prompt(model, self.prompt, settings.prepend_bos)
         vocab, said, foil, notes = models.output_size(model), None, None, read.notes
         if self.answer is not None:
@@ -87,6 +89,12 @@ class Asked(NamedTuple):
             said = models.read_target(model, self.target, vocab)
         if self.foil is not None:
             foil = models.read_target(model, self.foil, vocab, "foil")
+            said = said or settings.scope.named_targets(model, vocab)[0]
+            if said is None:
+                raise ValueError(
+                    f"it has the foil {foil.text!r}, and no answer or target that is compared with it: give one, or "
+                    "leave the foil out."
+                )
         for name, given in (("target", said if self.answer is None else None), ("foil", foil)):
             if given is not None and given.is_span:
                 notes += models.where_they_meet(model, read.tokens, given, name)
@@ -120,19 +128,21 @@ class Job:
         return found
 
     def batches(self, prompts: dict[int, ReadPrompt | Exchange], size: int) -> Iterator[list[int]]:
-        """The numbers of the prompts that go through the model together.
+        """The numbers of the prompts that go through the model together: with answers, or without.
 
         The longest come first, so that it shows at once where memory does not suffice. Hooks of the user's may count
         positions from the end, where a shorter prompt would be filled up: with hooks set a batch has one length.
         """
-        order = sorted(prompts, key=lambda number: len(prompts[number].tokens), reverse=True)
-        while order:
-            batch = order[:size]
-            if self.hooks:
-                longest = _lengths(prompts[batch[0]])
-                batch = [number for number in batch if _lengths(prompts[number]) == longest]
-            order = order[len(batch) :]
-            yield batch
+        longest_first = sorted(prompts, key=lambda number: len(prompts[number].tokens), reverse=True)
+        for kind in (ReadPrompt, Exchange):
+            order = [number for number in longest_first if isinstance(prompts[number], kind)]
+            while order:
+                batch = order[:size]
+                if self.hooks:
+                    longest = _lengths(prompts[batch[0]])
+                    batch = [number for number in batch if _lengths(prompts[number]) == longest]
+                order = order[len(batch) :]
+                yield batch
 
     def ask(self, prompts: Sequence[ReadPrompt | Exchange]) -> list[Found | Exception]:
         """What was found, or an error, for each prompt; where a batch fails, each is asked alone, lest one cost the
@@ -243,6 +253,13 @@ class CarriedBy(Alone):
             (answer,) = self.settings.scope.ask([lin])
             tokens = sorted(one.position for one in answer.top(self.strongest))
         return carried_by(lin, self.settings.scope, self.by, tokens)
+
+
+def names_target(scope: Scope) -> bool:
+    """Whether the scope itself names what it explains, with which a foil can be compared."""
+    while isinstance(scope, Around):
+        scope = scope.scope
+    return getattr(scope, "target", None) is not None
 
 
 def _lengths(prompt: ReadPrompt | Exchange) -> list[int]:

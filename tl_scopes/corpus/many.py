@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, Literal, SupportsIndex
 
 from tl_scopes import models
-from tl_scopes.corpus.job import Asked, Job, Settings
+from tl_scopes.corpus.job import Asked, Job, Settings, names_target
 from tl_scopes.failures import Failures
 from tl_scopes.models import Answer, Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
@@ -46,9 +46,12 @@ def attribute_many(
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
         prompts: each as in `linearize`; or what a tokenizer returned for several texts.
         scope: the question.
-        answers: what is said after each prompt, as `answer` in `linearize`: it is explained as a whole.
-        targets: what each prompt's question is about, in place of a target in the scope: as in `SemanticScope`.
-        foils: what each answer or target is compared with, in place of `versus` in the scope.
+        answers: what is said after each prompt, as `answer` in `linearize`: it is explained as a whole. For a prompt
+            with None the scope's own target is, or the most likely next token.
+        targets: what each prompt's question is about, in place of a target in the scope: as in `SemanticScope`. None
+            as for answers.
+        foils: what each answer or target, or the target that the scope names, is compared with, in place of `versus` in
+            the scope.
         score_answer: whether the tokens of the answers get scores too.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         batch_size: how many prompts go through the model together. They are filled up on the right, where a causal
@@ -89,6 +92,8 @@ def attribute_many(
     settings = Settings(scope=scope, wrt=wrt, of=of, **Settings.checked(**options, prepend_bos=prepend_bos))
     failures, progress = Failures("attribute_many", on_error), as_flag(progress, "progress")
     asked = _AllAsked.of(models.each_prompt(prompts), answers, targets, foils)
+    if foils is not None and answers is None and targets is None and not names_target(scope):
+        raise ValueError("foils are what answers or targets are compared with: give these as well.")
     if asked.foils is not None and not scope.compares:
         raise ValueError(f"{as_written(scope)} does not compare two answers, so that it has no use for foils.")
     return _answers(Job(model, settings, models.user_hooks(model)), asked, failures, progress)
@@ -108,14 +113,11 @@ class _AllAsked:
         """Refuse what cannot be, before any work.
 
         Raises:
-            ValueError: for answers together with targets, foils without either, and other numbers of them than prompts,
-                where both are known.
+            ValueError: for answers together with targets, and other numbers of them than prompts, where both are known.
             TypeError: for a single answer, target or foil.
         """
         if answers is not None and targets is not None:
             raise ValueError("give answers or targets, not both: either is what is explained after each prompt.")
-        if foils is not None and answers is None and targets is None:
-            raise ValueError("foils are what answers or targets are compared with: give these as well.")
         for name, given in (("answers", answers), ("targets", targets), ("foils", foils)):
             if given is not None and (isinstance(given, str | bytes | Set) or not isinstance(given, Iterable)):
                 raise TypeError(f"{name} must be one for each prompt, in a list, got {given!r}.")
@@ -129,12 +131,12 @@ class _AllAsked:
 
     def __iter__(self) -> Iterator[Asked]:
         beside = [None if given is None else iter(given) for given in (self.answers, self.targets, self.foils)]
-        named, missing = any(one is not None for one in beside), object()
+        missing = object()
         for number, prompt in enumerate(self.prompts):
             answer, target, foil = found = [None if column is None else next(column, missing) for column in beside]
             if any(one is missing for one in found):
                 raise ValueError(f"prompt {number} has no answer, target or foil: give one for each prompt.")
-            yield Asked(prompt, answer, target, foil, named)  # type: ignore[arg-type]
+            yield Asked(prompt, answer, target, foil)  # type: ignore[arg-type]
         if any(column is not None and next(column, missing) is not missing for column in beside):
             raise ValueError("there are more answers, targets or foils than prompts: give one for each prompt.")
 

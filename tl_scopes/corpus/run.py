@@ -10,7 +10,7 @@ from typing import Any, Literal, SupportsIndex, get_args
 from tl_scopes import models
 from tl_scopes.circuits.cut import By
 from tl_scopes.corpus import on_ray
-from tl_scopes.corpus.job import Predictions
+from tl_scopes.corpus.job import Predictions, names_target
 from tl_scopes.corpus.parts import Parts
 from tl_scopes.corpus.saved import Corpus, read_corpus
 from tl_scopes.corpus.source import Row, Source
@@ -66,8 +66,8 @@ def attribute_corpus(
             iterable, a `datasets.Dataset` say, of prompts as in `linearize`, or of dicts. A line in JSON is a text, a
             chat, a list of token ids, or an object. What has columns must have one for the prompts: prompt, text,
             messages, or input_ids. It may have id, texts or integers that are all different, else the number of the row
-            is the id; and answer, target and foil, as in `attribute_many`, in every row or in none. Other columns are
-            left alone.
+            is the id; and answer, target and foil, as in `attribute_many`. A row that has none of its own, or null, is
+            asked about the scope's target, or the most likely next token. Other columns are left alone.
         out: the folder. It belongs to one job: one scope, model, weights, settings and versions.
         scope: the question.
         model: a `HookedTransformer` or a `TransformerBridge`; or what `models.load` takes, a name or a folder; or a
@@ -155,6 +155,8 @@ def attribute_corpus(
     failed = sum(entry["errors"] for entry in corpus.entries)
     if failed:
         models.warn(_about_errors(corpus, failed))
+    if not len(corpus):
+        models.warn(f"there is no prompt in what was given, and so no answer in {str(out)!r}.")
     return corpus
 
 
@@ -202,22 +204,29 @@ def _rows(source: Source, options: Options) -> Iterator[Row]:
     Raises:
         ValueError: for a foil that nothing would be compared with; as the source does.
     """
+    alone, compared = None, names_target(options.scope)
     for row in source:
+        compared = compared or bool(row.asked.keys() & {"answer", "target"})
         if row.asked.get("foil") is not None:
-            why = None
             if options.predictions == "every":
-                why = 'predictions="every" explains one answer: leave'
-            elif not options.scope.compares:
-                why = f"{as_written(options.scope)} does not compare two answers: leave"
-            elif not row.asked.keys() & {"answer", "target"}:
-                why = "no answer or target that is compared with it: give these as well, or leave"
-            if why is not None:
-                foil = models.abridged(row.asked["foil"])
-                raise ValueError(
-                    f"the prompt {models.abridged(row.id)} has the foil {foil}, and {why} the column of foils out, "
-                    "columns={'foil': None}."
-                )
+                raise _useless_foil(row, 'predictions="every" explains one answer: leave')
+            if not options.scope.compares:
+                raise _useless_foil(row, f"{as_written(options.scope)} does not compare two answers: leave")
+            alone = alone or row
+            if not (compared or source.is_rereadable):
+                break  # no look ahead would tell whether later rows have one
         yield row
+    if alone is not None and not compared:  # where others have one, that is the error of this row alone
+        why = "no answer or target that is compared with it: give these as well, or leave"
+        raise _useless_foil(alone, why)
+
+
+def _useless_foil(row: Row, why: str) -> ValueError:
+    foil = models.abridged(row.asked["foil"])
+    return ValueError(
+        f"the prompt {models.abridged(row.id)} has the foil {foil}, and {why} the column of foils out, "
+        "columns={'foil': None}."
+    )
 
 
 def _workers(
@@ -259,14 +268,19 @@ def _go_on(
 
     with no_progress(not progress):
         bar = progress_bar(total, "prompts", unit="prompt", delay=0)
-    with bar:
-        for (number, rows), computed in workers.all(missing(), made, bar):
-            _require_answers(computed, rows, options, answered)
-            answered = True
-            if computed.caveat is not None and not warned:
-                models.warn(computed.caveat)
-                warned = True
-            parts.write(number, rows, computed.table, computed.errors)
+    try:
+        with bar:
+            for (number, rows), computed in workers.all(missing(), made, bar):
+                _require_answers(computed, rows, options, answered)
+                answered = True
+                if computed.caveat is not None and not warned:
+                    models.warn(computed.caveat)
+                    warned = True
+                parts.write(number, rows, computed.table, computed.errors)
+    except KeyboardInterrupt:
+        kept = sum(entry["rows"] for entry in parts.entries.values())
+        of = "the prompts given" if total is None else models.counted(total, "prompt")
+        raise KeyboardInterrupt(f"{kept} of {of} are kept; run it again to go on.") from None
     beyond = [other for other in parts.entries if other >= count]
     if beyond:
         raise ValueError(

@@ -27,7 +27,9 @@ class Row(NamedTuple):
     id: int | str
     prompt: Any
     asked: Mapping[str, Any]
-    """The answer, target and foil, as far as the prompts have such columns."""
+    """The answer, target and foil, as far as it has them."""
+    wrong: str = ""
+    """Why it is not a prompt, where it is not: that is its error then."""
 
     @property
     def written(self) -> str:
@@ -98,8 +100,8 @@ class Source:
         """The rows in their order.
 
         Raises:
-            ValueError: for a line that cannot be read, a column that is not there, ids that are missing, that stand
-                there twice or are not all of one kind.
+            ValueError: for a line that cannot be read, a column that the first row lacks, ids that are missing, that
+                stand there twice or are not all of one kind.
         """
         seen: set[int | str] = set()
         first: _Columns | None = None
@@ -122,15 +124,13 @@ class Source:
 
 
 class _Columns(NamedTuple):
-    """Which columns the first row has; all rows must have the same."""
+    """What the columns are called, as the first row has them."""
 
     id: str | None
     """None where rows are counted."""
     prompt: str | None
     """None where each value is a prompt."""
     asked: Mapping[str, str]
-    unasked: tuple[str, ...] = ()
-    """Columns of `ASKED` that no row may have, since the first has none."""
     id_type: type | None = None
 
     @classmethod
@@ -154,31 +154,26 @@ class _Columns(NamedTuple):
             )
         id = columns.get("id", "id" if "id" in value else None)
         named = {name: columns.get(name, name) for name in ASKED}
-        asked = {name: column for name, column in named.items() if column is not None and column in value}
-        unasked = tuple(name for name in ASKED if name not in columns and name not in value)
-        found = cls(id, prompt, asked, unasked)
+        found = cls(id, prompt, {name: column for name, column in named.items() if column is not None})
         return found._replace(id_type=type(found.id_of(0, value, where)))
 
     def row(self, number: int, value: Any, where: str) -> Row:
         """The row of a value."""
         if isinstance(value, Mapping) != (self.prompt is not None):
-            raise ValueError(
-                f"{where} is a {type(value).__name__}, and the first is not of that kind: give all prompts as they are,"
-                " or all as dicts."
-            )
+            wrong = f"it is a {type(value).__name__}, and the first prompt is not of that kind: give all as they are, "
+            return Row(self.id_of(number, {}, where), value, {}, f"{wrong}or all as dicts.")
         if self.prompt is None:
             return Row(number, value, {})
         id = self.id_of(number, value, where)
-        if self.prompt not in value:
-            raise ValueError(f"{where} has no column {self.prompt!r}, as the first has: it has {_listed(value)}.")
-        for name in self.unasked:
-            if value.get(name) is not None:
-                raise ValueError(f"{where} has a column {name!r}, and the first has none: give all of them one.")
+        if value.get(self.prompt) is None:
+            there = f"null in its column {self.prompt!r}" if self.prompt in value else f"no column {self.prompt!r}"
+            return Row(id, value, {}, f"it has {there}, where the first has its prompt: it has {_listed(value)}.")
         prompt = value[self.prompt]
         if self.prompt == "input_ids":
             prompt = {name: value[name] for name in ("input_ids", "attention_mask") if name in value}
         asked = {name: value.get(column) for name, column in self.asked.items()}
-        return Row(id, prompt, {name: None if one == "" else one for name, one in asked.items()})
+        # A field of CSV that is empty is None.
+        return Row(id, prompt, {name: one for name, one in asked.items() if not (one is None or one == "")})
 
     def id_of(self, number: int, value: Mapping[str, Any], where: str) -> int | str:
         """The id of a row: an integer or a text."""

@@ -13,7 +13,7 @@ from tl_scopes.api import require_one_token
 from tl_scopes.circuits.carried import require_parts
 from tl_scopes.circuits.cut import By
 from tl_scopes.corpus.job import Asked, CarriedBy, EveryPrediction, Job, Predictions, Settings
-from tl_scopes.corpus.source import Row
+from tl_scopes.corpus.source import ASKED, Row
 from tl_scopes.corpus.table import Kind, attributions, rows_of, schema
 from tl_scopes.models import Model, Provenance
 from tl_scopes.progress import no_progress, progress_bar
@@ -169,5 +169,5 @@ def is_given(load: Loader) -> bool:
 
 
 def _asked(row: Row) -> Asked:
-    answer, target, foil = (row.asked.get(name) for name in ("answer", "target", "foil"))
-    return Asked(row.prompt, answer, target, foil, "answer" in row.asked or "target" in row.asked)
+    answer, target, foil = map(row.asked.get, ASKED)
+    return Asked(row.prompt, answer, target, foil, row.wrong)

@@ -172,7 +172,7 @@ def _sinks(one: Evidence) -> Finding:
 
 def _position(one: Evidence) -> Finding:
     if not one.scope.is_slope:
-        raise NotApplicableError("the scores are not slopes, of which alone places are known to have a share")
+        raise NotApplicableError("this check is for scores that are slopes at the prompt, and these are not")
     if len(one.shares) < 3:
         raise NotApplicableError("there are too few tokens to shuffle")
     expected = one.expected
@@ -184,7 +184,8 @@ def _position(one: Evidence) -> Finding:
         f"{of_place:.0%} (mean of {one.shuffles} shuffles)"
     )
     if looked:
-        said += ": its place explains it, which PositionCorrectedScope divides out"
+        said += ": its place explains it"
+        said += ", which PositionCorrectedScope divides out" if one.scores.min() >= 0 else ""
     return Finding(looked, said, f"the scope at {one.shuffles} shuffles")
 
 

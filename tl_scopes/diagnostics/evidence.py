@@ -93,12 +93,12 @@ class Evidence:
 
     @cached_property
     def expected(self) -> dict[int, float]:
-        """The share of each place when the prompt's tokens are shuffled.
+        """The share of each place when the prompt's tokens are shuffled; of scores with a sign, that of their sizes.
 
         Cost: that of the scope, and a forward pass, for each shuffle.
         """
         own = self.scores.to(self.lin.embeddings.device)
-        _, shares, _ = PositionCorrectedScope(self.scope, shuffles=self.shuffles).shares(self.lin, own)
+        _, shares, _ = PositionCorrectedScope(self.scope, shuffles=self.shuffles).shares(self.lin, own, True)
         kept = {i: float(shares[i]) for i in self.shares}
         total = sum(kept.values()) or 1.0  # where no place of these gets anything
         return {i: share / total for i, share in kept.items()}

@@ -141,9 +141,11 @@ def vjps(
         output.new_empty(len(c), lin.ends.count, d_model, dtype=dtype) for lin, c in zip(lins, cotangents, strict=True)
     ]
     slots = [slot for of_lin in pulled for slot in of_lin]
-    for batch in pull(lins, cotangents):
-        for i, gradient, scale in batch:
-            slots[i].copy_(gradient).mul_(scale)
+    with progress_bar(len(slots), "cotangents") as bar:
+        for batch in pull(lins, cotangents):
+            for i, gradient, scale in batch:
+                slots[i].copy_(gradient).mul_(scale)
+            bar.update(len(batch))
     return pulled
 
 

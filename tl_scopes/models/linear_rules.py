@@ -103,8 +103,8 @@ def within(rules: LinearRules | None, inner: AbstractContextManager[object]) -> 
 
 
 def under(question: str, rules: "LinearRules | str | None") -> str:
-    """A question as repr and pictures say it, with the rules it was asked under."""
-    return question if rules is None else f"{question} under {rules} rules"
+    """A question as repr and pictures say it, with the rules it was asked under, unless it is written with them."""
+    return question if rules is None or "UnderRulesScope(" in question else f"{question} under {rules} rules"
 
 
 def listed(names: Iterable[str]) -> str:

@@ -161,6 +161,12 @@ class Attribution:
                 "an Attribution no longer runs the model again: write tls.check(lin, scope), with "
                 "lin = tls.linearize(model, prompt)."
             )
+        if name == "biases" and "gap" in details:
+            raise AttributeError(
+                "this answer has no biases, because its parts do not add up: they do for a logit, or a difference of "
+                f'two, under rules="linear" and with baseline="zero". `gap` ({details["gap"]:.3g}) is what is left to '
+                "`value`."
+            )
         known = f"; the details of this one are {', '.join(details)}" if details else ""
         raise AttributeError(f"an Attribution of {self.__dict__.get('scope')} has no {name!r}{known}.")
 
@@ -216,6 +222,8 @@ class Attribution:
     def without(self, positions: Iterable[int | SupportsIndex]) -> "Attribution":
         """The same answer without the tokens at these positions of the prompt; shares are then those of the rest.
 
+        A note says so where the scores are parts that added up to the value, and no longer do.
+
         `answer.without([0])` sets aside the BOS token, on which much influence tends to rest. Negative positions count
         from where the prediction was read.
 
@@ -240,6 +248,11 @@ class Attribution:
 
     def _of(self, kept: list[int]) -> "Attribution":
         """The same answer with some of its tokens alone."""
+        notes = self.notes
+        rest = next((name for name in ("biases", "gap") if name in self.details), None)
+        if rest is not None and self.value is not None and len(kept) < len(self.scores):
+            gone = f"tokens are set aside, so that the scores and the {rest} no longer add up to the value"
+            notes = tuple(dict.fromkeys((*notes, gone)))
         return replace(
             self,
             scores=self.scores[kept],
@@ -247,6 +260,7 @@ class Attribution:
             str_tokens=tuple(self.str_tokens[i] for i in kept),
             positions=tuple(self.positions[i] for i in kept),
             parts=tuple(self.parts[i] for i in kept) if self.parts else (),
+            notes=notes,
             details={k: v[..., kept] if isinstance(v, Tensor) else v for k, v in self.details.items()},
         )
 

@@ -87,6 +87,9 @@ class Around(Scope):
     def unit(self, lin: Linearization) -> str:
         return self.scope.unit(lin)
 
+    def rules_of(self, lin: Linearization) -> models.LinearRules | None:
+        return self.scope.rules_of(lin)
+
 
 @dataclass(frozen=True)
 class PositionCorrectedScope(Around):
@@ -148,41 +151,42 @@ class PositionCorrectedScope(Around):
         return Measurement(scores, {**own.details, **found})
 
     def shares(
-        self, lin: Linearization, scores: Float[Tensor, " token"]
+        self, lin: Linearization, scores: Float[Tensor, " token"], of_sizes: bool = False
     ) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"], Float[Tensor, " token"]]:
         """The share of each token, the share that shuffles give its position, and the standard error of the latter.
 
         Args:
             lin: the linearisation.
             scores: the scope's scores there, which need not be computed again.
+            of_sizes: whether scores with a sign count by their sizes, where else they are refused.
 
         Cost: that of the scope, and a forward pass, for each shuffle.
 
         Raises:
-            ValueError: for negative scores. Else as the scope does.
+            ValueError: for negative scores, unless sizes count. Else as the scope does.
         """
         first = int(models.starts_with_bos(lin.model, lin.tokens))
         target, _ = targets_of(self.scope, lin)
         # An answer of several tokens stays behind the shuffled prompt, and so the target stays what it is.
         scope = self.scope if target is None or len(target) > 1 else self.scope.with_target(lin, target.id)
         generator = source(lin, self.generator, "shuffles")
-        share, shuffled = self._share(scores, lin.scored), []
+        share, shuffled = self._share(scores, lin.scored, of_sizes), []
         prompt = lin.single[0].tokens
         for _ in range(self.shuffles):
             other = lin.at_tokens(torch.cat([_shuffled(prompt, first, generator), lin.tokens[len(prompt) :]]))
-            shuffled.append(self._share(scope.measure(other).scores[: len(scores)], lin.scored))
+            shuffled.append(self._share(scope.measure(other).scores[: len(scores)], lin.scored, of_sizes))
         others = torch.stack(shuffled)
         # Where no shuffle gives a position anything, the prompt is counted as one of its own arrangements.
         expected = torch.where(others.mean(0) > 0, others.mean(0), share.to(others) / (self.shuffles + 1))
         return share, expected, others.std(0) / self.shuffles**0.5
 
-    def _share(self, scores: Tensor, scored: int) -> Tensor:
-        if scores.min() < 0:
+    def _share(self, scores: Tensor, scored: int, of_sizes: bool) -> Tensor:
+        if scores.min() < 0 and not of_sizes:
             raise ValueError(
-                f"{as_written(self.scope)} has negative scores, {scores.min():.3g} for one token, which have no "
-                "shares: take a scope whose scores are sizes, without a sign."
+                f"{as_written(self.scope)} has negative scores, {scores.min():.3g} for one token, and how many times "
+                "the score of its place a token has is asked of scores without a sign alone: take a scope of those."
             )
-        counted = scores.clone()
+        counted = scores.abs()
         counted[scored:] = 0
         return counted / counted.sum().clamp(min=torch.finfo(counted.dtype).tiny)
 
@@ -275,8 +279,9 @@ class UnderRulesScope(Around):
 
     Unit: that of the scope.
     Cost: that of the scope, and a forward pass.
-    Raises: TypeError for something that is not a scope, or not names of rules; ValueError for unknown rules, and for a
-        model that they do not cover; else as the scope does.
+    Raises: TypeError for something that is not a scope, or not names of rules; ValueError for unknown rules, for a
+        model that they do not cover, and where other rules are given to `linearize` or `attribute` as well; else as the
+        scope does.
     Source: as `linearize` says.
 
     Example:
@@ -285,7 +290,7 @@ class UnderRulesScope(Around):
         ' keys'
     """
 
-    rules: models.Rules = "linear"
+    rules: models.Rules = field(default="linear", metadata={"always": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -296,7 +301,17 @@ class UnderRulesScope(Around):
     def is_slope(self) -> bool:
         return False  # of the model itself
 
+    def rules_of(self, lin: Linearization) -> models.LinearRules | None:
+        read = models.LinearRules.read(self.rules)
+        if None not in (read, lin.rules) and read != lin.rules:
+            raise ValueError(
+                f"{as_written(self)} asks under {read} rules, and {lin.rules} rules are given as well: leave one of "
+                "them out."
+            )
+        return self.scope.rules_of(lin) if read is None else read
+
     def measure(self, lin: Linearization) -> Measurement:
+        self.rules_of(lin)  # refuses others
         return self.scope.measure(lin.under(self.rules))
 
 

@@ -159,6 +159,10 @@ class Scope(ABC):
         """A warning about these answers, one for all answers of a call; None where there is nothing to warn of."""
         return None
 
+    def rules_of(self, lin: Linearization) -> models.LinearRules | None:
+        """The rules under which the question is asked; None where it is asked of the model's own derivative."""
+        return lin.rules
+
     # -- asking it ----------------------------------------------------------------------------------------------------
 
     def __init_subclass__(cls) -> None:
@@ -353,6 +357,7 @@ class Scope(ABC):
 
 def circumstances(scope: Scope, lin: Linearization) -> dict[str, Any]:
     """The fields that every kind of answer has beside its numbers: what was asked, where, and with what."""
+    rules = scope.rules_of(lin)
     return {
         "position": lin.position,
         "scope": as_written(scope),
@@ -360,7 +365,7 @@ def circumstances(scope: Scope, lin: Linearization) -> dict[str, Any]:
         "of": lin.of,
         "model": models.model_name(lin.model),
         "dtype": lin.computed_in,
-        "rules": None if lin.rules is None else str(lin.rules),
+        "rules": None if rules is None else str(rules),
         "notes": (*lin.notes, *scope.notes(lin)),
         "provenance": models.Provenance.of(lin.model, lin.trace.state.weights),
     }

@@ -10,10 +10,18 @@ from torch import Tensor
 
 
 def as_written(scope: object) -> str:
-    """A scope as it is written in Python, without options that have their defaults; tensors as shape and norm."""
+    """A scope as it is written in Python, without options that have their defaults; tensors as shape and norm.
+
+    A field whose metadata has "always" is written whatever it is.
+    """
     if not is_dataclass(scope):
         return repr(scope)
-    values = {f.name: (getattr(scope, f.name), f.default) for f in fields(scope) if f.repr}
+    unlike = object()
+    values = {
+        f.name: (getattr(scope, f.name), unlike if "always" in f.metadata else f.default)
+        for f in fields(scope)
+        if f.repr
+    }
     given = {n: value for n, (value, default) in values.items() if getattr(value, "ndim", 0) or value != default}
     return f"{type(scope).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in given.items())})"
 

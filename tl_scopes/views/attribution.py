@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from math import floor, log10
 from typing import TYPE_CHECKING, NamedTuple
 
 from tl_scopes.views import bars, markup
@@ -187,6 +188,23 @@ def explains(answer: "Attribution") -> Html:
     return joined(told, value, by=" · ")
 
 
+def sums(answer: "Attribution") -> str:
+    """What signed parts of a value sum to, with what no token brings; empty for scores that are not such parts."""
+    if answer.value is None or not {"biases", "gap"} & set(answer.details):
+        return ""
+    tokens, biases = float(answer.scores.double().sum()), answer.details.get("biases")
+    size = max(abs(answer.value), float(answer.scores.double().abs().max()))
+    places = max(2, 2 - floor(log10(size))) if size else 2
+    written = [f"{round(one, places) + 0.0:.{places}f}" for one in (tokens, biases or 0.0, answer.value)]
+    if biases is None:
+        return f"the tokens sum to {written[0]} of {written[2]}; the rest has no meaning of its own"
+    told = f"tokens {written[0]} + biases {written[1]}"
+    left = answer.value - tokens - biases
+    if abs(left) > 1e-3 * float(answer.scores.double().abs().sum() + abs(left)):  # and not rounding
+        told += f" + tokens set aside {left:.{places}f}"
+    return f"{told} = {written[2]}"
+
+
 def next_token(answer: "Attribution") -> Html:
     """An arrow to the token explained, or to the most likely one."""
     if answer.target is not None:
@@ -213,6 +231,7 @@ def _card(answer: "Attribution", tokens: Html, *tables: Html, colors: Colors = "
         tag("div", markup.SMALL, joined(explains(answer), about(answer), by=" · ")),
         tag("div", "font-size:16px;line-height:2;margin:14px 0 12px", tokens, next_token(answer)),
         _legend(answer, scale, colors),
+        *[tag("div", markup.SMALL, "sum: ", told) for told in [sums(answer)] if told],
         table(heading, ("position", "token", "score", "share"), top, color(1.0)),
         table("Most likely next tokens", ("id", "token", "probability"), predictions, markup.BAR),
         *tables,

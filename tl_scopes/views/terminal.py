@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 # Nothing here imports torch: `tl-scopes --help` would wait for it.
-from tl_scopes.views.attribution import strengths
+from tl_scopes.views.attribution import strengths, sums
 from tl_scopes.views.markup import visible
 from tl_scopes.views.palette import color, text_color
 
@@ -55,6 +55,7 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
         asked.append(" ").append(name(answer.target.text))
     if answer.versus is not None:
         asked.append(" against ").append(name(answer.versus.text))
+    asked.append(_under(answer.rules))
 
     prompt = Text()
     for text, strength in zip(answer.shown_tokens, strengths(answer), strict=True):
@@ -75,9 +76,10 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
         )
 
     legend = Table.grid(padding=(0, 2))
-    facts = {"score": score.format(what=what), "unit": answer.unit}
+    facts = {"score": _meant(score.format(what=what), answer.rules), "unit": answer.unit}
     if answer.value is not None and answer.quantity is not None:
         facts["value"] = f"{answer.quantity} = {answer.value:.4g}"
+    facts["sum"] = sums(answer)
     facts["note"] = "; ".join(answer.notes)
     for label, fact in (facts | {"model": f"{answer.model}, {answer.dtype}"}).items():
         if fact:
@@ -124,15 +126,25 @@ def report_rows(rows: "AnswerMap", score: str, top: int) -> None:
         listed.add_row(Text(visible(text), "bold"), value, moved)
 
     legend = Table.grid(padding=(0, 2))
-    facts = {"score": score.format(what="its log-probability"), "unit": last.unit, "note": "; ".join(last.notes)}
+    meant = _meant(score.format(what="its log-probability"), last.rules)
+    facts = {"score": meant, "unit": last.unit, "note": "; ".join(last.notes)}
     if last.quantity is not None:
         facts["value"] = "of each token: " + last.quantity.split("(")[0]
     for label, fact in (facts | {"model": f"{last.model}, {last.dtype}"}).items():
         if fact:
             legend.add_row(label, Text(fact), style="dim")
-    console.print(Text.assemble("What moves each token of ", (visible(rows.text), "bold"), "?"))
+    console.print(Text.assemble("What moves each token of ", (visible(rows.text), "bold"), _under(last.rules), "?"))
     console.print(Padding(listed, (0, 0, 1, 2), expand=False))
     console.print(legend)
+
+
+def _under(rules: str | None) -> str:
+    return "" if rules is None else f" under {rules} rules"
+
+
+def _meant(score: str, rules: str | None) -> str:
+    """What a score is; under rules it is not about the model's own derivative."""
+    return score if rules is None else f"{score}; by the derivative under {rules} rules, not the model's own"
 
 
 def _last_read(answer: "Attribution") -> str:
