@@ -265,8 +265,8 @@ class Work(Enum):
     """A forward pass with its graph keeps the activations of all layers."""
     PREDICTION = (256 * 2**20, 256 * 2**20)
     """A forward pass without a graph keeps the activations of one block, and the logits of one position."""
-    EMBEDDING = (64 * 2**20, 64 * 2**20)
-    """A forward pass that ends at the embedding keeps the embeddings."""
+    EMBEDDING = (16 * 2**20, 64 * 2**20)
+    """A forward pass that ends at the embedding keeps the embeddings; on a CPU small batches stay in its caches."""
     PATTERN = (2**30, 2**30)
     """A layer whose attention is cached keeps the patterns of all heads."""
 
