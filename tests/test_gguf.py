@@ -64,6 +64,24 @@ def test_a_file_or_its_folder(file: Path) -> None:
     assert_close(answers[0].scores, answers[1].scores, rtol=0, atol=0)
 
 
+def test_names(file: Path, tmp_path: Path) -> None:
+    """Files of one folder have names of their own, and so have files of one name, whatever stands beside them."""
+    other = written(tmp_path / "other.gguf")
+    far = tmp_path / "far" / "model"
+    cached = tmp_path / "models--owner--a-model" / "snapshots" / "0123abcd"
+    for folder in (far, cached):
+        folder.mkdir(parents=True)
+    parts = "/".join(tmp_path.absolute().parts[-2:])
+    expected = {
+        file: f"file {parts}/small.gguf",
+        other: f"file {parts}/other.gguf",
+        written(far / "small.gguf"): "file far/model/small.gguf",
+        written(cached / "small.gguf"): "owner/a-model/small.gguf",
+    }
+    (tmp_path / "config.json").write_text('{"_name_or_path": "owner/model"}')
+    assert {path: models.model_name(models.load(path)) for path in expected} == expected
+
+
 def test_called(file: Path) -> None:
     """A model from a GGUF file has the name that it was given, as any other."""
     assert models.model_name(models.load(file, called="letters")) == "letters"

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tl_scopes as tls
 from tests import zoo
+from tl_scopes import models
+from tl_scopes.cli import Dtype
 from tl_scopes.models import load, model_name
+from tl_scopes.models.loading import DTYPES
 from tl_scopes.tiny import FOLDER
+
+LOADERS = [models.load, models.load_hooked_llama]
 
 
 def folder(at: Path, **said: Any) -> Path:
@@ -48,6 +54,36 @@ def test_names_of_folders(at: str, said: dict[str, Any], name: str, tmp_path: Pa
 @pytest.mark.parametrize("kind", ["bridge", *(["hooked"] if zoo.HookedTransformer else [])])
 def test_the_bundled_model_has_a_name_of_its_own(kind: Any) -> None:
     assert model_name(tls.load_tiny(kind)) == "tiny"
+
+
+@pytest.mark.parametrize("load", [tls.load_tiny, lambda **options: models.load(FOLDER, **options)])
+@pytest.mark.parametrize("name", [*Dtype])
+def test_a_precision_by_its_name(load: Any, name: Dtype) -> None:
+    """The names of the command line, or torch's own."""
+    for dtype in (str(name), getattr(torch, name)):
+        assert {parameter.dtype for parameter in load(device="cpu", dtype=dtype).parameters()} == {getattr(torch, name)}
+
+
+def test_the_command_line_has_all_precisions() -> None:
+    assert [*Dtype] == [*DTYPES]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error", "got"),
+    [
+        ("bf16", ValueError, "'bf16'"),
+        (torch.int8, ValueError, "torch.int8"),
+        ("float32 ", ValueError, "'float32 '"),
+        (16, TypeError, "16"),
+        (None, TypeError, "None"),
+    ],
+)
+@pytest.mark.parametrize("load", LOADERS)
+def test_no_precision(load: Any, dtype: Any, error: type[Exception], got: str) -> None:
+    """The value and the list; nothing is said of spelling and network, and nothing is loaded."""
+    rule = "a model's dtype is 'float32', 'float64', 'bfloat16', 'float16' or torch's of that name"
+    with pytest.raises(error, match=rf"^{rule}, got {got}\.$"):
+        load("/no/such/folder", dtype=dtype)
 
 
 def test_other_names_stay() -> None:

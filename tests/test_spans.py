@@ -10,7 +10,9 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import Specimen
-from tl_scopes.models import Target, Token
+from tl_scopes import models
+from tl_scopes.jacobian.line_integral import integrate
+from tl_scopes.models import Target, Token, Work, memory
 from tl_scopes.scopes.baselines import GradientTimesInput, IntegratedGradients, LeaveOneOut
 
 PROMPT, ANSWER, OTHER = [3, 14, 15, 9, 26], [5, 35, 8], [7, 30]
@@ -679,3 +681,35 @@ def test_answers_are_evaluated(tiny: Any) -> None:
         tls.evaluate(tiny, [KEYS], scopes, perturbation, answers=[" a"], targets=[" b"])
     with pytest.raises(ValueError, match="there must be one answer per prompt: got 2 for 1"):
         tls.evaluate(tiny, [KEYS], scopes, perturbation, answers=[" a", " b"])
+
+
+# -- how many points go through the model together --------------------------------------------------------------------
+
+
+def test_rows_are_not_texts(specimen: Specimen, span: tls.Span, both: tls.Span) -> None:
+    """Predictions of one text take its memory once, and their logits each; two answers are two texts."""
+    text = tls.linearize(specimen.model, [*PROMPT, *ANSWER[:-1]])
+    assert span.at_once(Work.GRAPH) == text.at_once(Work.GRAPH)
+    assert both.at_once(Work.GRAPH) == pytest.approx(text.at_once(Work.GRAPH) / 2, abs=1)
+    one, several = text.at_once(Work.PREDICTION), span.at_once(Work.PREDICTION)
+    assert one / len(ANSWER) < several < one
+    assert several / 2 <= both.at_once(Work.PREDICTION) < several
+
+
+def test_a_comparison_takes_no_more_memory_than_an_answer(
+    specimen: Specimen, span: tls.Span, both: tls.Span, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the line of an integral as many texts go through the model together, on half as many points."""
+    seen, trace = [], models.trace
+
+    def counted(model: Any, tokens: torch.Tensor, **options: Any) -> models.Trace:
+        seen.append(len(tokens))
+        return trace(model, tokens, **options)
+
+    of_one = 512 * 2**20 / span.at_once(Work.GRAPH)
+    monkeypatch.setattr(models, "trace", counted)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: int(4 * 8.5 * of_one))
+    for lin in (span, both):
+        seen.clear()
+        integrate(lin, lin.answer_log_prob, torch.zeros_like(lin.embeddings), 8)
+        assert max(seen) == 8

@@ -121,7 +121,7 @@ QUESTIONS = {
 
 
 class Dtype(StrEnum):
-    """The precisions."""
+    """The precisions that `models.load` knows."""
 
     FLOAT32 = "float32"
     FLOAT64 = "float64"
@@ -306,13 +306,11 @@ def main(
 
 def loader(model: str | None, device: str | None, dtype: str) -> Callable[[], Any]:
     """A function that loads the model of this name, or the one that comes with the package where there is no name."""
-    import torch
-
     import tl_scopes as tls
     from tl_scopes import models
 
     load = tls.load_tiny if model is None else partial(models.load, model)
-    return partial(load, device=device, dtype=getattr(torch, dtype))
+    return partial(load, device=device, dtype=str(dtype))
 
 
 def _require_writable(name: str, path: Path | None) -> None:

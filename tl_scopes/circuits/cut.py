@@ -156,7 +156,10 @@ def _forward(
     push: Callable[[Tensor], list[Tensor]]
     if dual:
         pulled, gradients = of.gradients(cotangent)
-        push, size = _by_dual_numbers(of), models.at_once(of.lin.model, len(of.lin.tokens), Work.PREDICTION, batch=2)
+        push, size = (
+            _by_dual_numbers(of),
+            models.at_once(of.lin.model, len(of.lin.tokens), Work.PREDICTION, texts=2, rows=2),
+        )
     else:
         pulled, gradients, tangents = linearised(of, cotangent)
         push, size = tangents.push, of.size

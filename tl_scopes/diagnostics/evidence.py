@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.diagnostics.linearity import linearity, others_at
+from tl_scopes.diagnostics.linearity import average_at, linearity, others_at
 from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import LocalMetric, Rays
@@ -116,8 +116,8 @@ class Evidence:
 
     @cached_property
     def average(self) -> Float[Tensor, " d_model"]:
-        """The mean of the other tokens' values."""
-        return self.others[0].mean(0)
+        """What takes a token's place: see `average_at`."""
+        return average_at(self.lin)
 
     @cached_property
     def probability(self) -> float | None:

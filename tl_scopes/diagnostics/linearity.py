@@ -13,6 +13,7 @@ from tl_scopes.diagnostics.radius import curvature_radius, first_passed, nearest
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.jacobian.randomness import require_generator
+from tl_scopes.jacobian.replacement import substitute
 from tl_scopes.jacobian.softmax import left_open
 from tl_scopes.models.arguments import as_number
 from tl_scopes.scopes.scope import Scope, require_scope
@@ -71,7 +72,8 @@ def linearity(
         TypeError: for something that is not a Linearization, a scope, or a torch.Generator; for `positions` or
             `directions` that are not integers.
         ValueError: for a linearisation under rules; for a scope without a `metric`, or with one that is not finite or
-            cannot be differentiated; for a tolerance, sizes, directions, positions or a generator that cannot be used;
+            cannot be differentiated; for a model whose embedding holds positions (BERT), unless `lin` begins further
+            inside; for a tolerance, sizes, directions, positions or a generator that cannot be used;
             when the model's hooks or weights have changed since it was linearised.
         RuntimeError: for a vector q under an attention kernel that has no double backward.
     Source: the model trusted to first order in the sense of trust-region methods (Conn, Gould and Toint 2000,
@@ -126,7 +128,7 @@ def linearity(
     # Below the smallest size the radius is as far as measurement goes. NaN stays where no curvature is known.
     predicted = torch.minimum(by_curvature, torch.where(passed > steps[0], passed, radii))
 
-    average = others.mean(0)
+    average = average_at(lin)
     prediction = None if lin.trace.logits is None or len(lin.single) > 1 else lin.log_probs.exp()
 
     def kept(values: Tensor) -> Tensor:
@@ -165,7 +167,7 @@ def others_at(lin: Linearization) -> tuple[Tensor, Tensor]:
     At the embedding they are those of the vocabulary, elsewhere those of the prompt.
 
     Raises:
-        ValueError: where there is no other token.
+        ValueError: where there is no other token, and for an embedding that holds positions.
     """
     if lin.wrt == models.EMBEDDING:
         return models.embedding_matrix(lin.model), lin.tokens
@@ -175,6 +177,17 @@ def others_at(lin: Linearization) -> tuple[Tensor, Tensor]:
             'two, or take wrt="hook_embed", where the vocabulary is.'
         )
     return lin.embeddings, torch.arange(len(lin.tokens), device=lin.tokens.device)
+
+
+def average_at(lin: Linearization) -> Float[Tensor, " d_model"]:
+    """What takes a token's place: the mean of the values that tokens have at the `wrt` hook.
+
+    At the embedding it is the mean embedding, as in `substitute`, elsewhere that of the prompt's tokens.
+
+    Raises:
+        ValueError: where there is no other token.
+    """
+    return substitute(lin, "mean")[0] if lin.wrt == models.EMBEDDING else others_at(lin)[0].mean(0)
 
 
 def _rays(

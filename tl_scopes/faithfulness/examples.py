@@ -255,7 +255,7 @@ def _log_probs(
     steps = max((len(said) for _, said in runs), default=1)
     first, scores = torch.zeros(len(runs), dtype=torch.long), torch.zeros(len(runs), dtype=torch.float64)
     while left:
-        size = models.at_once(model, len(left[-1]), Work.PREDICTION, batch=steps)
+        size = models.at_once(model, len(left[-1]), Work.PREDICTION, rows=steps)
         some, left = left[-size:], left[:-size]
         asked = [(run, some.index(text)) for run, text in enumerate(whole) if text in some]
         batch = torch.nn.utils.rnn.pad_sequence([runs[0][0].new_tensor(text) for text in some], batch_first=True)

@@ -198,8 +198,7 @@ def _value(f: OfLogits, logits: Float[Tensor, "*row vocab"]) -> float:
 def _values(lin: Linearization, f: OfLogits, begin: Tensor, alphas: list[float]) -> dict[float, float]:
     """f at points of the line, from forward passes without a graph."""
     found: list[float] = []
-    size = models.at_once(lin.model, len(begin), models.Work.PREDICTION, batch=len(lin.single))
-    for points in _points(lin, begin, alphas, size):
+    for points in _points(lin, begin, alphas, lin.at_once(models.Work.PREDICTION)):
         _, logits = lin.evaluate(points)
         assert logits is not None
         found += [_value(f, of_point) for of_point in logits]
@@ -215,9 +214,8 @@ def _gradients(
     lin: Linearization, f: OfLogits, begin: Tensor, nodes: Any
 ) -> Iterator[tuple[Float[Tensor, "alpha token d_model"], list[float]]]:
     """∂f/∂x at the nodes on the line, and f, in groups that are run together."""
-    size = models.at_once(lin.model, len(begin), models.Work.GRAPH)
     with progress_bar(len(nodes), "path") as bar:
-        for embeddings in _points(lin, begin, nodes, size):
+        for embeddings in _points(lin, begin, nodes, lin.at_once(models.Work.GRAPH)):
             points = lin.at_each(embeddings)
             gradients = vjps(points, [point.cotangent(f)[None] for point in points])
             yield torch.cat(gradients).to(begin), [_value(f, point.logits) for point in points]

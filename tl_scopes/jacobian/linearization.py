@@ -13,7 +13,7 @@ from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import Ends
 from tl_scopes.jacobian.tensor_arguments import require_shape
-from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Token, Trace
+from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Token, Trace, Work
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -342,6 +342,14 @@ class Linearization:
     def _at_tokens(self, tokens: Int[Tensor, "token"]) -> "Linearization":
         options: dict[str, Any] = {"checkpoint": self.trace.checkpointed, "rules": self.rules}
         return linearize_prompt(self.model, ReadPrompt(tokens, ()), self.wrt, self.of, **options)
+
+    def at_once(self, work: Work) -> int:
+        """How many points of this linearisation go through the model together, for this work.
+
+        Each is as many texts as there are answers, and as many rows as there are predictions.
+        """
+        texts = self.ends.tokens
+        return models.at_once(self.model, max(map(len, texts)), work, texts=len(texts), rows=len(self.ends.rows))
 
     # -- the readout --------------------------------------------------------------------------------------------------
 

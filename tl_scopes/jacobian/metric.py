@@ -76,7 +76,7 @@ class LocalMetric:
     def __init__(self, lin: Linearization, function: Metric) -> None:
         self.lin, self.function = lin, function
         self.precise = models.precise_dtype(lin.readout.device)
-        self.batch = models.at_once(lin.model, len(lin.tokens), Work.PREDICTION, batch=len(lin.single))
+        self.batch = lin.at_once(Work.PREDICTION)
         self._scale = self._size_of_slope()
         with torch.enable_grad():
             if lin.trace.logits is None:

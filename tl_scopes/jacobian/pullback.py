@@ -250,7 +250,7 @@ def batch_size(model: Model, trace: Trace, leaf: Float[Tensor, "batch token d_mo
     if not models.goes_back_together(model, trace):
         return 1
     batch, tokens, _ = leaf.shape
-    return models.at_once(model, tokens, work, batch=batch, size=leaf.element_size())
+    return models.at_once(model, tokens, work, texts=batch, size=leaf.element_size())
 
 
 class NoSecondDerivativeError(RuntimeError):

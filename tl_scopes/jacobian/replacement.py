@@ -80,8 +80,7 @@ def predictions(
         ValueError: when the model's hooks or weights have changed since the linearisation.
     """
     lin.require_unchanged()
-    size = models.at_once(lin.model, len(lin.tokens), Work.PREDICTION, batch=len(lin.single))
-    for rows in kept.split(size):
+    for rows in kept.split(lin.at_once(Work.PREDICTION)):
         values = torch.where(rows, lin.embeddings, instead.to(lin.embeddings))
         _, logits = lin.evaluate(values)
         assert logits is not None

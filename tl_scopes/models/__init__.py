@@ -8,7 +8,7 @@ from tl_scopes.models.arguments import as_count, as_int, as_number, as_position
 from tl_scopes.models.attention import AttentionLayer, attention_layers
 from tl_scopes.models.causality import check_model
 from tl_scopes.models.components import Component, Part, absent, components
-from tl_scopes.models.embedding import embed, embedding_matrix, mean_embedding
+from tl_scopes.models.embedding import embed, embedding_matrix, holds_positions, mean_embedding
 from tl_scopes.models.forward import Trace, goes_back_together, independence, trace, undisturbed
 from tl_scopes.models.generation import Generated, generate
 from tl_scopes.models.hooks import EMBEDDING, READOUT, has_backward_hooks, is_readout, user_hooks
@@ -111,6 +111,7 @@ __all__ = [
     "has_backward_hooks",
     "has_constant_readout_norm",
     "held_attention",
+    "holds_positions",
     "hooked_from_llama",
     "in_last_blocks",
     "independence",

@@ -3,6 +3,7 @@
 This is a file of its own since paths, replacements and checks all begin at the embedding.
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -10,12 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_scopes.models.causality import silenced
 from tl_scopes.models.hooks import EMBEDDING, StopForward, attached, hook_points
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.precision import sum_dtype
-from tl_scopes.models.supported import Model, device_of
+from tl_scopes.models.supported import Model, architecture, device_of
 from tl_scopes.models.threads import one_at_a_time
-from tl_scopes.models.tokens import vocabulary_size
+from tl_scopes.models.tokens import context_length, vocabulary_size
 
 
 @torch.no_grad()
@@ -39,23 +41,64 @@ def embed(model: Model, tokens: Int[Tensor, "batch token"]) -> Float[Tensor, "ba
 
 
 def embedding_matrix(model: Model) -> Float[Tensor, "vocab d_model"]:
-    """The value at "hook_embed" of every entry of the vocabulary, scales and norms included; hooks do not act."""
-    # The weight alone lacks Gemma's multiplier, and running a bridge's own module would run the user's hooks.
-    embed = getattr(model.embed, "original_component", None) or model.embed
-    with torch.no_grad():
-        return embed(torch.arange(vocabulary_size(model), device=device_of(model))[None])[0]
+    """The value at "hook_embed" of every entry of the vocabulary, scales and norms included.
+
+    The user's hooks do not act, since they may be made for one prompt.
+
+    Cost: the embedding of every token of the vocabulary; the memory of the matrix, and of one batch.
+
+    Raises:
+        ValueError: for a model whose embedding holds positions at that hook (BERT), so that a token has many.
+    """
+    if holds_positions(model):
+        raise ValueError(
+            f"the embedding of {architecture(model)} holds positions at {EMBEDDING!r}, so that a token has another "
+            "value there at every place, and the vocabulary has no matrix of them. Linearise at a hook inside the "
+            'network, wrt="blocks.0.hook_resid_pre" say, where the other tokens are those of the prompt.'
+        )
+    matrix, done = None, 0
+    for values in _vocabulary(model, 1):
+        if matrix is None:
+            matrix = values.new_empty(vocabulary_size(model), values.shape[-1])
+        matrix[done : (done := done + len(values))] = values
+    assert matrix is not None
+    return matrix
 
 
 def mean_embedding(model: Model, length: int) -> Float[Tensor, " d_model"]:
-    """The mean over the vocabulary of the values at "hook_embed", from prompts of this length.
+    """The mean over the vocabulary of the values at "hook_embed".
 
-    Cost: the embedding of every token of the vocabulary.
+    The user's hooks do not act, as in `embedding_matrix`.
+
+    Args:
+        model: a checked model.
+        length: how many tokens the prompts have which the vocabulary is divided into. It matters for a model whose
+            embedding holds positions at that hook (BERT): the mean is over the positions of such prompts too.
+
+    Cost: the embedding of every token of the vocabulary; the memory of one batch.
     """
-    vocab = vocabulary_size(model)
-    prompts = torch.arange(-(-vocab // length) * length, device=device_of(model)) % vocab
-    sums, left = [], vocab
-    for some in prompts.view(-1, length).split(at_once(model, length, Work.EMBEDDING)):
-        values = embed(model, some).flatten(0, 1)[:left]
-        left -= len(values)
-        sums.append(values.sum(0, dtype=sum_dtype(values)))
-    return torch.stack(sums).sum(0) / vocab
+    sums = [values.sum(0, dtype=sum_dtype(values)) for values in _vocabulary(model, length)]
+    return torch.stack(sums).sum(0) / vocabulary_size(model)
+
+
+def _vocabulary(model: Model, length: int) -> Iterator[Float[Tensor, "_ d_model"]]:
+    """Yield the values at "hook_embed" of all entries of the vocabulary, in order, from prompts of this length."""
+    left = vocabulary_size(model)
+    prompts = torch.arange(-(-left // length) * length, device=device_of(model)) % left
+    with silenced(model):
+        for some in prompts.view(-1, length).split(at_once(model, length, Work.EMBEDDING)):
+            values = embed(model, some).flatten(0, 1)[:left]
+            left -= len(values)
+            yield values
+
+
+def holds_positions(model: Model) -> bool:
+    """Whether a token's value at "hook_embed" depends on where it stands, as in BERT.
+
+    Cost: the embedding of two tokens.
+    """
+    if context_length(model) == 1:
+        return False
+    with silenced(model):
+        first, second = embed(model, torch.zeros(1, 2, dtype=torch.long, device=device_of(model)))[0]
+    return bool((first - second).norm() > 0.01 * first.norm())  # no kernel's rounding comes near

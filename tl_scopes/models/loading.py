@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
-from tl_scopes.models.supported import Model
+from tl_scopes.models.supported import Model, is_gguf
 from tl_scopes.models.wording import first_sentence
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "bfloat16", "float16")}
+"""The precisions that a model can be loaded in, by their names."""
 
 
 def load(
     name: str | Path,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     called: str | None = None,
 ) -> Model:
     """A `TransformerBridge` by model name, from a folder in the Hugging Face layout, or from a GGUF file.
@@ -26,22 +29,43 @@ def load(
     Args:
         name: any name that `TransformerBridge.boot_transformers` takes; a folder; a GGUF file, or a folder with one.
         device: where to put it; None lets TransformerLens choose.
-        dtype: its precision.
+        dtype: its precision: "float32", "float64", "bfloat16" or "float16", or torch's own.
         called: what answers call it; None is `model_name`'s way.
 
     Raises:
         ValueError: a name, folder or file that cannot be loaded, such as a GGUF file without a tokenizer; or a device
-            that cannot be used.
+            or a precision that cannot be used.
+        TypeError: for a precision that is neither a name nor torch's.
         ImportError: for a GGUF file where the package gguf is not installed.
     """
+    dtype = _read_dtype(dtype)
     if device is not None:
         _require_usable(device)
     path = Path(name).expanduser()
     gguf = _gguf_file(path)
     model = _load_folder(name, path, device, dtype) if gguf is None else _load_gguf(gguf, device, dtype)
+    if called is None and gguf is not None:
+        called = str(gguf)  # TransformerLens knows its folder alone
     if called is not None:
         model.cfg.model_name = called
     return model.eval()
+
+
+def _read_dtype(dtype: object) -> torch.dtype:
+    """A precision, by its name or as torch's own.
+
+    Raises:
+        ValueError: for another one, with those that there are.
+        TypeError: for something that is neither.
+    """
+    names = ", ".join(map(repr, DTYPES))
+    rule = f"a model's dtype is {names} or torch's of that name"
+    if not isinstance(dtype, str | torch.dtype):
+        raise TypeError(f"{rule}, got {dtype!r}.")
+    for name, known in DTYPES.items():
+        if dtype in (name, known):
+            return known
+    raise ValueError(f"{rule}, got {dtype!r}.")
 
 
 def _require_usable(device: str | torch.device) -> None:
@@ -102,8 +126,8 @@ def _gguf_file(path: Path) -> Path | None:
     Raises:
         ValueError: for a folder with several.
     """
-    if path.is_file():
-        return path if path.suffix.lower() == ".gguf" else None
+    if is_gguf(path):
+        return path
     if (path / "config.json").is_file():
         return None
     found = sorted(path.glob("*.gguf")) if path.is_dir() else []
@@ -156,16 +180,18 @@ def load_hooked_llama(
     folder: Path,
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     called: str | None = None,
 ) -> Model:
     """The Llama in a local folder as an unprocessed `HookedTransformer` (TransformerLens 3.9).
 
     Raises:
         ImportError: on TransformerLens 4, which has no HookedTransformer.
+        ValueError, TypeError: for a precision that is not one, as `load` does.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    dtype = _read_dtype(dtype)
     with _no_bars():
         hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device or "cpu")
     return hooked_from_llama(hf_model, AutoTokenizer.from_pretrained(folder), name=called or str(folder))

@@ -264,23 +264,24 @@ class Work(Enum):
     GRAPH = (512 * 2**20, 512 * 2**20)
     """A forward pass with its graph keeps the activations of all layers."""
     PREDICTION = (256 * 2**20, 256 * 2**20)
-    """A forward pass without a graph keeps the activations of one block, and the logits of one position."""
-    EMBEDDING = (64 * 2**20, 64 * 2**20)
-    """A forward pass that ends at the embedding keeps the embeddings."""
+    """A forward pass without a graph keeps the activations of one block, and the logits of the predictions."""
+    EMBEDDING = (16 * 2**20, 64 * 2**20)
+    """A forward pass that ends at the embedding keeps the embeddings; on a CPU small batches stay in its caches."""
     PATTERN = (2**30, 2**30)
     """A layer whose attention is cached keeps the patterns of all heads."""
 
 
-def at_once(model: Model, tokens: int, work: Work, *, batch: int = 1, size: int | None = None) -> int:
+def at_once(model: Model, tokens: int, work: Work, *, texts: int = 1, rows: int = 1, size: int | None = None) -> int:
     """How many entries of this work fit into the working memory that a batch of it may take; at least 1.
 
     A batch never takes more than a quarter of what is free.
 
     Args:
         model: a checked model.
-        tokens: how many tokens an entry has.
+        tokens: how many tokens a text has.
         work: what the entries are there for.
-        batch: how many prompts one entry consists of.
+        texts: how many texts one entry consists of, which all go through the model.
+        rows: how many predictions of an entry are read; it counts for work that ends at logits in float64.
         size: bytes of one number; None is that of the model's own.
     """
     cfg, device = model.cfg, device_of(model)
@@ -293,9 +294,9 @@ def at_once(model: Model, tokens: int, work: Work, *, batch: int = 1, size: int 
         Work.EMBEDDING: cfg.d_model,
         Work.PATTERN: patterns,
     }
-    needed = batch * tokens * widths[work] * (size or next(model.parameters()).element_size())
+    needed = texts * tokens * widths[work] * (size or next(model.parameters()).element_size())
     if work is Work.PREDICTION:
-        needed += batch * 8 * 8 * cfg.d_vocab  # log-probabilities are taken in float64, and some copies of them
+        needed += rows * 8 * 8 * cfg.d_vocab  # log-probabilities are taken in float64, and some copies of them
     available = available_bytes(device)
     most = work.value[device.type != "cpu"]
     return max(1, (most if available is None else min(most, available // 4)) // needed)

@@ -224,7 +224,8 @@ def batches_cotangents(model: Model) -> bool:
 def model_name(model: Model) -> str:
     """The name that the model was loaded under. A folder is called by what its config.json says, if it says something,
     or "folder" with its path's last two parts: checkpoints are often all called "final" or "checkpoint-1000", and
-    "run/final" alone would look like a name on the hub."""
+    "run/final" alone would look like a name on the hub. A GGUF file is called "file" with its folder's and its own
+    name, since a folder often has the same model in several precisions."""
     return _called(str(getattr(model.cfg, "model_name", None) or "unnamed"))
 
 
@@ -235,12 +236,24 @@ FOLDER_PREFIX = "folder "
 @cache
 def _called(name: str) -> str:
     config, path = Path(name).expanduser() / "config.json", Path(name)
+    if is_gguf(path.expanduser()):
+        return f"{_in_hub_cache(path.parent) or 'file ' + '/'.join(config.parent.absolute().parts[-3:-1])}/{path.name}"
     if not config.is_file():
         return path.name
     with suppress(OSError, ValueError, AttributeError):
         said = json.loads(config.read_text()).get("_name_or_path")
         if isinstance(said, str) and said and not Path(said).is_absolute():
             return said
-    if path.parent.name == "snapshots":  # the cache of the Hugging Face hub: models--owner--name/snapshots/revision
-        return path.parents[1].name.removeprefix("models--").replace("--", "/")
-    return FOLDER_PREFIX + "/".join(config.parent.resolve().parts[-2:])
+    return _in_hub_cache(path) or FOLDER_PREFIX + "/".join(config.parent.resolve().parts[-2:])
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether there is a file of this name, which says that it is a GGUF file."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def _in_hub_cache(folder: Path) -> str | None:
+    """The name on the Hugging Face hub of a folder in its cache, models--owner--name/snapshots/revision."""
+    if folder.parent.name != "snapshots":
+        return None
+    return folder.parents[1].name.removeprefix("models--").replace("--", "/")

@@ -50,7 +50,7 @@ class SingularDirection:
     """The tokens whose logit, or probability, falls most."""
     towards: tuple[Ranked, ...]
     """The tokens whose embeddings have the largest cosine with the step; empty when the tokens are not perturbed at
-    the embedding."""
+    the embedding, and for an embedding that holds positions (BERT)."""
     away: tuple[Ranked, ...]
     """The tokens whose embeddings have the most negative cosine with it."""
 
@@ -115,8 +115,10 @@ def _change(lin: Linearization, effect: Tensor, of_probabilities: bool) -> Float
 
 
 def _cosines(lin: Linearization, step: Tensor) -> Float[Tensor, " vocab"]:
-    """Between the step and the embeddings of the vocabulary; empty where tokens are perturbed elsewhere."""
-    if lin.wrt != models.EMBEDDING:
+    """Between the step and the embeddings of the vocabulary; empty where tokens are perturbed elsewhere, and where
+    the embedding holds positions too.
+    """
+    if lin.wrt != models.EMBEDDING or models.holds_positions(lin.model):
         return step.new_empty(0)
     vocabulary = models.embedding_matrix(lin.model).to(step)
     return vocabulary @ step / vocabulary.norm(dim=-1).clamp(min=torch.finfo(step.dtype).tiny)

@@ -16,17 +16,18 @@ def load_tiny(
     kind: Literal["bridge", "hooked"] = "bridge",
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> Model:
     """Load the bundled model from the installed package, without the network.
 
     Args:
         kind: "bridge" for a `TransformerBridge`; "hooked" for a `HookedTransformer`, which TransformerLens 4 lacks.
         device: where to put it; None lets TransformerLens choose.
-        dtype: its precision.
+        dtype: its precision, as for `models.load`.
 
     Raises:
-        ValueError: for another kind, and for a device that cannot be used.
+        ValueError: for another kind, and for a device or a precision that cannot be used.
+        TypeError: for a precision that is neither a name nor torch's.
         ImportError: for "hooked" on TransformerLens 4.
 
     Example:
