@@ -94,6 +94,20 @@ class Trace:
             total = self.logits.sum()
         return torch.autograd.grad(total, self.unembedded, retain_graph=True)[0][:, 0]
 
+    @cached_property
+    def bend(self) -> Float[Tensor, "row vocab"] | None:
+        """The derivative of `slope` likewise, which soft-caps have; None where nothing acts on what was unembedded."""
+        assert self.logits is not None
+        assert self.unembedded is not None
+        if torch.equal(self.logits.detach(), self.unembedded[:, 0].detach()):
+            return None
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.logits.sum(), self.unembedded, create_graph=True)
+        if not slope.requires_grad:  # a scale
+            return None
+        (bent,) = torch.autograd.grad(slope.sum(), self.unembedded, retain_graph=True, allow_unused=True)
+        return None if bent is None else bent[:, 0]
+
     def probe(self, row: int) -> Float[Tensor, " vocab"]:
         """A cotangent of the logits of a row, by which the graph of that row alone is checked."""
         assert self.logits is not None

@@ -17,7 +17,7 @@ from tl_scopes.models.weights import fetched
 def readout_graph(
     model: Model, trace: Trace, rows: Sequence[int]
 ) -> tuple[Float[Tensor, "row d_of"], Float[Tensor, "row vocab"]]:
-    """The readout of some rows as a leaf, and their logits as a function of it.
+    """The readout of some rows as a leaf, and their logits as a function of it, right up to the second derivative.
 
     A backward pass from one row of `trace.logits` would go through the unembedding of all rows.
 
@@ -37,7 +37,10 @@ def readout_graph(
         leaf = trace.readout[some].detach().requires_grad_()
         unembedded = model.unembed(leaf[:, None])[:, 0]
         # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
-        logits = trace.logits[some].detach() + trace.slope[some] * (unembedded - unembedded.detach())
+        moved = unembedded - unembedded.detach()
+        logits = trace.logits[some].detach() + trace.slope[some] * moved
+        if trace.bend is not None:
+            logits = logits + trace.bend[some] / 2 * moved.square()
     probes, expected = torch.stack([trace.probe(row) for row in some]), trace.probed[some]
     (found,) = torch.autograd.grad(logits, leaf, probes, retain_graph=True)
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
