@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import Specimen
+from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.models import Target, Token
 from tl_scopes.scopes.baselines import GradientTimesInput, IntegratedGradients, LeaveOneOut
 
@@ -192,10 +193,25 @@ def test_a_scope_of_ones_own(span: tls.Span) -> None:
         def unit(self, lin: tls.Linearization) -> str:
             return "nat"
 
+        def metric(self, lin: tls.Linearization) -> Any:
+            def confidence(readout: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+                assert (readout.shape, logits.shape) == (lin.readout.shape, lin.logits.shape)
+                return logits.log_softmax(-1).max()
+
+            return confidence
+
     total = torch.zeros_like(span.embeddings)
     for one in span.single:
         total[: len(one.tokens)] += one.vjp(Own().cotangents(one))[0]
     assert_close(Own()(span).scores, total.norm(dim=-1), **EXACT)
+    assert_close(Own()(span).value, sum(Own()(one).value for one in span.single), **EXACT)
+
+    class Without(Own):
+        def metric(self, lin: tls.Linearization) -> None:
+            return None
+
+    assert Without()(span).value is None
+    assert tls.check(span, Without())["linearity"].verdict == "not applicable"
 
     class Several(Own):
         def cotangents(self, lin: tls.Linearization) -> torch.Tensor:
@@ -203,6 +219,59 @@ def test_a_scope_of_ones_own(span: tls.Span) -> None:
 
     with pytest.raises(ValueError, match="has 2 cotangents at one prediction, and how those of several"):
         Several()(span)
+
+
+def confidence(logits: torch.Tensor) -> torch.Tensor:
+    """A metric of one prediction."""
+    return logits[0, -1].log_softmax(-1).max() + logits[0, -1, 3]
+
+
+def test_scores_are_slopes_of_the_joint_metric(specimen: Specimen, span: tls.Span) -> None:
+    """Of an answer too: what a scope says that it is about is what its scores are slopes of, and its value."""
+    d = torch.randn(len(span.single[0].readout), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for lin in (span, span.part(0, 1), span.part(1, 3)):
+        for scope in (
+            tls.SemanticScope(),
+            tls.TemperatureScope(norm="logits"),
+            tls.DirectionScope(d, "ln_final"),
+            tls.MetricScope(confidence),
+        ):
+            answer, q = scope(lin), LocalMetric(lin, scope.joint_metric(lin))
+            assert_close(q.gradient.norm(dim=-1)[: lin.scored], answer.scores, **EXACT)
+            assert_close(q.value, torch.tensor([answer.value], dtype=torch.float64), **EXACT)
+
+
+def test_one_token_of_an_answer_is_an_ordinary_prediction(tiny: Any) -> None:
+    """Also to the checks, and to scopes that are about one prediction."""
+    lin, said = tls.linearize(tiny, KEYS), tls.linearize(tiny, KEYS, answer=" are")
+    for scope, alone in (
+        (tls.HetaScope(probes=2), tls.HetaScope(" are", probes=2)),
+        (tls.SpectralScope("frobenius"), tls.SpectralScope("frobenius")),
+        (tls.MetricScope(confidence), tls.MetricScope(confidence)),
+    ):
+        report, expected = tls.linearity(said, scope, positions=[2]), tls.linearity(lin, alone, positions=[2])
+        assert_close(report.radius, expected.radius)
+        found, checks = tls.check(said, scope), tls.check(lin, alone)
+        assert_close(found.answer.scores, checks.answer.scores)
+        # What was said is its target also where the scope names none, which "repetition" asks for.
+        assert [one for one in found if one.name != "repetition"] == [one for one in checks if one.name != "repetition"]
+    longer = tls.linearize(tiny, KEYS, answer=" are old")
+    for ask in (tls.linearity, tls.check):
+        with pytest.raises(ValueError, match="is about one prediction at a time, and this is the answer"):
+            ask(longer, tls.HetaScope(probes=2))
+
+
+def test_maps_of_a_metric(tiny: Any, no_type_checks: None) -> None:
+    """Each row of a map of an answer is the metric at that prediction."""
+    scope = tls.MetricScope(confidence)
+    rows = tls.answer_map(tiny, KEYS, " are old", scope)
+    lin = tls.linearize(tiny, KEYS, answer=" are old")
+    for row, one in zip(rows, lin.single, strict=True):
+        assert row.value == pytest.approx(scope(one).value, rel=1e-5)
+        assert_close(row.scores[: len(one.tokens)], scope(one).scores, rtol=1e-4, atol=1e-5)
+    whole = tls.attribution_map(tiny, KEYS, scope, target="next")
+    single = tls.attribution_map(tiny, KEYS, scope)
+    assert_close(whole.scores, single.scores[:-1, :-1], rtol=1e-4, atol=1e-5)
 
 
 def test_leave_one_out_by_hand(specimen: Specimen) -> None:
