@@ -655,6 +655,45 @@ def test_the_vocabulary_is_gone_through_once(model: Any, monkeypatch: pytest.Mon
     assert results.value.tolist() == pytest.approx(alone.value.tolist(), abs=1e-9)
 
 
+def test_a_mean_of_the_users_is_not_the_evaluations(model: Any) -> None:
+    """What leaving one token out does is measured anew unless a scope has replaced by just the same."""
+    perturbation = Perturbation(("mean",), (0.5,), samples=0, randomise=False)
+
+    class Doubled(LeaveOneOut):
+        def measure(self, lin: tls.Linearization) -> tls.Measurement:
+            return tls.Measurement(2 * super().measure(lin).scores)
+
+    beside = [LeaveOneOut("mean", mean=torch.ones(zoo.WIDTH)), Doubled("mean"), LeaveOneOut("mean")]
+    alone = evaluate(model, PROMPTS, {"one": Fixed()}, perturbation)
+    for other in beside:
+        both = evaluate(model, PROMPTS, {"other": other, "one": Fixed()}, perturbation)
+        own = both[both.scope == "one"].value
+        assert own.tolist() == pytest.approx(alone.value.tolist(), abs=1e-9, nan_ok=True)
+
+
+def test_what_is_around_a_scope_asks_for_what_it_asks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean embedding is handed through, and is the one that would be computed."""
+    mean, calls = models.mean_embedding(model, len(PROMPT)), []
+    lin = tls.linearize(model, PROMPT)
+    around = [
+        lambda scope: tls.PositionCorrectedScope(scope, shuffles=2),
+        tls.FrozenAttentionScope,
+        tls.UnderRulesScope,
+        lambda scope: tls.FrozenAttentionScope(tls.PositionCorrectedScope(scope, shuffles=2)),
+    ]
+    expected = [of(LeaveOneOut("mean"))(lin).scores for of in around]
+    monkeypatch.setattr(models, "mean_embedding", lambda *arguments: calls.append(0))
+    for of, scores in zip(around, expected, strict=True):
+        assert of(LeaveOneOut("mean")).asks_for_mean
+        assert not of(LeaveOneOut()).asks_for_mean
+        handed = of(LeaveOneOut("mean")).with_mean(mean)
+        assert not handed.asks_for_mean
+        assert_close(handed(lin).scores, scores)
+        same = of(tls.SemanticScope(TARGET))
+        assert same.with_mean(mean) == same
+    assert not calls
+
+
 def test_everything_is_replaced_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The soft measures take it from the hard ones."""
     seen: list[Tensor] = []

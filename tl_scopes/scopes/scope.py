@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
@@ -112,6 +114,10 @@ class Scope(ABC):
         A call on many prompts computes it once and hands it in.
         """
         return False
+
+    def with_mean(self, mean: Tensor) -> "Scope":
+        """The same question with this mean embedding handed in, where the scope asks for one."""
+        return replace(self, mean=mean) if self.asks_for_mean and is_dataclass(self) else self
 
     @property
     def runs_again(self) -> Literal["no", "point", "prompt"]:
