@@ -62,10 +62,20 @@ def test_a_metric_is_a_scope(species: str) -> None:
 
 
 def test_checks_measure_the_metric(tiny: Any) -> None:
-    lin = tls.linearize(tiny, CLEAN)
-    scope = tls.MetricScope(difference)
-    assert scope.metric(lin)(lin.readout, lin.logits).item() == pytest.approx(difference(lin.logits[None, None]).item())
-    assert repr(tls.check(lin, scope))
+    """The checks of a difference of logits are those of the Semantic Scope of it, at a prompt and of an answer."""
+    scope, same = tls.MetricScope(difference), tls.SemanticScope(7, versus=3)
+    for options in ({}, {"answer": " are"}):
+        lin = tls.linearize(tiny, CLEAN, **options)
+        alone = tls.linearize(tiny, CLEAN)
+        metric = scope.joint_metric(lin)
+        assert metric(lin.readout, lin.logits).item() == pytest.approx(difference(alone.logits[None, None]).item())
+        found, expected = tls.check(lin, scope), tls.check(alone, same)
+        for name in ("linearity", "saturation", "leave-one-out", "weights"):
+            assert found[name].finding == expected[name].finding
+            assert found[name].verdict == expected[name].verdict != "not applicable"
+        report, other = tls.linearity(lin, scope, positions=[2]), tls.linearity(alone, same, positions=[2])
+        assert_close(report.radius, other.radius)
+        assert_close(report.predicted_radius, other.predicted_radius)
     assert repr(scope) == "MetricScope(name='difference')"
     assert repr(tls.MetricScope(lambda logits: logits[0, -1, 1])) == "MetricScope(name='metric')"
 
@@ -78,6 +88,9 @@ def test_a_metric_of_centred_logits() -> None:
         lin = tls.linearize(model, PROMPT)
         assert tls.MetricScope(difference)(lin).notes == lin.notes
         [note] = set(tls.MetricScope(lambda logits: logits[0, -1, 7])(lin).notes) - set(lin.notes)
+        lin = tls.linearize(model, PROMPT, answer=[5, 7])
+        assert tls.MetricScope(difference)(lin).notes == lin.notes
+        assert note in tls.MetricScope(lambda logits: logits[0, -1, 7])(lin).notes
     assert "the metric counts logits from the vocabulary mean" in note
 
 
@@ -115,6 +128,19 @@ def test_a_scope_is_a_patching_metric(tiny: Any) -> None:
     assert log_prob(logits).item() == pytest.approx(logits[0, -1].log_softmax(-1)[are].item(), rel=1e-5)
     again = tls.patching_metric(tls.MetricScope(difference), lin)
     assert again(logits).item() == pytest.approx(difference(logits).item(), rel=1e-5)
+
+
+def test_a_patching_metric_of_one_token_of_an_answer(tiny: Any) -> None:
+    """It is the metric of the next prediction; several predictions are not at the last position."""
+    lin = tls.linearize(tiny, CLEAN, answer=" are")
+    logits = tiny(tls.linearize(tiny, CLEAN).tokens[None])
+    for scope in (SCOPE, tls.MetricScope(difference), tls.HetaScope(" are")):
+        expected = tls.patching_metric(scope, tls.linearize(tiny, CLEAN))(logits)
+        assert_close(tls.patching_metric(scope, lin)(logits), expected)
+    longer = tls.linearize(tiny, CLEAN, answer=" are old")
+    for scope, lin in ((tls.SemanticScope(), longer), (tls.SemanticScope(" are old"), tls.linearize(tiny, CLEAN))):
+        with pytest.raises(ValueError, match="reads the last position, and SemanticScope.* is about 2 predictions"):
+            tls.patching_metric(scope, lin)
 
 
 def test_bad_patching_metrics(tiny: Any, no_type_checks: None) -> None:

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any
 
@@ -184,10 +185,21 @@ def test_backward_hooks_see_plain_gradients(model: Any) -> None:
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("name", ["unembed.hook_in", "unembed.hook_out", "blocks.1.hook_resid_pre"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "hook point") for name in ("unembed.hook_in", "unembed.hook_out", "blocks.1.hook_resid_pre")),
+        *(
+            (name, kind)
+            for name in ("unembed", "blocks.1")
+            for kind in ("full_backward_hook", "full_backward_pre_hook")
+        ),
+    ],
+)
 @pytest.mark.parametrize("species", ["bridge llama", *(["hooked layer norm"] if zoo.HookedTransformer else [])])
-def test_backward_hooks_everywhere(species: str, name: str) -> None:
-    """At the unembedding too, for every product, and for as long as the graph lives that they are in."""
+def test_backward_hooks_everywhere(species: str, name: str, kind: str) -> None:
+    """At the unembedding and on plain modules too, for every product, and for as long as the graph lives that they are
+    in."""
     model = zoo.specimen(species).model
     eye = torch.eye(zoo.VOCAB, dtype=torch.float64)
 
@@ -201,7 +213,17 @@ def test_backward_hooks_everywhere(species: str, name: str) -> None:
         expected = results(tls.linearize(model, PROMPT))
         expected.append(tls.attribution_map(model, PROMPT, tls.SemanticScope(3)).scores)
         seen: list[float] = []
-        with model.hooks(bwd_hooks=[(name, lambda gradient, hook: seen.append(gradient.abs().max().item()))]):
+
+        def note(*args: Any, **kwargs: Any) -> None:
+            gradient = args[0] if "hook" in kwargs else args[-1][0]
+            seen.append(gradient.abs().max().item())
+
+        with ExitStack() as stack:
+            if kind == "hook point":
+                stack.enter_context(model.hooks(bwd_hooks=[(name, note)]))
+            else:
+                register = getattr(model.get_submodule(name), f"register_{kind}")
+                stack.callback(register(note).remove)
             lin = tls.linearize(model, PROMPT)
             found = [*results(lin), tls.attribution_map(model, PROMPT, tls.SemanticScope(3)).scores]
         outside = results(lin)

@@ -294,23 +294,48 @@ def test_no_weight_is_left_out(species: str, processed: bool) -> None:
 def test_graphs_do_not_mind_exchanged_weights(model: Any, elsewhere: bool) -> None:
     """Made outside and asked inside, or the other way round, in this thread or another: the weights they were made
     with."""
-    scope = tls.SemanticScope(TARGET, quantity="log_prob")
     weights = models.shuffled_weights(model, torch.Generator().manual_seed(0))
+
+    def scores(lin: tls.Linearization) -> Tensor:
+        """Of the whole pass, and of rows that go through the unembedding by themselves."""
+        if not isinstance(lin, tls.Span):
+            return scope(lin).scores
+        lin.trace.graphs.clear()
+        rows = [asked(one).scores for one in lin.single for asked in (scope, tls.FisherScope(exact=True))]
+        return torch.cat([scope(lin.part(0, 2)).scores, *rows])
 
     def ask(lin: tls.Linearization) -> Tensor:
         if not elsewhere:
-            return scope(lin).scores
+            return scores(lin)
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(lambda: scope(lin).scores).result(timeout=60)
+            return pool.submit(scores, lin).result(timeout=60)
 
-    outside = tls.linearize(model, PROMPT)
-    expected = ask(outside)
-    with models.exchanged_weights(model, weights):
-        assert_close(ask(outside), expected, rtol=0, atol=0)
-        inside = tls.linearize(model, PROMPT)
-        shuffled = scope(inside).scores
-    assert_close(ask(inside), shuffled, rtol=0, atol=0)
-    assert not torch.allclose(shuffled, expected)
+    for options in ({}, {"answer": [3, 4, 5]}):
+        scope = tls.SemanticScope(quantity="log_prob", **({} if options else {"target": TARGET}))
+        outside = tls.linearize(model, PROMPT, **options)
+        expected = ask(outside)
+        with models.exchanged_weights(model, weights):
+            assert_close(ask(outside), expected, rtol=0, atol=0)
+            inside = tls.linearize(model, PROMPT, **options)
+            shuffled = scores(inside)
+            with models.exchanged_weights(model, learned(model)):  # whose own weights are those of the moment
+                assert_close(ask(outside), expected, rtol=0, atol=0)
+                assert_close(ask(inside), shuffled, rtol=0, atol=0)
+        assert_close(ask(inside), shuffled, rtol=0, atol=0)
+        assert not torch.allclose(shuffled, expected)
+
+
+def test_a_row_says_that_its_unembedding_has_changed() -> None:
+    """Its graph is made when it is asked for, with the weights and the hooks that the pass ran with."""
+    model = zoo.SPECIES["bridge llama"]().model
+    rows = tls.linearize(model, PROMPT, answer=[3, 4]).single
+    with model.hooks(fwd_hooks=[("unembed.hook_in", lambda value, hook: 2 * value)]):
+        with pytest.raises(ValueError, match=r"the hooks at 'unembed.hook_in' are not those under which"):
+            tls.SemanticScope(TARGET)(rows[0])
+    with torch.no_grad():
+        model.original_model.lm_head.weight.mul_(-1)
+    with pytest.raises(ValueError, match="the weights have changed since the model was linearised"):
+        tls.SemanticScope(TARGET)(rows[0])
 
 
 def test_hooks_of_another_threads_pass_are_nobodys(model: Any) -> None:
@@ -628,6 +653,45 @@ def test_the_vocabulary_is_gone_through_once(model: Any, monkeypatch: pytest.Mon
     alone = evaluate(model, PROMPTS, [LeaveOneOut("mean")], perturbation)
     assert len(calls) > 6
     assert results.value.tolist() == pytest.approx(alone.value.tolist(), abs=1e-9)
+
+
+def test_a_mean_of_the_users_is_not_the_evaluations(model: Any) -> None:
+    """What leaving one token out does is measured anew unless a scope has replaced by just the same."""
+    perturbation = Perturbation(("mean",), (0.5,), samples=0, randomise=False)
+
+    class Doubled(LeaveOneOut):
+        def measure(self, lin: tls.Linearization) -> tls.Measurement:
+            return tls.Measurement(2 * super().measure(lin).scores)
+
+    beside = [LeaveOneOut("mean", mean=torch.ones(zoo.WIDTH)), Doubled("mean"), LeaveOneOut("mean")]
+    alone = evaluate(model, PROMPTS, {"one": Fixed()}, perturbation)
+    for other in beside:
+        both = evaluate(model, PROMPTS, {"other": other, "one": Fixed()}, perturbation)
+        own = both[both.scope == "one"].value
+        assert own.tolist() == pytest.approx(alone.value.tolist(), abs=1e-9, nan_ok=True)
+
+
+def test_what_is_around_a_scope_asks_for_what_it_asks(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean embedding is handed through, and is the one that would be computed."""
+    mean, calls = models.mean_embedding(model, len(PROMPT)), []
+    lin = tls.linearize(model, PROMPT)
+    around = [
+        lambda scope: tls.PositionCorrectedScope(scope, shuffles=2),
+        tls.FrozenAttentionScope,
+        tls.UnderRulesScope,
+        lambda scope: tls.FrozenAttentionScope(tls.PositionCorrectedScope(scope, shuffles=2)),
+    ]
+    expected = [of(LeaveOneOut("mean"))(lin).scores for of in around]
+    monkeypatch.setattr(models, "mean_embedding", lambda *arguments: calls.append(0))
+    for of, scores in zip(around, expected, strict=True):
+        assert of(LeaveOneOut("mean")).asks_for_mean
+        assert not of(LeaveOneOut()).asks_for_mean
+        handed = of(LeaveOneOut("mean")).with_mean(mean)
+        assert not handed.asks_for_mean
+        assert_close(handed(lin).scores, scores)
+        same = of(tls.SemanticScope(TARGET))
+        assert same.with_mean(mean) == same
+    assert not calls
 
 
 def test_everything_is_replaced_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

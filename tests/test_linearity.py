@@ -150,6 +150,16 @@ def test_values(specimen: Specimen) -> None:
         assert_close(q.values(q.lin.embeddings[None])[0], q.value, **EXACT)
 
 
+def test_curvature_in_company(specimen: Specimen) -> None:
+    """uᵀHu of a prediction that shares its forward pass is that of the prompt alone, through a soft-cap too."""
+    span = tls.linearize(specimen.model, PROMPT[:POSITION], answer=PROMPT[POSITION:])
+    alone, rays = tls.linearize(specimen.model, PROMPT, POSITION), some_rays()
+    for name in ("logit", "log_prob", "sure", "spread", "norm"):
+        scope = SCOPES[name]
+        found, expected = (LocalMetric(lin, scope.metric(lin)).curvatures(rays) for lin in (span.single[1], alone))
+        assert_close(found, expected, **EXACT)
+
+
 def test_scores_are_slopes(specimen: Specimen) -> None:
     """A scope's score is the Frobenius norm of ∂q/∂x_t (squared, for Fisher): q is what the score is about."""
     for name, scope in SCOPES.items():

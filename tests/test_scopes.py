@@ -17,6 +17,12 @@ POSITION, TARGET = 5, 7
 EXACT = {"rtol": 1e-8, "atol": 1e-11}
 DIRECTION = torch.linspace(-1, 2, zoo.WIDTH, dtype=torch.float64)
 
+
+def squares(logits: torch.Tensor) -> torch.Tensor:
+    """A metric that is none of the package's own."""
+    return logits[0, -1, :3].square().sum()
+
+
 SCOPES: dict[str, tls.Scope] = {
     "semantic": tls.SemanticScope(TARGET),
     "semantic versus": tls.SemanticScope(TARGET, versus=3),
@@ -33,6 +39,7 @@ SCOPES: dict[str, tls.Scope] = {
     "frozen attention": tls.FrozenAttentionScope(tls.SemanticScope(TARGET)),
     "under rules": tls.UnderRulesScope(tls.SemanticScope(TARGET), rules="lookup"),
     "relevance": tls.RelevanceScope(TARGET, versus=3),
+    "metric": tls.MetricScope(squares),
 }
 SIGNED = {"relevance"}
 NEEDS_LOGITS = set(SCOPES) - {"spectral", "direction"}
@@ -97,6 +104,22 @@ class TestEveryScope:
         found = tls.attribution_map(specimen.model, PROMPT[: POSITION + 1], scope)[POSITION]
         assert_close(found.scores, answer.scores, **EXACT)
 
+    def test_company_does_not_change_how_far_it_is_linear(self, scope: tls.Scope, specimen: Specimen) -> None:
+        """Beside other predictions of its forward pass, of which one goes through the unembedding by itself."""
+        alone = tls.linearize(specimen.model, PROMPT, POSITION)
+        if scope.metric(alone) is None:
+            pytest.skip("it has no metric")
+        span = tls.linearize(specimen.model, PROMPT[:POSITION], answer=PROMPT[POSITION:])
+        sizes = [0.01, 0.1]
+        found, expected = (
+            tls.linearity(lin, scope, positions=[1], sizes=sizes, directions=1) for lin in (span.single[1], alone)
+        )
+        # An error is the small difference of large numbers.
+        for field in ("error", "joint_error"):
+            assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-8, equal_nan=True)
+        for field in ("slope", "radius", "predicted_radius", "joint_radius", "joint_predicted_radius"):
+            assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-9, equal_nan=True)
+
     def test_model_left_as_found(self, answer: tls.Attribution, scope: tls.Scope, specimen: Specimen) -> None:
         """After a first run: a bridge registers hooks of its own then."""
         with unchanged(specimen.model):
@@ -115,7 +138,7 @@ class TestEveryScope:
         """In one line, as the Python that asks it."""
         assert "\n" not in repr(answer)
         assert len(repr(answer)) < 300
-        if name != "direction":  # a tensor is shown short
+        if name not in ("direction", "metric"):  # a tensor is shown short, and a function not at all
             assert repr(eval(answer.scope, {public: getattr(tls, public) for public in tls.__all__})) == repr(scope)
 
     def test_rows_of_a_table(self, answer: tls.Attribution) -> None:
@@ -137,6 +160,5 @@ class TestEveryScope:
 
 
 def test_every_public_scope_is_here() -> None:
-    # MetricScope holds a function, which is neither equal to another one nor written; its tests are with the pairs.
-    public = {name for name in tls.__all__ if name.endswith("Scope")} - {"Scope", "JacobianScope", "MetricScope"}
+    public = {name for name in tls.__all__ if name.endswith("Scope")} - {"Scope", "JacobianScope"}
     assert public == {type(scope).__name__ for scope in SCOPES.values()}

@@ -1,5 +1,6 @@
 """Answers of several tokens: what must hold of a span on every kind of model, and what people ask with it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests import zoo
 from tests.zoo import Specimen
 from tl_scopes import models
 from tl_scopes.jacobian.line_integral import integrate
+from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.models import Target, Token, Work, memory
 from tl_scopes.scopes.baselines import GradientTimesInput, IntegratedGradients, LeaveOneOut
 
@@ -33,6 +35,25 @@ def both(specimen: Specimen) -> tls.Span:
     lin = tls.SemanticScope(ANSWER, versus=OTHER).with_answer(tls.linearize(specimen.model, PROMPT))
     assert isinstance(lin, tls.Span)
     return lin
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked(tls.SemanticScope):
+    """Given scores, about an answer beside another one."""
+
+    scores: Any = None
+    versus: Any = None
+
+    def __init__(self, scores: torch.Tensor, versus: list[int]) -> None:
+        super().__init__(versus=versus)
+        object.__setattr__(self, "scores", scores)
+
+    def measure_many(self, lins: Any) -> list[tls.Measurement]:
+        rest = [len(lin.tokens) - lin.scored for lin in lins]
+        return [
+            tls.Measurement(torch.cat([self.scores[: len(lin.tokens) - n], torch.zeros(n)]))
+            for lin, n in zip(lins, rest, strict=True)
+        ]
 
 
 def log_probs(specimen: Specimen, answer: list[int]) -> float:
@@ -194,10 +215,25 @@ def test_a_scope_of_ones_own(span: tls.Span) -> None:
         def unit(self, lin: tls.Linearization) -> str:
             return "nat"
 
+        def metric(self, lin: tls.Linearization) -> Any:
+            def confidence(readout: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+                assert (readout.shape, logits.shape) == (lin.readout.shape, lin.logits.shape)
+                return logits.log_softmax(-1).max()
+
+            return confidence
+
     total = torch.zeros_like(span.embeddings)
     for one in span.single:
         total[: len(one.tokens)] += one.vjp(Own().cotangents(one))[0]
     assert_close(Own()(span).scores, total.norm(dim=-1), **EXACT)
+    assert_close(Own()(span).value, sum(Own()(one).value for one in span.single), **EXACT)
+
+    class Without(Own):
+        def metric(self, lin: tls.Linearization) -> None:
+            return None
+
+    assert Without()(span).value is None
+    assert tls.check(span, Without())["linearity"].verdict == "not applicable"
 
     class Several(Own):
         def cotangents(self, lin: tls.Linearization) -> torch.Tensor:
@@ -205,6 +241,59 @@ def test_a_scope_of_ones_own(span: tls.Span) -> None:
 
     with pytest.raises(ValueError, match="has 2 cotangents at one prediction, and how those of several"):
         Several()(span)
+
+
+def confidence(logits: torch.Tensor) -> torch.Tensor:
+    """A metric of one prediction."""
+    return logits[0, -1].log_softmax(-1).max() + logits[0, -1, 3]
+
+
+def test_scores_are_slopes_of_the_joint_metric(specimen: Specimen, span: tls.Span) -> None:
+    """Of an answer too: what a scope says that it is about is what its scores are slopes of, and its value."""
+    d = torch.randn(len(span.single[0].readout), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for lin in (span, span.part(0, 1), span.part(1, 3)):
+        for scope in (
+            tls.SemanticScope(),
+            tls.TemperatureScope(norm="logits"),
+            tls.DirectionScope(d, "ln_final"),
+            tls.MetricScope(confidence),
+        ):
+            answer, q = scope(lin), LocalMetric(lin, scope.joint_metric(lin))
+            assert_close(q.gradient.norm(dim=-1)[: lin.scored], answer.scores, **EXACT)
+            assert_close(q.value, torch.tensor([answer.value], dtype=torch.float64), **EXACT)
+
+
+def test_one_token_of_an_answer_is_an_ordinary_prediction(tiny: Any) -> None:
+    """Also to the checks, and to scopes that are about one prediction."""
+    lin, said = tls.linearize(tiny, KEYS), tls.linearize(tiny, KEYS, answer=" are")
+    for scope, alone in (
+        (tls.HetaScope(probes=2), tls.HetaScope(" are", probes=2)),
+        (tls.SpectralScope("frobenius"), tls.SpectralScope("frobenius")),
+        (tls.MetricScope(confidence), tls.MetricScope(confidence)),
+    ):
+        report, expected = tls.linearity(said, scope, positions=[2]), tls.linearity(lin, alone, positions=[2])
+        assert_close(report.radius, expected.radius)
+        found, checks = tls.check(said, scope), tls.check(lin, alone)
+        assert_close(found.answer.scores, checks.answer.scores)
+        # What was said is its target also where the scope names none, which "repetition" asks for.
+        assert [one for one in found if one.name != "repetition"] == [one for one in checks if one.name != "repetition"]
+    longer = tls.linearize(tiny, KEYS, answer=" are old")
+    for ask in (tls.linearity, tls.check):
+        with pytest.raises(ValueError, match="is about one prediction at a time, and this is the answer"):
+            ask(longer, tls.HetaScope(probes=2))
+
+
+def test_maps_of_a_metric(tiny: Any, no_type_checks: None) -> None:
+    """Each row of a map of an answer is the metric at that prediction."""
+    scope = tls.MetricScope(confidence)
+    rows = tls.answer_map(tiny, KEYS, " are old", scope)
+    lin = tls.linearize(tiny, KEYS, answer=" are old")
+    for row, one in zip(rows, lin.single, strict=True):
+        assert row.value == pytest.approx(scope(one).value, rel=1e-5)
+        assert_close(row.scores[: len(one.tokens)], scope(one).scores, rtol=1e-4, atol=1e-5)
+    whole = tls.attribution_map(tiny, KEYS, scope, target="next")
+    single = tls.attribution_map(tiny, KEYS, scope)
+    assert_close(whole.scores, single.scores[:-1, :-1], rtol=1e-4, atol=1e-5)
 
 
 def test_leave_one_out_by_hand(specimen: Specimen) -> None:
@@ -681,6 +770,87 @@ def test_answers_are_evaluated(tiny: Any) -> None:
         tls.evaluate(tiny, [KEYS], scopes, perturbation, answers=[" a"], targets=[" b"])
     with pytest.raises(ValueError, match="there must be one answer per prompt: got 2 for 1"):
         tls.evaluate(tiny, [KEYS], scopes, perturbation, answers=[" a", " b"])
+
+
+@pytest.mark.parametrize("species", ["bridge llama", "bridge gpt2"])
+@pytest.mark.parametrize("replacement", ["zero", "resample"])
+def test_the_versus_of_a_scope_is_another_answer(species: str, replacement: str) -> None:
+    """The log-odds are those of both answers, each behind the same replaced prompt, by hand."""
+    from tl_scopes.faithfulness import Perturbation
+
+    perturbation = Perturbation((replacement,), (0.2, 0.6), steps=1, samples=0, randomise=False)
+    prompts, scores = [PROMPT, [9, 4, 30, 2]], torch.tensor([3.0, 1.0, 5.0, 2.0, 4.0])
+    order = scores.argsort(descending=True)
+    with zoo.Float64():
+        model = zoo.specimen(species).model
+        answers, scopes = [ANSWER, [4]], {"longer": Ranked(scores, OTHER), "one": Ranked(scores, [6])}
+        found = tls.evaluate(model, prompts, scopes, perturbation, answers=answers)
+        drawn = zoo_instead(model, PROMPT, ANSWER, prompts[1]) if replacement == "resample" else None
+        for name, versus in (("longer", OTHER), ("one", [6])):
+            spans = [tls.linearize(model, PROMPT, answer=said) for said in (ANSWER, versus)]
+
+            def odds(positions: torch.Tensor, spans: list[tls.Span] = spans) -> float:
+                values = []
+                for lin in spans:
+                    moved = lin.embeddings.clone()
+                    moved[positions] = 0 if drawn is None else drawn[positions]
+                    other = lin.at(moved)
+                    values.append(float(lin.answer_log_prob(other.log_probs)))
+                return values[0] - values[1]
+
+            rows = found[(found.prompt == 0) & (found.scope == name) & (found.quantity == "log_odds")]
+            deletion = rows[rows.measure == "deletion"].set_index("fraction").value
+            insertion = rows[rows.measure == "insertion"].set_index("fraction").value
+            for fraction in perturbation.grid:
+                k = round(fraction * len(PROMPT))
+                without, alone = odds(order[:k]), odds(order[k:])
+                assert deletion[fraction] == pytest.approx(odds(order[:0]) - without, rel=1e-7, abs=1e-9)
+                assert insertion[fraction] == pytest.approx(alone - odds(order), rel=1e-7, abs=1e-9)
+
+
+def zoo_instead(model: Any, prompt: list[int], answer: list[int], other: list[int]) -> torch.Tensor:
+    """What `evaluate` puts in place of the prompt's embeddings when it draws from the only other prompt."""
+    from tl_scopes.faithfulness import Perturbation
+    from tl_scopes.faithfulness.perturbation import Substitutes
+    from tl_scopes.jacobian.randomness import prompt_generator
+
+    lin = tls.linearize(model, prompt, answer=answer)
+    prompts = {0: torch.tensor(prompt), 1: torch.tensor(other)}
+    substitutes = Substitutes.of(model, Perturbation(("resample",)), prompts)
+    return substitutes(lin, "resample", 0, prompt_generator(lin, "resample", 0))
+
+
+def test_one_token_beside_another_is_measured_alike(tiny: Any) -> None:
+    """As answers, and as a target with its foil."""
+    from tl_scopes.faithfulness import Perturbation
+
+    perturbation = Perturbation(("zero",), (0.2, 0.5), steps=2, samples=0, randomise=False)
+    scope = tls.SemanticScope(versus=" is")
+    one = tls.evaluate(tiny, [KEYS], [scope], perturbation, answers=[" are"])
+    same = tls.evaluate(tiny, [KEYS], [scope], perturbation, targets=[" are"])
+    assert one.value.tolist() == pytest.approx(same.value.tolist(), rel=1e-4, abs=1e-4)
+    assert one[one.quantity == "log_odds"].value.abs().max() > 1
+
+
+@pytest.mark.parametrize(
+    ("scope", "options", "message"),
+    [
+        (tls.SemanticScope(" are old"), {}, "asks about ' are old', 2 tokens: give what is said after each prompt as"),
+        (tls.SemanticScope(versus=" is old"), {"targets": [" are"]}, "asks about ' is old', 2 tokens: give what is"),
+        (tls.SemanticScope({" are", " were"}), {}, r"asks about ' are\| were', a set of tokens, which is not measured"),
+        (
+            tls.SemanticScope(versus={" is", " was"}),
+            {"answers": [" are"]},
+            "a set of tokens, which is not measured: na",
+        ),
+    ],
+)
+def test_what_is_not_measured(tiny: Any, scope: tls.Scope, options: dict[str, Any], message: str) -> None:
+    """Several tokens are measured as an answer, and sets are not."""
+    from tl_scopes.faithfulness import Perturbation
+
+    with pytest.raises(ValueError, match=message):
+        tls.evaluate(tiny, [KEYS], [scope], Perturbation(("zero",), (0.5,)), on_error="raise", **options)
 
 
 # -- how many points go through the model together --------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import LinearRules, Model, Part, PatchingSite, Prompt, ReadPrompt, Rules, Target
 from tl_scopes.models.linear_rules import under
-from tl_scopes.scopes.scope import Scope
+from tl_scopes.scopes.scope import Scope, require_scope
 from tl_scopes.scopes.semantic import SemanticScope
 
 _PARTS: dict[str, Part] = {"resid_pre": "resid_pre", "attn_out": "attn_out", "mlp_out": "mlp_out", "head_out": "z"}
@@ -339,7 +339,8 @@ def patching_metric(scope: Scope, lin: Linearization) -> Callable[[Float[Tensor,
 
     Raises:
         TypeError: for something that is not a scope.
-        ValueError: for a scope whose scores are not about the logits, or about several numbers.
+        ValueError: for a scope whose scores are not about the logits, or about several numbers; for an answer of
+            several tokens, which several positions predict.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door")
@@ -347,10 +348,15 @@ def patching_metric(scope: Scope, lin: Linearization) -> Callable[[Float[Tensor,
         >>> round(metric(model(lin.tokens[None])).item(), 1)
         6.7
     """
-    metric = scope.metric(lin) if isinstance(scope, Scope) else None
+    require_scope(scope)
+    scope, lin = scope.about(lin)
+    if len(lin.single) > 1:
+        raise ValueError(
+            f"a patching metric reads the last position, and {scope!r} is about {len(lin.single)} predictions here: "
+            "name a target of one token, or take one of lin.single."
+        )
+    metric = scope.joint_metric(lin)
     if metric is None:
-        if not isinstance(scope, Scope):
-            raise TypeError(f"expected a scope such as SemanticScope(), got {scope!r}.")
         raise ValueError(f"{scope!r} is not about a number of the logits, which a patching metric is.")
     lin.require_readout()
     nothing = models.precise(lin.readout) * float("nan")
@@ -362,7 +368,7 @@ def patching_metric(scope: Scope, lin: Linearization) -> Callable[[Float[Tensor,
         )
 
     def of_logits(logits: Float[Tensor, "batch token vocab"]) -> Tensor:
-        values = [metric(nothing, models.precise(one[-1])).reshape(()) for one in logits]
+        values = [metric(nothing, models.precise(one[-1]).reshape(lin.logits.shape)).reshape(()) for one in logits]
         return values[0] if len(values) == 1 else torch.stack(values)
 
     return of_logits

@@ -106,7 +106,7 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
     thorough = as_flag(thorough, "thorough")
     aside = _several(without)
     lin.require_repeatable()
-    lin = scope.with_answer(lin)
+    scope, lin = scope.about(lin)
     evidence = Evidence(lin, scope, scope(lin), thorough, aside)
     return Checks(tuple(_made(name, ask, evidence) for name, ask in _CHECKS.items()), evidence.answer)
 

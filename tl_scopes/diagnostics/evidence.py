@@ -106,7 +106,7 @@ class Evidence:
     @cached_property
     def q(self) -> LocalMetric | None:
         """The scope's metric, near the prompt."""
-        metric = self.scope.metric(self.lin)
+        metric = self.scope.joint_metric(self.lin)
         return None if metric is None else LocalMetric(self.lin, metric)
 
     @cached_property

@@ -89,7 +89,7 @@ def linearity(
     """
     require_linearization(lin, "linearity")
     require_scope(scope)
-    lin = scope.with_answer(lin)
+    scope, lin = scope.about(lin)
     chosen, steps = _positions(positions, lin.scored), _sizes(sizes, lin.embeddings)
     rule = "tolerance is a relative error between 0 and 1"
     tolerance = as_number(tolerance, rule, lambda error: 0 < error < 1)
@@ -100,7 +100,7 @@ def linearity(
             f"under {lin.rules} rules the Jacobian is not the model's own derivative, and no change of the model is "
             "predicted that could be measured: ask lin.under(None)."
         )
-    metric = scope.metric(lin)
+    metric = scope.joint_metric(lin)
     if metric is None:
         raise ValueError(
             f"{as_written(scope)} has no metric whose change could be predicted and measured: ask about a "

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -82,7 +82,8 @@ def evaluate(
         foils: one per prompt, or None: tokens to measure the log-odds against, for all scopes but those that have their
             own `versus`.
         answers: one per prompt, text or token ids that follow it, in place of targets: what is explained and measured
-            is the log-probability of the whole answer, and the KL divergences of its predictions are summed.
+            is the log-probability of the whole answer, and the KL divergences of its predictions are summed. The
+            `versus` of a scope is then another answer to the prompt, measured likewise.
         prepend_bos: whether texts get a BOS token; None is TransformerLens' own default for the model.
         path: a file of JSON lines. The results of each prompt are appended to it, and those found there are not
             computed again: an interrupted evaluation goes on where it stopped, to the same numbers, unless a scope
@@ -106,15 +107,16 @@ def evaluate(
         of the `cascade`; per replacement two forward passes for each point of each scope's curves, one per token unless
         a `LeaveOneOut` of this replacement has run them, and 2 · `samples` per scope, in batches. Counted for a prompt
         of 32 tokens and one replacement: 65 forward passes with one scope, 26 more for another one, 55 more for
-        `LeaveOneOut`, which runs with the shuffled weights too. Once the embedding of the whole vocabulary for a
-        "mean", and for `LeaveOneOut("mean")`. The shuffled weights take the memory of the model once more.
+        `LeaveOneOut`, which runs with the shuffled weights too. With `answers` all passes run once more for each
+        `versus`. Once the embedding of the whole vocabulary for a "mean", and for `LeaveOneOut("mean")`. The shuffled
+        weights take the memory of the model once more.
 
     Raises:
         ValueError: for no prompts or no scopes, and two scopes of one name; for "resample" with one prompt; for
             targets, foils or answers that are not one per prompt, answers together with the others, and a foil that is
-            the target itself; for a file with results of other settings, or that is not an ordinary file; for hooks of
-            yours with `path`; for another `on_error`. Else as `linearize` and the scopes do, with "raise" or where no
-            prompt can be evaluated.
+            the target itself; for a scope that names a set of tokens, or several tokens without `answers`; for a file
+            with results of other settings, or that is not an ordinary file; for hooks of yours with `path`; for another
+            `on_error`. Else as `linearize` and the scopes do, with "raise" or where no prompt can be evaluated.
         TypeError: for something that is not a scope; for prompts, targets or a perturbation that are not what they
             should be; with `path` for a scope that holds something that cannot be compared.
         RuntimeError: while another evaluation has the file.
@@ -210,12 +212,15 @@ class _Evaluation:
         aimed: dict[str, Scope] = {}
         answers: dict[str, Attribution] = {}
         for name, scope in self.scopes.items():  # no comprehension, whose frame would keep `lin` in an error
+            for one in scope.named_targets(self.model, lin.vocab):
+                if one is not None and (case.answer is None or one.any_of):
+                    _one_id(name, one)
             aimed[name] = scope.with_target(lin, target.ids[0])
             answers[name] = _with_mean(aimed[name], self.means[0])(lin)
         shown = {name: answer.target or target for name, answer in answers.items()}
         # Where an answer is explained, it is measured as a whole, whatever id stands for it.
-        ids = {name: token.ids[0] if case.answer else token.id for name, token in shown.items()}
-        foils = {name: answer.versus.id if answer.versus else case.foil for name, answer in answers.items()}
+        ids = {name: token.ids[0] if case.answer else _one_id(name, token) for name, token in shown.items()}
+        others, foils = self._foils(case, answers)
         for name, token in shown.items():
             if foils[name] == ids[name] and not case.answer:
                 raise ValueError(
@@ -229,7 +234,7 @@ class _Evaluation:
         found: list[tuple[str, str, list[Value]]] = []
         for replacement in self.perturbation.replacements:
             drawn = prompt_generator(lin, replacement, seed)
-            removal = Removal(lin, self.substitutes(lin, replacement, case.index, drawn), case.free)
+            removal = Removal(lin, self.substitutes(lin, replacement, case.index, drawn), case.free, others)
             single = _left_out(replacement, aimed, answers)
             hard = hard_measures(removal, orders, ids, self.perturbation, foils, single)
             for name, answer in answers.items():
@@ -255,8 +260,27 @@ class _Evaluation:
             ],
         }
 
-    def _linearized(self, case: Case) -> Linearization:
-        return linearize(self.model, case.tokens, answer=None if case.answer is None else case.answer.ids)
+    def _linearized(self, case: Case, answer: Target | None = None) -> Linearization:
+        said = answer or case.answer
+        return linearize(self.model, case.tokens, answer=None if said is None else said.ids)
+
+    def _foils(self, case: Case, answers: Mapping[str, Attribution]) -> tuple[dict[int, Span], dict[str, int | None]]:
+        """What each scope's target is compared with: a token, or a number for another answer to the prompt."""
+        versus = {name: answer.versus for name, answer in answers.items()}
+        if case.answer is None:
+            return {}, {name: case.foil if one is None else _one_id(name, one) for name, one in versus.items()}
+        numbers: dict[tuple[int, ...], int] = {}
+        others: dict[int, Span] = {}
+        foils: dict[str, int | None] = dict.fromkeys(versus)
+        for name, one in versus.items():
+            if one is None:
+                continue
+            foils[name] = number = numbers.setdefault(tuple(one.ids), -1 - len(numbers))
+            if number not in others:
+                span = self._linearized(case, one)
+                assert isinstance(span, Span)
+                others[number] = span
+        return others, foils
 
     def _sanity(
         self, case: Case, scopes: Mapping[str, Scope], answers: Mapping[str, Attribution], share: float | None
@@ -292,7 +316,8 @@ def _left_out(
 ) -> Float[Tensor, "token"] | None:
     """What replacing each token alone does to the prediction, where a scope has measured it already."""
     for name, scope in scopes.items():
-        if isinstance(scope, LeaveOneOut) and (scope.replacement, scope.quantity) == (replacement, "kl"):
+        asked = type(scope) is LeaveOneOut and (scope.replacement, scope.quantity, scope.mean)
+        if asked == (replacement, "kl", None):
             return answers[name].scores
     return None
 
@@ -305,7 +330,21 @@ def _rank(lin: Linearization, target: Target) -> int:
     return int((rows > own[:, None]).sum(-1).max()) + 1
 
 
-def _with_mean(scope: Any, mean: Tensor | None) -> Scope:
+def _with_mean(scope: Scope, mean: Tensor | None) -> Scope:
     """The scope with the mean embedding handed in, so that it is not computed for each prompt."""
-    found: Scope = replace(scope, mean=mean) if scope.asks_for_mean else scope
-    return found
+    return scope if mean is None else scope.with_mean(mean)
+
+
+def _one_id(name: str, target: Target) -> int:
+    """The id of the token that is measured.
+
+    Raises:
+        ValueError: for several tokens, and for a set of them.
+    """
+    if len(target) == 1:
+        return target.id
+    if target.any_of:
+        instead = "a set of tokens, which is not measured: name one of them"
+    else:
+        instead = f"{len(target)} tokens: give what is said after each prompt as `answers`"
+    raise ValueError(f"{name} asks about {target.text!r}, {instead}.")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,8 @@ class Removal:
     """What takes the place of the embeddings: one for each token, or one for all."""
     candidates: Sequence[int]
     """The positions that may be replaced; the others stay."""
+    others: Mapping[int, Span] = field(default_factory=dict)
+    """Where an answer is explained: the prompt with another answer behind it, by a number that stands for that one."""
 
     def effects(
         self, kept: Bool[Tensor, "row token #d_model"], targets: Sequence[int]
@@ -58,11 +60,22 @@ class Removal:
         """The targets' log-probabilities and KL(p ‖ p'), in nats, of perturbed prompts, one per row of `kept`."""
         device = self.lin.tokens.device
         log_probs, divergences = effects(self.lin, self.instead, kept.to(device), torch.tensor(targets, device=device))
+        for column, target in enumerate(targets):
+            if target in self.others:
+                log_probs[:, column] = self._log_probs_of(self.others[target], kept.to(device))
         return log_probs.T.cpu(), divergences.cpu()
+
+    def _log_probs_of(self, other: Span, kept: Bool[Tensor, "row token #d_model"]) -> Float[Tensor, " row"]:
+        """The log-probability of another answer, with the same replaced in the prompt."""
+        prompt = other.prompt_length
+        stays = kept.new_ones(len(kept), len(other.tokens) - prompt, kept.shape[-1])
+        instead = self.instead if len(self.instead) == 1 else other.embeddings.clone()
+        instead[:prompt] = self.instead[:prompt]
+        return effects(other, instead, torch.cat([kept[:, :prompt], stays], dim=1), other.tokens[:1])[0][:, 0]
 
     def log_prob(self, target: int) -> float:
         """log p(target) at the prompt itself; of an answer of several tokens that of the answer."""
-        lin = self.lin
+        lin = self.others.get(target, self.lin)
         return float(lin.answer_log_prob(lin.log_probs) if isinstance(lin, Span) else lin.log_probs[target])
 
     def kept(self, removed: Sequence[Int[Tensor, " _"]]) -> Bool[Tensor, "row token"]:
@@ -107,7 +120,8 @@ def hard_measures(
         orders: for each scope the candidates, best first.
         targets: for each scope the token whose probability is measured.
         perturbation: the fractions and steps at which it is measured.
-        foils: for a scope the token that the target is compared with, if there is one.
+        foils: for a scope the token that the target is compared with, or the number of another answer in
+            `removal.others`, if there is one.
         left_out: KL(p ‖ p') with each token alone replaced, where it is known.
 
     Cost: a forward pass for each candidate where this is not known, and up to two per scope and point of its curves, in

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_scopes.models.checkpointing import checkpointed
 from tl_scopes.models.coverage import not_covered, uncovered
@@ -21,6 +21,7 @@ from tl_scopes.models.hooks import (
     hook_point,
     hook_points,
     is_readout,
+    meet_gradients,
     require_own_place,
     require_positions_first,
 )
@@ -28,8 +29,16 @@ from tl_scopes.models.linear_rules import LinearRules, within
 from tl_scopes.models.memory import require_memory, told
 from tl_scopes.models.state import ModelState
 from tl_scopes.models.substitution import frozen
-from tl_scopes.models.supported import Model, batches_cotangents, device_of, parameters_of, run_by
-from tl_scopes.models.threads import one_at_a_time
+from tl_scopes.models.supported import (
+    Model,
+    all_parts,
+    batches_cotangents,
+    device_of,
+    parameters_of,
+    parts_of,
+    run_by,
+)
+from tl_scopes.models.threads import here, one_at_a_time
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +68,12 @@ class Trace:
     """The user's hooks and the weights that the pass ran with."""
     moved: bool = False
     """Whether other values than the model's own were put at a `wrt` hook."""
+    exchanges: tuple[Any, ...] = ()
+    """The exchanges of weights that the pass ran inside of."""
     hooked: bool = False
     """Whether backward hooks of the user's are in the graph."""
-    points: tuple[Any, ...] = ()
-    """The model's hook points, each once, which take a bridge some time to list."""
+    parts: tuple[nn.Module, ...] = ()
+    """The model's modules and hook points, each once, which take a bridge some time to list."""
     checkpointed: bool = False
     """Whether its blocks are run again in the backward pass."""
     rules: LinearRules | None = None
@@ -83,7 +94,7 @@ class Trace:
 
         They could neither read nor keep the tensors of torch.vmap, by which several cotangents would go back at once.
         """
-        return self.hooked or any(point.bwd_hooks for point in self.points)
+        return self.hooked or meet_gradients(self.parts)
 
     @cached_property
     def slope(self) -> Float[Tensor, "row vocab"]:
@@ -93,6 +104,20 @@ class Trace:
         with torch.enable_grad():
             total = self.logits.sum()
         return torch.autograd.grad(total, self.unembedded, retain_graph=True)[0][:, 0]
+
+    @cached_property
+    def bend(self) -> Float[Tensor, "row vocab"] | None:
+        """The derivative of `slope` likewise, which soft-caps have; None where nothing acts on what was unembedded."""
+        assert self.logits is not None
+        assert self.unembedded is not None
+        if torch.equal(self.logits.detach(), self.unembedded[:, 0].detach()):
+            return None
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(self.logits.sum(), self.unembedded, create_graph=True)
+        if not slope.requires_grad:  # a scale
+            return None
+        (bent,) = torch.autograd.grad(slope.sum(), self.unembedded, retain_graph=True, allow_unused=True)
+        return None if bent is None else bent[:, 0]
 
     def probe(self, row: int) -> Float[Tensor, " vocab"]:
         """A cotangent of the logits of a row, by which the graph of that row alone is checked."""
@@ -210,6 +235,7 @@ def _trace(
         with suppress(StopForward):
             logits = model(tokens, return_type="logits", **options)[:, -1]
 
+    parts = parts_of(*all_parts(model), *known.values())
     output, unembedded, kept = met.handed_over()
     if output is None:
         raise ValueError(f"the hook {of!r} never fired: this model does not run it, or an option switches it off.")
@@ -230,8 +256,9 @@ def _trace(
         unembedded,
         state,
         moved=met.moved,
-        hooked=any(point.bwd_hooks for point in known.values()),
-        points=tuple({id(point): point for point in known.values()}.values()),
+        exchanges=here.exchanges,
+        hooked=meet_gradients(parts),
+        parts=tuple(parts),
         checkpointed=checkpoint,
         rules=rules,
         kept=kept,

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -147,6 +147,11 @@ def _detach(point: Any, function: Callable[..., Any]) -> None:
     for handle in list(point.fwd_hooks):
         if handle.hook.id not in point._forward_hooks:
             point.fwd_hooks.remove(handle)
+
+
+def meet_gradients(parts: Iterable[nn.Module]) -> bool:
+    """Whether a backward hook is on any of these modules; that of a hook point is a module's as well."""
+    return any(part._backward_hooks or part._backward_pre_hooks for part in parts)
 
 
 def kinds_of_hooks(point: nn.Module) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.models.forward import Trace
-from tl_scopes.models.substitution import in_use
+from tl_scopes.models.substitution import as_then, in_use
 from tl_scopes.models.supported import Model
 from tl_scopes.models.threads import one_at_a_time
 from tl_scopes.models.weights import fetched
@@ -17,14 +17,15 @@ from tl_scopes.models.weights import fetched
 def readout_graph(
     model: Model, trace: Trace, rows: Sequence[int]
 ) -> tuple[Float[Tensor, "row d_of"], Float[Tensor, "row vocab"]]:
-    """The readout of some rows as a leaf, and their logits as a function of it.
+    """The readout of some rows as a leaf, and their logits as a function of it, right up to the second derivative.
 
     A backward pass from one row of `trace.logits` would go through the unembedding of all rows.
 
     Cost: the unembedding of these rows, when there are others.
 
     Raises:
-        ValueError: when a hook of the user's mixes the rows, so that one row has no graph of its own.
+        ValueError: when a hook of the user's mixes the rows, so that one row has no graph of its own; when the
+            unembedding is another one by now.
     """
     assert trace.readout is not None
     assert trace.logits is not None
@@ -33,14 +34,19 @@ def readout_graph(
     if known := trace.graphs.get(tuple(rows)):
         return known
     some = list(rows)
-    with one_at_a_time, torch.enable_grad():
+    with one_at_a_time, as_then(trace.exchanges), torch.enable_grad():
         leaf = trace.readout[some].detach().requires_grad_()
         unembedded = model.unembed(leaf[:, None])[:, 0]
         # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
-        logits = trace.logits[some].detach() + trace.slope[some] * (unembedded - unembedded.detach())
+        moved = unembedded - unembedded.detach()
+        logits = trace.logits[some].detach() + trace.slope[some] * moved
+        if trace.bend is not None:
+            logits = logits + trace.bend[some] / 2 * moved.square()
     probes, expected = torch.stack([trace.probe(row) for row in some]), trace.probed[some]
     (found,) = torch.autograd.grad(logits, leaf, probes, retain_graph=True)
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
+        with as_then(trace.exchanges):
+            trace.state.require_unchanged(model)
         raise ValueError(
             "a hook of yours changes the unembedding or mixes its logits, so that one prediction cannot be told from "
             "the others of the same forward pass: ask for one prompt and one position at a time."
@@ -58,7 +64,8 @@ def unembedding(model: Model, trace: Trace, row: int) -> Float[Tensor, "vocab d_
     """
     assert trace.logits is not None
     shape = trace.logits.shape[1], trace.output.shape[1]
-    weights = [in_use(weight).detach() for weight in model.unembed.parameters()]
+    with as_then(trace.exchanges):
+        weights = [in_use(weight).detach() for weight in model.unembed.parameters()]
     for weight in (one for own in weights if own.is_floating_point() and own.ndim == 2 for one in (own, own.T)):
         if weight.shape == shape and not weight.is_meta:
             product = (trace.probe(row) * trace.slope[row]).to(weight) @ weight

@@ -24,6 +24,8 @@ class Substitution(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Every operation of the pass comes by here, so that a call of `other` for each argument would be felt.
         pairs = self.pairs
+        if self in here.suspended:
+            return func(*args, **kwargs) if kwargs else func(*args)
         args = [pairs[id(a)][1] if id(a) in pairs else self.other(a) if type(a) in (list, tuple) else a for a in args]
         return func(*args, **{name: self.other(value) for name, value in kwargs.items()}) if kwargs else func(*args)
 
@@ -54,6 +56,21 @@ def exchanged(*substitutions: Substitution) -> Iterator[None]:
         for substitution in substitutions:
             stack.enter_context(substitution)
         yield
+
+
+@contextmanager
+def as_then(exchanges: tuple[Substitution, ...]) -> Iterator[None]:
+    """Inside, this thread computes as it did inside of these exchanges, whatever others it is inside of now."""
+    if exchanges == here.exchanges:
+        yield
+        return
+    with put_back() as afterwards:
+        afterwards(setattr, here, "suspended", here.suspended)
+        afterwards(setattr, here, "exchanges", here.exchanges)
+        here.suspended = tuple(one for one in (*here.suspended, *here.exchanges) if one not in exchanges)
+        here.exchanges = ()
+        with exchanged(*exchanges):
+            yield
 
 
 def in_use(weight: Tensor) -> Tensor:

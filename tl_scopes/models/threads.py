@@ -37,6 +37,8 @@ class _Here(threading.local):
         """The second run of a block that this thread makes, if it makes one."""
         self.exchanges: tuple[Any, ...] = ()
         """The exchanges of weights that this thread is inside of, the innermost last."""
+        self.suspended: tuple[Any, ...] = ()
+        """The exchanges that do not act for a while."""
 
 
 here = _Here()

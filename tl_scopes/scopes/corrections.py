@@ -53,6 +53,13 @@ class Around(Scope):
         return replace(self, scope=self.scope.with_target(lin, target))
 
     @property
+    def asks_for_mean(self) -> bool:
+        return self.scope.asks_for_mean
+
+    def with_mean(self, mean: Tensor) -> Scope:
+        return replace(self, scope=self.scope.with_mean(mean))
+
+    @property
     def saturates(self) -> bool:
         return self.scope.saturates
 

@@ -27,6 +27,9 @@ class JacobianScope(Scope):
     through the network together. Where the question is about a number f of the logits, `lin.cotangent(f)[None]` is its
     cotangent; give it the `metric` f as well, so that the checks measure f, and not its first order at the prompt.
 
+    About an answer of several tokens it is asked for each prediction: the cotangents belong together, and what is
+    explained is the sum of their metrics.
+
     Source: Liu et al. 2026 (arXiv:2601.16407), section 2.
     """
 
@@ -38,6 +41,20 @@ class JacobianScope(Scope):
         """The numbers c·y, with the cotangents c of this point at every other point too."""
         cotangents = self.joint_cotangents(lin)
         return lambda readout, logits: cotangents.to(readout) @ readout
+
+    def joint_metric(self, lin: Linearization) -> Metric | None:
+        if not isinstance(lin, Span) or self._knows_spans or type(self).metric is JacobianScope.metric:
+            return self.metric(lin)
+        each = [metric for one in lin.single if (metric := self.metric(one)) is not None]
+        if len(each) < len(lin.single):
+            return None
+
+        def total(readout: Tensor, logits: Tensor) -> Tensor:
+            rows = readout.reshape(len(each), -1)
+            of_each = logits if logits.numel() else [logits] * len(each)
+            return sum(metric(y, z) for metric, y, z in zip(each, rows, of_each, strict=True))  # type: ignore[return-value]
+
+        return total
 
     def value(self, lin: Linearization) -> float | None:
         """None where no metric is given: c·y changes with the prompt as the cotangents c do, and is not a quantity."""

@@ -70,8 +70,9 @@ class MetricScope(JacobianScope):
         return f"{self.name} per {lin.unit}"
 
     def notes(self, lin: Linearization) -> tuple[str, ...]:
-        logits = precise(lin.logits)
-        if lin.is_centered and not torch.isclose(self._value(logits), self._value(logits + 1), rtol=1e-9):
+        each = [precise(one.logits) for one in lin.single]
+        moves = (not torch.isclose(self._value(z), self._value(z + 1), rtol=1e-9) for z in each)
+        if lin.is_centered and any(moves):
             return ("the unembedding is centred: the metric counts logits from the vocabulary mean",)
         return ()
 

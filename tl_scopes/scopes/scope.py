@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any, Literal
 
+from torch import Tensor
+
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
@@ -69,7 +71,7 @@ class Scope(ABC):
 
     def value(self, lin: Linearization) -> float | None:
         """The number that the scores are about, where `metric` is one: a logit, a log-probability."""
-        metric = self.metric(lin)
+        metric = self.joint_metric(lin)
         logits = lin.readout[:0] if lin.trace.logits is None else lin.logits
         found = None if metric is None else metric(models.precise(lin.readout), models.precise(logits))
         return float(found) if found is not None and found.numel() == 1 else None
@@ -81,6 +83,13 @@ class Scope(ABC):
         `lin`.
         """
         return None
+
+    def joint_metric(self, lin: Linearization) -> Metric | None:
+        """`metric` as the scores are slopes of it, also where an answer of several tokens was linearised.
+
+        A scope that is asked about each prediction of an answer has a metric of each, and scores of their sum.
+        """
+        return self.metric(lin)
 
     # -- what kind of number a score is -------------------------------------------------------------------------------
 
@@ -105,6 +114,10 @@ class Scope(ABC):
         A call on many prompts computes it once and hands it in.
         """
         return False
+
+    def with_mean(self, mean: Tensor) -> "Scope":
+        """The same question with this mean embedding handed in, where the scope asks for one."""
+        return replace(self, mean=mean) if self.asks_for_mean and is_dataclass(self) else self
 
     @property
     def runs_again(self) -> Literal["no", "point", "prompt"]:
@@ -195,10 +208,7 @@ class Scope(ABC):
         Raises: as the scope does.
         """
         if not self.takes_spans and all(isinstance(lin, Span) and len(lin.rows) == 1 for lin in lins):
-            # One token of an answer is an ordinary prediction, whose target is that token.
-            for lin in lins:
-                self.with_answer(lin)  # says so where the question names another target
-            asked = [(self.with_target(lin.single[0], lin.answer.tokens[0].id), lin.single[0]) for lin in lins]  # type: ignore[attr-defined]
+            asked = [self.about(lin) for lin in lins]
             return [answer for scope, lin in asked for answer in scope.ask([lin])]
         # The targets come first, so that an unknown one is refused before the work.
         answered = [self.with_answer(lin) for lin in lins]
@@ -280,6 +290,20 @@ class Scope(ABC):
         (span,) = linearize_answers(lin.model, [exchange], lin.wrt, lin.of, score_answer=score_answer, **options)
         span.require_finite()
         return span
+
+    def about(self, lin: Linearization) -> tuple["Scope", Linearization]:
+        """The question and the linearisation that it is about, as `ask` takes them.
+
+        That is the linearisation of `with_answer`; one token of an answer is an ordinary prediction to a scope that
+        takes no spans, and its target is that token.
+
+        Raises: as `with_answer` does; ValueError for an answer that the scope cannot be asked about.
+        """
+        lin = self.with_answer(lin)
+        if isinstance(lin, Span) and len(lin.rows) == 1 and not self.takes_spans:
+            return self.with_target(lin.single[0], lin.answer.tokens[0].id), lin.single[0]
+        self._require_single(lin)
+        return self, lin
 
     def _require_single(self, lin: Linearization) -> None:
         """Refuse an answer of several tokens where the question is about one prediction.
