@@ -13,7 +13,7 @@ from tl_scopes.circuits.cut import PARTS, By, Carried, Mode, backward, forward
 from tl_scopes.circuits.paths import Paths
 from tl_scopes.circuits.question import Question, question_of, require_norms
 from tl_scopes.circuits.source_tokens import as_positions
-from tl_scopes.circuits.traced import Traced, traced
+from tl_scopes.circuits.traced import ComponentTrace, traced
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.progress import progress_bar
@@ -128,7 +128,7 @@ def require_parts(scope: Scope) -> None:
     require_norms(scope.scope if isinstance(scope, FrozenAttentionScope) else scope, "carried_by")
 
 
-def _found(of: Traced, by: By, question: Question, sources: Sequence[int]) -> dict[str, Any]:
+def _found(of: ComponentTrace, by: By, question: Question, sources: Sequence[int]) -> dict[str, Any]:
     """The fields of the answer that hold numbers."""
     mode = forward if _is_forward_cheaper(of, by, len(sources)) else backward
     raw: dict[str, list[Tensor]] = {"parts": [], "stream": [], "power": []}
@@ -186,14 +186,14 @@ def _found(of: Traced, by: By, question: Question, sources: Sequence[int]) -> di
     } | {name: None if one is None else one.to("cpu", dtype) for name, one in numbers.items()}
 
 
-def _is_forward_cheaper(of: Traced, by: By, sources: int) -> bool:
+def _is_forward_cheaper(of: ComponentTrace, by: By, sources: int) -> bool:
     if by == "neuron":
         return True
     dearer = 3 if of.trace.checkpointed else 1
     return 2 * sources * dearer <= _products(of, by, backward, sources)
 
 
-def _products(of: Traced, by: By, mode: Mode, sources: int) -> int:
+def _products(of: ComponentTrace, by: By, mode: Mode, sources: int) -> int:
     """How many products with a Jacobian it takes for each cotangent: one for each source token, or each component."""
     if mode is forward:
         return sources
@@ -223,7 +223,7 @@ def _arranged(carried: Carried, by: By) -> tuple[tuple[int, ...], Float[Tensor, 
 
 
 def _require_separate(
-    of: Traced, layers: Sequence[int], parts: Float[Tensor, "layer head part position source"]
+    of: ComponentTrace, layers: Sequence[int], parts: Float[Tensor, "layer head part position source"]
 ) -> None:
     """Refuse heads whose queries, keys and values do not determine what they give out.
 
@@ -245,7 +245,7 @@ def _values(parts: Float[Tensor, "... position source"], by: By) -> Float[Tensor
     return parts if by == "position" else parts.sum(-2)
 
 
-def _require_complete(of: Traced, layers: tuple[int, ...], around: Tensor, score: Tensor) -> None:
+def _require_complete(of: ComponentTrace, layers: tuple[int, ...], around: Tensor, score: Tensor) -> None:
     """Refuse a model that carries something from block to block beside the stream.
 
     Raises:
@@ -266,5 +266,5 @@ def _missing(stream: Float[Tensor, "layer position source"], score: Float[Tensor
     return (score - stream.sum(1)).abs().max(-1).values / score.max().clamp(min=1e-30)
 
 
-def _rounding(of: Traced) -> float:
+def _rounding(of: ComponentTrace) -> float:
     return _ROUNDING.get(of.lin.readout.dtype, 0.1)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.circuits.traced import Site, Traced, linearised
+from tl_scopes.circuits.traced import ComponentTrace, Site, linearised
 from tl_scopes.jacobian import pullback
 from tl_scopes.models import Part, Work
 
@@ -57,7 +57,7 @@ class Piece:
             yield self.site.as_hooked(one)
 
 
-def pieces(of: Traced, by: By, gradients: Sequence[Tensor]) -> list[Piece]:
+def pieces(of: ComponentTrace, by: By, gradients: Sequence[Tensor]) -> list[Piece]:
     """The components of a cut with their gradients."""
     known = dict(zip(of.sites, gradients, strict=True))
     if by != "qkv":
@@ -70,7 +70,7 @@ def pieces(of: Traced, by: By, gradients: Sequence[Tensor]) -> list[Piece]:
     return found
 
 
-def _of_each_head(of: Traced, z: Site, known: dict[Site, Tensor], sites: Sequence[Site]) -> list[Piece]:
+def _of_each_head(of: ComponentTrace, z: Site, known: dict[Site, Tensor], sites: Sequence[Site]) -> list[Piece]:
     """The queries, keys and values of one layer, with gradients through each query head by itself.
 
     Each query head has queries of its own. Where several heads share a key, ∂(cᵀy)/∂k is a sum over them: a backward
@@ -123,14 +123,14 @@ def steepest(pulled: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_m
 
 
 Mode: TypeAlias = Callable[
-    [Traced, By, Float[Tensor, " d_of"], Sequence[int], Callable[[int], object]],
+    [ComponentTrace, By, Float[Tensor, " d_of"], Sequence[int], Callable[[int], object]],
     Carried,
 ]
 """`forward` or `backward`. The last argument is told how many of its products are done."""
 
 
 def forward(
-    of: Traced,
+    of: ComponentTrace,
     by: By,
     cotangent: Float[Tensor, " d_of"],
     sources: Sequence[int],
@@ -151,7 +151,7 @@ def forward(
 
 
 def _forward(
-    of: Traced, by: By, cotangent: Tensor, sources: Sequence[int], done: Callable[[int], object], *, dual: bool
+    of: ComponentTrace, by: By, cotangent: Tensor, sources: Sequence[int], done: Callable[[int], object], *, dual: bool
 ) -> Carried:
     push: Callable[[Tensor], list[Tensor]]
     if dual:
@@ -177,7 +177,7 @@ def _forward(
     return Carried(pulled, parts)
 
 
-def _by_dual_numbers(of: Traced) -> Callable[[Tensor], list[Tensor]]:
+def _by_dual_numbers(of: ComponentTrace) -> Callable[[Tensor], list[Tensor]]:
     """T_k by forward-mode differentiation, in a pass of its own that keeps no graph."""
     lin = of.lin
 
@@ -200,7 +200,7 @@ def _by_dual_numbers(of: Traced) -> Callable[[Tensor], list[Tensor]]:
 
 
 def backward(
-    of: Traced,
+    of: ComponentTrace,
     by: By,
     cotangent: Float[Tensor, " d_of"],
     sources: Sequence[int],

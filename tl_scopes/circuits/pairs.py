@@ -14,7 +14,7 @@ from tl_scopes.circuits.carried import carried_by
 from tl_scopes.circuits.effects import Effects
 from tl_scopes.circuits.paths import Paths
 from tl_scopes.circuits.second_order import curvature
-from tl_scopes.circuits.traced import Traced, linearize_with
+from tl_scopes.circuits.traced import ComponentTrace, linearize_with
 from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import LinearRules, Model, Part, PatchingSite, Prompt, ReadPrompt, Rules, Target
@@ -262,7 +262,7 @@ class PromptPair:
         values: Float[Tensor, "layer component"],
         site: str,
         method: str,
-        of: Traced,
+        of: ComponentTrace,
         first_order: Tensor | None = None,
         error: Tensor | None = None,
     ) -> Effects:

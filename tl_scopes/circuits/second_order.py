@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.circuits.traced import Traced
+from tl_scopes.circuits.traced import ComponentTrace
 from tl_scopes.jacobian import pullback
 
 
@@ -25,7 +25,7 @@ class Curvature:
 
 
 def curvature(
-    of: Traced,
+    of: ComponentTrace,
     metric: Callable[[Tensor], Tensor],
     changes: Float[Tensor, "layer token head d_head"],
     by_head: bool,

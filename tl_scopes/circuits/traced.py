@@ -32,7 +32,7 @@ class Site:
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
+class ComponentTrace:
     """The forward pass of a linearisation, made again, with the components that lie between both ends of its J."""
 
     lin: Linearization
@@ -84,7 +84,7 @@ class Traced:
         return cotangent.to(self.trace.output).reshape(self.trace.output.shape)
 
 
-def traced(lin: Linearization, *parts: Part) -> Traced:
+def traced(lin: Linearization, *parts: Part) -> ComponentTrace:
     """Trace a linearisation again with the components of these kinds kept.
 
     Cost: one forward pass.
@@ -124,7 +124,7 @@ def linearize_with(
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
     rules: Rules = None,
-) -> Traced:
+) -> ComponentTrace:
     """`linearize` with the components of these kinds kept, from the same forward pass.
 
     Cost: one forward pass.
@@ -139,7 +139,7 @@ def linearize_with(
     return _traced(lin, lin.trace, wanted, parts)
 
 
-def _traced(lin: Linearization, trace: Trace, wanted: dict[str, Component], parts: Sequence[Part]) -> Traced:
+def _traced(lin: Linearization, trace: Trace, wanted: dict[str, Component], parts: Sequence[Part]) -> ComponentTrace:
     _require_neurons(lin, wanted, trace)
     found = sorted(
         (Site(wanted[hook], value) for hook, value in trace.kept.items()),
@@ -150,7 +150,7 @@ def _traced(lin: Linearization, trace: Trace, wanted: dict[str, Component], part
             f"no component of the kind asked for ({parts[0]}) lies between {lin.wrt!r} and {lin.of!r}, "
             "where this linearisation begins and ends: linearise from an earlier hook, or to a later one."
         )
-    return Traced(lin, trace, tuple(found))
+    return ComponentTrace(lin, trace, tuple(found))
 
 
 def _wanted(model: Model, parts: Sequence[Part]) -> dict[str, Component]:
@@ -184,15 +184,15 @@ def _require_neurons(lin: Linearization, wanted: dict[str, Component], trace: Tr
 
 
 def linearised(
-    of: Traced, cotangent: Float[Tensor, " d_of"]
+    of: ComponentTrace, cotangent: Float[Tensor, " d_of"]
 ) -> tuple[Float[Tensor, "token d_model"], list[Tensor], "Tangents"]:
-    """`Traced.gradients`, and the functions from a step of the tokens to the components, from the same backward pass:
+    """`ComponentTrace.gradients`, and from the same backward pass functions from a step of the tokens to components:
 
         S(u) = cᵀy + Σ_k u_kᵀ k,   ∂S/∂k = G_k,   ∂S/∂x = g,   ∂²S/∂x∂u_k = ∂k/∂x   at u = 0.
 
     Cost: one backward pass that can be differentiated.
 
-    Raises: as `Traced.gradients` does.
+    Raises: as `ComponentTrace.gradients` does.
         NoSecondDerivativeError: under an attention kernel that has no double backward.
     """
     values = [site.value for site in of.sites]
@@ -217,7 +217,7 @@ def linearised(
 class Tangents:
     """∂k/∂x for every component k, as something to multiply with."""
 
-    of: Traced
+    of: ComponentTrace
     pulled: Tensor
     dummies: Sequence[Tensor]
 
