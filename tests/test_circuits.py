@@ -442,7 +442,11 @@ def test_layers_without_attention(specimen: Specimen) -> None:
 @of_species("convolutions")
 def test_layers_with_and_without_attention(specimen: Specimen) -> None:
     """The layers that have heads are in the answer, and the error for another one says which."""
-    paths = tls.carried_by(tls.linearize(specimen.model, PROMPT), SEMANTIC, "head")
+    lin = tls.linearize(specimen.model, PROMPT)
+    for by in BY:  # the first layer has none
+        paths = tls.carried_by(lin, SEMANTIC, by, SOURCES)  # type: ignore[arg-type]
+        assert_close(total(paths), paths.scores.expand_as(paths.around), **EXACT)
+    paths = tls.carried_by(lin, SEMANTIC, "head")
     assert paths.layers == (1,)
     with pytest.raises(ValueError, match=r"there is no layer 0 in this answer: it has layer 1, from L1H0 to L1H3"):
         paths.at(0)

@@ -213,7 +213,7 @@ def _arranged(carried: Carried, by: By) -> tuple[tuple[int, ...], Float[Tensor, 
     held = {(piece.site.component.layer, piece.site.component.part): one for piece, one in carried.parts}
     names = [name for name in PARTS[by] if name not in PARTS["position"] and any(part == name for _, part in held)]
     layers = sorted({layer for layer, part in held if part in names})
-    nothing = torch.zeros_like(held[layers[0], names[0]])
+    nothing = torch.zeros_like(next(one for (_, part), one in held.items() if part in names))
     stacked = torch.stack(
         [torch.stack([held.get((layer, name), nothing) for name in names], dim=1) for layer in layers]
     )  # [layer head part position source]
