@@ -20,7 +20,7 @@ from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, Specimen
 from tl_scopes import models
 from tl_scopes.diagnostics.checks import ROUNDINGS, _leave_one_out
-from tl_scopes.diagnostics.evidence import TOLERANCE, Effects, Evidence
+from tl_scopes.diagnostics.evidence import TOLERANCE, Evidence, ReplacementEffects
 from tl_scopes.diagnostics.sinks import attention_mass
 from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.jacobian.replacement import effects, substitute
@@ -196,7 +196,7 @@ def test_third_of_six_is_not_fine(llama: Any, monkeypatch: pytest.MonkeyPatch) -
     for rank, verdict in ((2, "fine"), (3, "look")):
         change = torch.tensor([6.0 - rank, 5.5, 5.4, 0.1, 0.2, 0.3])
         change[1:3] = torch.tensor([9.0, 8.0]) if rank == 3 else torch.tensor([9.0, 1.0])
-        monkeypatch.setattr(Evidence, "effects", Effects(list(range(6)), 3, None, change))
+        monkeypatch.setattr(Evidence, "effects", ReplacementEffects(list(range(6)), 3, None, change))
         found = tls.check(tls.linearize(llama, PROMPT), tls.SemanticScope(TARGET))["leave-one-out"]
         assert f"the first is number {rank} of 6" in found.finding
         assert found.verdict == verdict
@@ -207,7 +207,7 @@ def test_how_often_random_scores_pass(llama: Any) -> None:
     one = evidence(llama, tls.SemanticScope(TARGET))
     fine = 0
     for order in permutations(range(6)):
-        one.__dict__["effects"] = Effects(list(range(6)), 3, None, torch.tensor(order).double())
+        one.__dict__["effects"] = ReplacementEffects(list(range(6)), 3, None, torch.tensor(order).double())
         fine += not _leave_one_out(one).looked
     assert fine / math.factorial(6) == pytest.approx(14 / 60)
 

@@ -1,8 +1,8 @@
 """Parts of a score sum to it over every cut, by every way of computing them, on every kind of model, in float64."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -333,6 +333,98 @@ def test_under_held_attention(llama: Any) -> None:
     assert paths.scope == "FrozenAttentionScope(scope=SemanticScope(target=7))"
 
 
+RELEVANCE = tls.RelevanceScope(TARGET, versus=3)
+
+
+@pytest.mark.parametrize("rules", [None, "linear", "lookup"])
+@pytest.mark.parametrize("baseline", ["zero", "prompt"])
+@of_species("bridge gpt2", "bridge llama", "native soft cap", *(["hooked layer norm"] if zoo.HookedTransformer else []))
+def test_signed_scores_are_split(
+    specimen: Specimen, baseline: Any, rules: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts of g_t · x_t sum to it over every cut, forward as backward; of all positions at first they are it."""
+    lin = tls.linearize(specimen.model, PROMPT, rules=rules)
+    scope = replace(RELEVANCE, baseline=baseline)
+    scores = scope(lin).scores
+    assert scores.min() < 0 < scores.max()
+    for by in (*BY, "neuron"):
+        with by_mode(monkeypatch, True):
+            forward = tls.carried_by(lin, scope, by)  # type: ignore[arg-type]
+        assert_close(forward.scores, scores, **EXACT)
+        assert_close(total(forward), scores.expand_as(forward.around), **EXACT)
+        assert (forward.unit, forward.rules) == ("logit", rules)
+        if by != "neuron":
+            with by_mode(monkeypatch, False):
+                backward = tls.carried_by(lin, scope, by)  # type: ignore[arg-type]
+            assert_close(forward.values, backward.values, **EXACT)
+        if by == "position":
+            assert_close(forward.values[0], scores.diag(), **EXACT)
+            assert_close(forward.values[-1, -1], scores, **EXACT)
+
+
+def test_heads_share_out_a_difference_of_logits(llama: Any) -> None:
+    """Where the network is linear: all that each layer's heads carry, what goes around them, and the biases are it."""
+    lin = tls.linearize(llama, PROMPT, rules="linear")
+    answer, paths = RELEVANCE(lin), tls.carried_by(lin, RELEVANCE)
+    difference = (lin.logits[TARGET] - lin.logits[3]).item()
+    shared = paths.values.sum((1, 2)) + paths.around.sum(1)
+    assert_close(shared + answer.biases, torch.full_like(shared, difference), **EXACT)
+
+
+def test_a_token_whose_parts_cancel(llama: Any) -> None:
+    """Its score is zero, which is not a sign of something beside the stream."""
+    lin = tls.linearize(llama, PROMPT)
+    g, x = lin.vjp(RELEVANCE.cotangents(lin))[0, 2], lin.embeddings.clone()
+    x[2] -= (x[2] @ g) / (g @ g) * g
+    moved = lin.at(x)
+    for _ in range(20):  # to where its gradient there is orthogonal to it
+        g = moved.vjp(RELEVANCE.cotangents(moved))[0, 2]
+        x[2] -= (x[2] @ g) / (g @ g) * g
+        moved = lin.at(x)
+    paths = tls.carried_by(moved, RELEVANCE, "position", 2)
+    assert_close(paths.values.sum(1), paths.scores.expand(3, -1), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("scope", [SEMANTIC, RELEVANCE, tls.FrozenAttentionScope(SEMANTIC)])
+def test_a_scope_under_rules_of_its_own(llama: Any, scope: tls.Scope) -> None:
+    """It is the scope of a linearisation under these rules, by another name."""
+    lin, own = tls.linearize(llama, PROMPT), tls.UnderRulesScope(scope, "lookup")
+    for by in BY:
+        paths = tls.carried_by(lin, own, by, SOURCES)  # type: ignore[arg-type]
+        expected = tls.carried_by(lin.under("lookup"), scope, by, SOURCES)  # type: ignore[arg-type]
+        assert_close(paths.scores, own(lin).scores[SOURCES], **EXACT)
+        assert_close(paths.values, expected.values, **EXACT)
+        assert (paths.question, paths.rules) == (own(lin).question, None)
+
+
+# -- an answer of several tokens --------------------------------------------------------------------------------------
+
+SAID = tls.SemanticScope([7, 11, 4])
+
+
+@pytest.mark.parametrize("score_answer", [False, True])
+@pytest.mark.parametrize(
+    "scope", [tls.SemanticScope(), tls.RelevanceScope(), tls.FrozenAttentionScope(tls.SemanticScope(), keys=(-1,))]
+)
+def test_the_scores_of_an_answer_are_split(llama: Any, scope: tls.Scope, score_answer: bool) -> None:
+    """Those that the scope gives, and no others."""
+    lin = tls.linearize(llama, PROMPT, answer=[7, 11, 4], score_answer=score_answer)
+    answer, paths = scope(lin), tls.carried_by(lin, scope)
+    assert_close(paths.scores, answer.scores, **EXACT)
+    assert paths.positions == answer.positions
+    assert_close(total(paths), paths.scores.expand_as(paths.around), **EXACT)
+    last = tls.carried_by(lin, scope, tokens=-1)
+    assert last.positions == answer.positions[-1:]
+    with pytest.raises(ValueError, match=f"position {len(answer.scores)} is outside the prompt of"):
+        tls.carried_by(lin, scope, tokens=len(answer.scores))
+
+
+@pytest.mark.parametrize("scope", [SAID, tls.FrozenAttentionScope(SAID), tls.UnderRulesScope(SAID)])
+def test_a_scope_that_names_an_answer(llama: Any, scope: tls.Scope) -> None:
+    lin = tls.linearize(llama, PROMPT)
+    assert_close(tls.carried_by(lin, scope).scores, scope(lin).scores, **EXACT)
+
+
 # -- where J begins and ends ------------------------------------------------------------------------------------------
 
 
@@ -442,7 +534,11 @@ def test_layers_without_attention(specimen: Specimen) -> None:
 @of_species("convolutions")
 def test_layers_with_and_without_attention(specimen: Specimen) -> None:
     """The layers that have heads are in the answer, and the error for another one says which."""
-    paths = tls.carried_by(tls.linearize(specimen.model, PROMPT), SEMANTIC, "head")
+    lin = tls.linearize(specimen.model, PROMPT)
+    for by in BY:  # the first layer has none
+        paths = tls.carried_by(lin, SEMANTIC, by, SOURCES)  # type: ignore[arg-type]
+        assert_close(total(paths), paths.scores.expand_as(paths.around), **EXACT)
+    paths = tls.carried_by(lin, SEMANTIC, "head")
     assert paths.layers == (1,)
     with pytest.raises(ValueError, match=r"there is no layer 0 in this answer: it has layer 1, from L1H0 to L1H3"):
         paths.at(0)
@@ -492,6 +588,17 @@ def test_scopes_that_are_not_norms(llama: Any) -> None:
         tls.carried_by(lin, Summed())
     with pytest.raises(TypeError, match="chooses its probes as it goes: give their number"):
         tls.carried_by(lin, tls.FisherScope(rtol=0.1))
+
+    class Doubled(tls.RelevanceScope):
+        def measure_many(self, lins: Sequence[tls.Linearization]) -> list[tls.Measurement]:
+            return [replace(one, scores=2 * one.scores) for one in super().measure_many(lins)]
+
+    with pytest.raises(TypeError, match=r"its own `measure_many`"):
+        tls.carried_by(lin, Doubled(TARGET))
+    with pytest.raises(TypeError, match=r"PositionCorrectedScope.*its own `measure`"):
+        tls.carried_by(lin, tls.UnderRulesScope(tls.PositionCorrectedScope(SEMANTIC)))
+    with pytest.raises(TypeError, match=r"a map takes scopes whose scores are norms of cᵀJ, and .*RelevanceScope"):
+        tls.head_map(llama, PROMPT, RELEVANCE)
 
 
 def test_arguments(llama: Any, no_type_checks: None) -> None:

@@ -192,6 +192,60 @@ def test_a_pair_that_differs_in_nothing_that_matters() -> None:
         tls.PromptPair(linear, [3, 5, 4], [3, 6, 4], answer=1, wrong=2)
 
 
+def test_a_sure_answer_is_a_number_like_any_other() -> None:
+    """Its log-probability is near zero, and keeps all digits: the pair's metric is what its scope explains."""
+    model = zoo.SPECIES["bridge llama"]().model.float()
+    with torch.no_grad():
+        model.original_model.lm_head.weight.mul_(150)
+    answer = int(tls.linearize(model, PROMPT).logits.argmax())
+    others = [[*PROMPT[:3], other, *PROMPT[4:]] for other in range(3, 30)]
+    same = next(o for o in others if o != PROMPT and int(tls.linearize(model, o).logits.argmax()) == answer)
+    pair = tls.PromptPair(model, PROMPT, same, answer=answer)
+    for prompt, value in ((PROMPT, pair.clean_value), (same, pair.corrupted_value)):
+        lin = tls.linearize(model, prompt)
+        assert value == pair.scope.value(lin) == pair.metric(lin.logits[None, None]).item()
+        left = torch.cat([lin.logits[:answer], lin.logits[answer + 1 :]]).double() - lin.logits[answer].double()
+        assert 0 > value == pytest.approx(-left.logsumexp(0).exp().log1p().item(), rel=1e-9)
+    assert abs(pair.clean_value - pair.corrupted_value) < 1e-6
+
+
+class Scaled(tls.PromptPair):
+    """A pair whose metric is a small part of the difference of two logits."""
+
+    factor = 1.0
+
+    @property
+    def scope(self) -> Any:
+        answer, wrong, factor = self.answer, self.wrong, self.factor
+        return tls.MetricScope(lambda logits: factor * (logits[0, -1, answer] - logits[0, -1, wrong]))
+
+
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.float16, 2.0**-20), (torch.float32, 2.0**-140)])
+def test_a_factor_of_the_metric_is_a_factor_of_its_effects(dtype: torch.dtype, factor: float) -> None:
+    """Also where the model's own precision would lose so small a gradient, or the answer's so small an effect."""
+    model = zoo.SPECIES["bridge llama"]().model.to(dtype)
+    kinds = (Scaled, type("Small", (Scaled,), {"factor": factor}))
+    pair, small = (kind(model, PROMPT, [*PROMPT[:3], 4, *PROMPT[4:]], answer=7, wrong=3) for kind in kinds)
+
+    def both(ask: Any) -> None:
+        one, other = ask(pair), ask(small)
+        assert one.any()
+        assert_close(other.double(), factor * one.double(), rtol=1e-6, atol=0)
+
+    for site in ("head_out", "mlp_out"):
+        both(lambda of, site=site: of.attribution_patching(site).values)
+        both(lambda of, site=site: of.attribution_patching(site, order=2, products=100).values)
+    both(lambda of: of.carried("head_out").values)
+    for ask in (tls.head_map, tls.layer_map):
+        both(lambda of, ask=ask: ask(model, PROMPT, of.scope).scores)
+    E = torch.eye(16, dtype=dtype)
+    features = tls.Features(E, "blocks.0.hook_resid_post", decoder=E)
+    both(lambda of: tls.feature_map(model, PROMPT, features, of.scope).effects)
+    both(lambda of: tls.feature_map(model, PROMPT, features, of.scope).carried)
+    for by in ("position", "layer", "qkv", "neuron"):
+        both(lambda of, by=by: tls.carried_by(tls.linearize(model, PROMPT), of.scope, by, 2).values)
+
+
 def test_patching_is_transformer_lens_own(pairs: list[tls.PromptPair], tiny: Any) -> None:
     """One head by hand: its output of the clean run in the corrupted one."""
     pair = pairs[0]

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import tl_scopes as tls
@@ -67,6 +68,17 @@ def test_maps_and_paths(prompts: Path, tmp_path: Path) -> None:
             assert path.read_bytes() == (theirs / path.name).read_bytes()
     assert {one.value for one in Cut} == set(get_args(By))
     assert {one.value for one in Predictions} == set(get_args(KnownPredictions))
+
+
+def test_the_split_of_a_difference_of_logits(prompts: Path, tmp_path: Path) -> None:
+    """With `--scope relevance --rules linear` each part carries what it brings, with its sign."""
+    options = "--column prompt=question --scope relevance --versus id:5 --rules linear --carried-by head".split()
+    with pytest.warns(UserWarning, match="1 of 3 prompts have no answer"):
+        result = run(prompts, "--out", tmp_path / "a", *options)
+    assert result.exit_code == 0, result.output
+    (found, *_) = (one for one in tls.read_corpus(tmp_path / "a") if one is not None)
+    assert (found.unit, found.rules) == ("logit", "linear")
+    assert torch.allclose(found.values.sum(1) + found.around, found.scores, atol=1e-4)
 
 
 def test_a_corpus_without_any_answer_fails(prompts: Path, tmp_path: Path) -> None:
@@ -172,6 +184,10 @@ def test_what_is_wrong(prompts: Path, tmp_path: Path) -> None:
         (["--column", "prompt=question", "--column", "id=key"], "has no column 'key'"),
         (["--column", "prompt=question", "--strongest", "2"], "--strongest 2 says how many tokens' scores are split"),
         (["--column", "prompt=question", "--model", "./nothing"], "there is no folder './nothing'"),
+        (
+            ["--column", "prompt=question", "--model", "./nothing", "--scope", "heta", "--carried-by", "head"],
+            "error: carried_by takes scopes whose scores are norms of cᵀJ",
+        ),
     ]:
         result = run(prompts, "--out", tmp_path / "a", *args)
         assert result.exit_code == 2

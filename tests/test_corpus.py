@@ -198,16 +198,33 @@ def test_foils_that_nothing_is_compared_with(tiny: Any, out: Path, options: dict
 @pytest.mark.parametrize(
     ("scope", "why"),
     [
-        (tls.RelevanceScope(), "carried_by takes scopes whose scores are norms of cᵀJ"),
+        (tls.HetaScope(), "carried_by takes scopes whose scores are norms of cᵀJ"),
         (tls.PathIntegratedScope(steps=4), "carried_by takes scopes whose scores are norms of cᵀJ"),
         (tls.FisherScope(rtol=0.1), "chooses its probes as it goes: give their number"),
     ],
     ids=str,
 )
-def test_scopes_without_parts(tiny: Any, out: Path, scope: tls.Scope, why: str) -> None:
+def test_scopes_without_parts(out: Path, scope: tls.Scope, why: str) -> None:
+    """They are refused before a model is loaded."""
+    loaded: list[Any] = []
     with pytest.raises(TypeError, match=why):
-        ask(TEXTS, out, scope, model=tiny, carried_by="head")
+        ask(TEXTS, out, scope, model=lambda: loaded.append(1), carried_by="head")
+    assert not loaded
     assert not out.exists()
+
+
+def test_paths_of_answers_and_signed_scores(tiny: Any, out: Path) -> None:
+    """The columns are those of the tokens that the scope gives scores to, whether or not the strongest are chosen."""
+    rows = [{"prompt": text, "answer": " are very old"} for text in TEXTS[:2]]
+    for name, scope in (("semantic", tls.SemanticScope()), ("relevance", tls.RelevanceScope())):
+        options: dict[str, Any] = {"model": tiny, "rules": "linear"}
+        whole = ask(rows, out.with_name(name), scope, carried_by="head", **options)
+        some = ask(rows, out.with_name(f"{name}2"), scope, carried_by="head", strongest=2, **options)
+        for row, found, part in zip(rows, whole, some, strict=True):
+            answer = tls.attribute(tiny, row["prompt"], scope, answer=row["answer"], rules="linear")
+            assert found.positions == answer.positions
+            torch.testing.assert_close(found.scores, answer.scores)
+            assert part.positions == tuple(sorted(one.position for one in answer.top(2)))
 
 
 def test_pictures_that_a_corpus_does_not_keep(tiny: Any, out: Path) -> None:

@@ -157,6 +157,20 @@ def test_frozen_attention(holdable: Specimen, scope: tls.Scope, keys: tuple[int,
     assert (scope(lin).scores - expected.scores).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize(
+    "scope", [tls.SemanticScope(), tls.SemanticScope([7, 3, 4]), tls.SemanticScope(7, versus=[3, 4])]
+)
+def test_keys_are_positions_of_the_prompt(holdable: Specimen, scope: tls.Scope) -> None:
+    """Also where an answer goes through the model behind it, or two of different lengths: neither these nor what fills
+    up the shorter one counts."""
+    lin, last = tls.linearize(holdable.model, PROMPT), len(PROMPT) - 1
+    named, counted = (tls.FrozenAttentionScope(scope, keys=(key,))(lin).scores for key in (last, -1))
+    assert torch.equal(named, counted)
+    assert (scope(lin).scores - counted).abs().max() > 1e-6
+    with pytest.raises(ValueError, match=f"attention cannot be held: position {last + 1} is out of range"):
+        tls.FrozenAttentionScope(scope, keys=(last + 1,))(lin)
+
+
 def test_a_line_with_attention_frozen(tiny: Any) -> None:
     """Contributions do not sum to the change then: points cannot be added until they do, and no number is too few."""
     line = tls.PathIntegratedScope(TARGET)

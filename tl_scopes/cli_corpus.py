@@ -108,8 +108,14 @@ def corpus(
         from tl_scopes import models
 
         kept: dict[str, Any] = {"predictions": predictions.value, "carried_by": carried_by and carried_by.value}
-        with exits(2, ValueError), exits(1, RuntimeError, MemoryError, OSError):
+        with exits(2, ValueError):
             asked = question.about(named)
+        if carried_by is not None:
+            from tl_scopes.circuits.carried import require_parts
+
+            with exits(2, TypeError):
+                require_parts(asked)
+        with exits(2, ValueError), exits(1, RuntimeError, MemoryError, OSError):
             found = tls.attribute_corpus(
                 prompts,
                 out,

@@ -13,11 +13,11 @@ from tl_scopes.circuits.cut import PARTS, By, Carried, Mode, backward, forward
 from tl_scopes.circuits.paths import Paths
 from tl_scopes.circuits.question import Question, question_of, require_norms
 from tl_scopes.circuits.source_tokens import as_positions
-from tl_scopes.circuits.traced import Traced, traced
+from tl_scopes.circuits.traced import ComponentTrace, traced
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.progress import progress_bar
-from tl_scopes.scopes.corrections import FrozenAttentionScope
+from tl_scopes.scopes.corrections import Elsewhere
 from tl_scopes.scopes.scope import Scope, circumstances, most_likely, require_scope, targets_of
 from tl_scopes.scopes.written import as_written
 
@@ -94,14 +94,15 @@ def carried_by(
     require_scope(scope)
     if by not in get_args(By):
         raise ValueError(f"by is one of {', '.join(map(repr, get_args(By)))}, got {by!r}.")
-    sources = as_positions(tokens, lin.str_tokens)
-    if isinstance(scope, FrozenAttentionScope):
-        lin.require_unchanged()
-        with models.held_attention(lin.model, scope.keys):
-            inner = carried_by(lin.at(lin.embeddings), scope.scope, by, sources)
-        return replace(inner, scope=as_written(scope))
+    require_parts(scope)
     lin = scope.with_answer(lin)
-    question = question_of(scope, lin, "carried_by")
+    sources = as_positions(tokens, lin.str_tokens[: lin.scored])
+    if isinstance(scope, Elsewhere):
+        lin.require_unchanged()
+        with scope.other(lin) as other:
+            inner = carried_by(other, scope.scope, by, sources)
+        return replace(inner, scope=as_written(scope), rules=None if lin.rules is None else str(lin.rules))
+    question = question_of(scope, lin, "carried_by", or_slopes=True)
     of = traced(lin, *PARTS[by])
     found = _found(of, by, question, sources)
     target, versus = targets_of(scope, lin)
@@ -125,50 +126,60 @@ def require_parts(scope: Scope) -> None:
     Raises:
         TypeError: with the scopes that it can.
     """
-    require_norms(scope.scope if isinstance(scope, FrozenAttentionScope) else scope, "carried_by")
+    while isinstance(scope, Elsewhere):
+        scope = scope.scope
+    require_norms(scope, "carried_by", or_slopes=True)
 
 
-def _found(of: Traced, by: By, question: Question, sources: Sequence[int]) -> dict[str, Any]:
+def _found(of: ComponentTrace, by: By, question: Question, sources: Sequence[int]) -> dict[str, Any]:
     """The fields of the answer that hold numbers."""
     mode = forward if _is_forward_cheaper(of, by, len(sources)) else backward
-    raw: dict[str, list[Tensor]] = {"parts": [], "stream": [], "power": []}
+    raw: dict[str, list[Tensor]] = {"parts": [], "stream": [], "slope": [], "size": []}
     layers: dict[str, tuple[int, ...]] = {"stream": ()}
-    units, scales = pullback.near_one(question.cotangents)
-    products = [len(units) * _products(of, by, one, len(sources)) for one in (mode, backward)]
+    cotangents = question.cotangents
+    products = [len(cotangents) * _products(of, by, one, len(sources)) for one in (mode, backward)]
     with progress_bar(products[0], f"paths by {by}", unit="backward pass") as bar:
-        for unit, scale in zip(units, scales, strict=True):
+        for cotangent in cotangents:
             try:
-                carried = mode(of, by, unit, sources, bar.update)
+                carried = mode(of, by, cotangent, question.steps, sources, bar.update)
             except pullback.NoSecondDerivativeError:
                 if by in ("position", "neuron"):
                     raise
                 mode = backward
                 bar.reset(products[1])
-                carried = mode(of, by, unit, sources, bar.update)
-            norms = models.precise(carried.pulled[list(sources)]).norm(dim=-1) * scale
+                carried = mode(of, by, cotangent, question.steps, sources, bar.update)
+            scale, steps = carried.gradients.scale, carried.steps[list(sources)]
+            pulled = models.precise(carried.gradients.pulled[list(sources)])
+            slopes, sizes = (pulled * steps).sum(-1) * scale, pulled.norm(dim=-1) * steps.norm(dim=-1) * scale
+            # The joint direction of several cotangents is that of their gradients one after another.
+            weights = slopes if question.moves is None else torch.ones_like(slopes)
             layers["parts"], parts = _arranged(carried, by)
             if by == "qkv":
                 _require_separate(of, layers["parts"], parts)
                 parts = parts[:, :, 1:]
-            raw["parts"].append(parts * norms * scale)
-            raw["power"].append(norms.square())
+            raw["parts"].append(parts * weights * scale)
+            raw["slope"].append(slopes * weights)
+            raw["size"].append(sizes)
             if by == "head" and mode is forward:
                 layers["stream"], depths = _arranged(carried, "position")
-                raw["stream"].append(depths * norms * scale)
+                raw["stream"].append(depths * weights * scale)
     every = {name: torch.stack(rows) for name, rows in raw.items() if rows}
     whole = {name: question.combined(of_probes) for name, of_probes in every.items()}
     errors = question.error(_values(every["parts"], by))
-    score = whole.pop("power")
-    if not question.squared:
+    score = whole.pop("slope")
+    if not question.squared and question.moves is None:
         score = score.sqrt()
         whole = {name: parts / score.where(score > 0, torch.ones_like(score)) for name, parts in whole.items()}
+    # The largest score; of signed ones what it would be if their terms did not cancel.
+    largest = score.max() if question.moves is None else whole["size"].max()
+    largest = largest.clamp(min=torch.finfo(largest.dtype).tiny)
     values = _values(whole["parts"], by)
     inner = tuple(range(1, values.ndim - 1)) if by != "layer" else ()
     around = score - (values.sum(inner) if inner else values)
     if by == "position":
-        _require_complete(of, layers["parts"], around, score)
+        _require_complete(of, layers["parts"], around, largest)
     stream = whole.get("stream")
-    if stream is not None and _missing(stream, score).max() > _rounding(of):
+    if stream is not None and (score - stream.sum(1)).abs().max() > _rounding(of) * largest:
         stream = None  # something goes around it, and it does not tell where all of the influence is
     numbers: dict[str, Tensor | None] = {
         "values": values,
@@ -178,7 +189,7 @@ def _found(of: Traced, by: By, question: Question, sources: Sequence[int]) -> di
         "standard_error": errors,
         "stream": stream,
     }
-    dtype = torch.float64 if of.lin.readout.dtype == torch.float64 else torch.float32
+    dtype = models.kept_dtype(of.lin.readout.dtype, score, values)
     return {
         "layers": layers["parts"],
         "stream_layers": () if stream is None else layers["stream"],
@@ -186,14 +197,14 @@ def _found(of: Traced, by: By, question: Question, sources: Sequence[int]) -> di
     } | {name: None if one is None else one.to("cpu", dtype) for name, one in numbers.items()}
 
 
-def _is_forward_cheaper(of: Traced, by: By, sources: int) -> bool:
+def _is_forward_cheaper(of: ComponentTrace, by: By, sources: int) -> bool:
     if by == "neuron":
         return True
     dearer = 3 if of.trace.checkpointed else 1
     return 2 * sources * dearer <= _products(of, by, backward, sources)
 
 
-def _products(of: Traced, by: By, mode: Mode, sources: int) -> int:
+def _products(of: ComponentTrace, by: By, mode: Mode, sources: int) -> int:
     """How many products with a Jacobian it takes for each cotangent: one for each source token, or each component."""
     if mode is forward:
         return sources
@@ -213,7 +224,7 @@ def _arranged(carried: Carried, by: By) -> tuple[tuple[int, ...], Float[Tensor, 
     held = {(piece.site.component.layer, piece.site.component.part): one for piece, one in carried.parts}
     names = [name for name in PARTS[by] if name not in PARTS["position"] and any(part == name for _, part in held)]
     layers = sorted({layer for layer, part in held if part in names})
-    nothing = torch.zeros_like(held[layers[0], names[0]])
+    nothing = torch.zeros_like(next(one for (_, part), one in held.items() if part in names))
     stacked = torch.stack(
         [torch.stack([held.get((layer, name), nothing) for name in names], dim=1) for layer in layers]
     )  # [layer head part position source]
@@ -223,7 +234,7 @@ def _arranged(carried: Carried, by: By) -> tuple[tuple[int, ...], Float[Tensor, 
 
 
 def _require_separate(
-    of: Traced, layers: Sequence[int], parts: Float[Tensor, "layer head part position source"]
+    of: ComponentTrace, layers: Sequence[int], parts: Float[Tensor, "layer head part position source"]
 ) -> None:
     """Refuse heads whose queries, keys and values do not determine what they give out.
 
@@ -245,13 +256,13 @@ def _values(parts: Float[Tensor, "... position source"], by: By) -> Float[Tensor
     return parts if by == "position" else parts.sum(-2)
 
 
-def _require_complete(of: Traced, layers: tuple[int, ...], around: Tensor, score: Tensor) -> None:
+def _require_complete(of: ComponentTrace, layers: tuple[int, ...], around: Tensor, largest: Tensor) -> None:
     """Refuse a model that carries something from block to block beside the stream.
 
     Raises:
         ValueError: with the layer, and how much is missing.
     """
-    missing = around.abs().max(-1).values / score.max().clamp(min=1e-30)
+    missing = around.abs().max(-1).values / largest
     if missing.max() > _rounding(of):
         worst = int(missing.argmax())
         raise ValueError(
@@ -261,10 +272,5 @@ def _require_complete(of: Traced, layers: tuple[int, ...], around: Tensor, score
         )
 
 
-def _missing(stream: Float[Tensor, "layer position source"], score: Float[Tensor, "source"]) -> Float[Tensor, "layer"]:
-    """How much of the scores the stream of each layer does not hold, as a part of the largest."""
-    return (score - stream.sum(1)).abs().max(-1).values / score.max().clamp(min=1e-30)
-
-
-def _rounding(of: Traced) -> float:
+def _rounding(of: ComponentTrace) -> float:
     return _ROUNDING.get(of.lin.readout.dtype, 0.1)

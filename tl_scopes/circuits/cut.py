@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.circuits.traced import Site, Traced, linearised
+from tl_scopes.circuits.traced import ComponentTrace, Gradients, Site, linearised
 from tl_scopes.jacobian import pullback
 from tl_scopes.models import Part, Work
 
@@ -57,7 +57,7 @@ class Piece:
             yield self.site.as_hooked(one)
 
 
-def pieces(of: Traced, by: By, gradients: Sequence[Tensor]) -> list[Piece]:
+def pieces(of: ComponentTrace, by: By, gradients: Sequence[Tensor]) -> list[Piece]:
     """The components of a cut with their gradients."""
     known = dict(zip(of.sites, gradients, strict=True))
     if by != "qkv":
@@ -70,7 +70,7 @@ def pieces(of: Traced, by: By, gradients: Sequence[Tensor]) -> list[Piece]:
     return found
 
 
-def _of_each_head(of: Traced, z: Site, known: dict[Site, Tensor], sites: Sequence[Site]) -> list[Piece]:
+def _of_each_head(of: ComponentTrace, z: Site, known: dict[Site, Tensor], sites: Sequence[Site]) -> list[Piece]:
     """The queries, keys and values of one layer, with gradients through each query head by itself.
 
     Each query head has queries of its own. Where several heads share a key, ∂(cᵀy)/∂k is a sum over them: a backward
@@ -107,10 +107,14 @@ def _of_each_head(of: Traced, z: Site, known: dict[Site, Tensor], sites: Sequenc
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """The parts of cᵀJ_t ĝ_t for one cotangent c, by piece, position and source token."""
+    """The parts of cᵀJ_t δ_t for one cotangent c, by piece, position and source token.
 
-    pulled: Float[Tensor, "token d_model"]
-    """g = cᵀJ."""
+    All are of the cotangent at a norm near 1, as `Gradients` are.
+    """
+
+    gradients: Gradients
+    steps: Float[Tensor, "token d_model"]
+    """δ_t, how each token moves."""
     parts: list[tuple[Piece, Float[Tensor, "_ _ _"]]]
     """By backward mode the axis of positions, where it is not what the cut is made of, is summed and has length 1."""
 
@@ -122,17 +126,21 @@ def steepest(pulled: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_m
     return exact / norms.where(norms > 0, torch.ones_like(norms))
 
 
+Steps: TypeAlias = Callable[[Float[Tensor, "token d_model"]], Float[Tensor, "token d_model"]]
+"""How each token moves, from the gradients at the tokens: `steepest`, or whatever these are."""
+
 Mode: TypeAlias = Callable[
-    [Traced, By, Float[Tensor, " d_of"], Sequence[int], Callable[[int], object]],
+    [ComponentTrace, By, Float[Tensor, " d_of"], Steps, Sequence[int], Callable[[int], object]],
     Carried,
 ]
 """`forward` or `backward`. The last argument is told how many of its products are done."""
 
 
 def forward(
-    of: Traced,
+    of: ComponentTrace,
     by: By,
     cotangent: Float[Tensor, " d_of"],
+    steps: Steps,
     sources: Sequence[int],
     done: Callable[[int], object],
 ) -> Carried:
@@ -145,42 +153,47 @@ def forward(
         NoSecondDerivativeError: under an attention kernel that has no double backward.
     """
     try:
-        return _forward(of, by, cotangent, sources, done, dual=of.trace.checkpointed)
+        return _forward(of, by, cotangent, steps, sources, done, dual=of.trace.checkpointed)
     except NotImplementedError:  # an operation without a forward-mode derivative (Bloom's activation)
-        return _forward(of, by, cotangent, sources, done, dual=False)
+        return _forward(of, by, cotangent, steps, sources, done, dual=False)
 
 
 def _forward(
-    of: Traced, by: By, cotangent: Tensor, sources: Sequence[int], done: Callable[[int], object], *, dual: bool
+    of: ComponentTrace,
+    by: By,
+    cotangent: Tensor,
+    steps: Steps,
+    sources: Sequence[int],
+    done: Callable[[int], object],
+    *,
+    dual: bool,
 ) -> Carried:
     push: Callable[[Tensor], list[Tensor]]
     if dual:
-        pulled, gradients = of.gradients(cotangent)
-        push, size = (
-            _by_dual_numbers(of),
-            models.at_once(of.lin.model, len(of.lin.tokens), Work.PREDICTION, texts=2, rows=2),
-        )
+        gradients = of.gradients(cotangent)
+        size = models.at_once(of.lin.model, len(of.lin.tokens), Work.PREDICTION, texts=2, rows=2)
+        push = _by_dual_numbers(of)
     else:
-        pulled, gradients, tangents = linearised(of, cotangent)
+        gradients, tangents = linearised(of, cotangent)
         push, size = tangents.push, of.size
-    cut = pieces(of, by, gradients)
-    directions = steepest(pulled)
+    cut = pieces(of, by, gradients.of_sites)
+    directions = steps(gradients.pulled)
     tokens = 1 if by == "neuron" else len(of.lin.tokens)
     parts = [(piece, directions.new_zeros(piece.gradient.shape[1], tokens, len(sources))) for piece in cut]
     place = {site: i for i, site in enumerate(of.sites)}
     for some in torch.arange(len(sources), device="cpu").split(size):
-        steps = directions.new_zeros(len(some), *directions.shape)
+        alone = directions.new_zeros(len(some), *directions.shape)
         for row, i in enumerate(some.tolist()):
-            steps[row, sources[i]] = directions[sources[i]]
-        arrived = push(steps)
+            alone[row, sources[i]] = directions[sources[i]]
+        arrived = push(alone)
         for piece, into in parts:
             found = piece.parts(arrived[place[piece.site]])
             into[..., some] = (found.sum(1, keepdim=True) if by == "neuron" else found).permute(2, 1, 0)
         done(len(some))
-    return Carried(pulled, parts)
+    return Carried(gradients, directions, parts)
 
 
-def _by_dual_numbers(of: Traced) -> Callable[[Tensor], list[Tensor]]:
+def _by_dual_numbers(of: ComponentTrace) -> Callable[[Tensor], list[Tensor]]:
     """T_k by forward-mode differentiation, in a pass of its own that keeps no graph."""
     lin = of.lin
 
@@ -203,9 +216,10 @@ def _by_dual_numbers(of: Traced) -> Callable[[Tensor], list[Tensor]]:
 
 
 def backward(
-    of: Traced,
+    of: ComponentTrace,
     by: By,
     cotangent: Float[Tensor, " d_of"],
+    steps: Steps,
     sources: Sequence[int],
     done: Callable[[int], object],
 ) -> Carried:
@@ -213,10 +227,11 @@ def backward(
 
     Cost: a backward pass, and about half of one for every component.
     """
-    pulled, gradients = of.gradients(cotangent)
-    directions = steepest(pulled)[list(sources)]
+    gradients = of.gradients(cotangent)
+    moved = steps(gradients.pulled)
+    directions = moved[list(sources)]
     work = Work.PULLBACK
-    cut = [one for one in pieces(of, by, gradients) if by != "head" or one.site.component.part == "z"]
+    cut = [one for one in pieces(of, by, gradients.of_sites) if by != "head" or one.site.component.part == "z"]
     size = models.at_once(of.lin.model, len(of.lin.tokens), work, size=of.leaf.element_size()) if of.size > 1 else 1
     parts = []
     for piece in cut:
@@ -230,4 +245,4 @@ def backward(
         count = piece.gradient.shape[0 if by == "position" else 1]
         rows = torch.cat(found) if found else directions.new_zeros(count, len(sources))
         parts.append((piece, rows[None] if by == "position" else rows[:, None]))
-    return Carried(pulled, parts)
+    return Carried(gradients, moved, parts)

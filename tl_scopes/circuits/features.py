@@ -371,8 +371,8 @@ def feature_map(
     known: dict[str, Tensor | None] = {"effects": None, "carried": None, "around": None}
     if scope is not None:
         known = _of_prediction(lin, scope, features, value, rows, numbers, fired.detach(), pulled)
-    dtype = torch.float64 if lin.readout.dtype == torch.float64 else torch.float32
     numeric = known | {"scores": pulled.norm(dim=-1), "activations": fired.detach()}
+    dtype = models.kept_dtype(lin.readout.dtype, numeric["scores"], numeric["effects"], numeric["carried"])
     return FeatureMap(
         **{name: None if one is None else one.to("cpu", dtype) for name, one in numeric.items()},  # type: ignore[arg-type]
         features=tuple(numbers),
@@ -426,14 +426,13 @@ def _of_prediction(
         )
     assert features.decoder is not None
     leaf, output = lin.trace.perturbations[lin.wrt], lin.trace.output
+    unit, (scale,) = pullback.near_one(question.cotangents)
     with models.undisturbed(lin.trace):
-        g, G = torch.autograd.grad(
-            output, [leaf, value], question.cotangents[0].to(output).reshape(output.shape), retain_graph=True
-        )
+        g, G = torch.autograd.grad(output, [leaf, value], unit.to(output).reshape(output.shape), retain_graph=True)
     written = models.precise(features.decoder[numbers].to(value.device))
-    slope = (written * models.precise(G[0].flatten(1))[rows]).sum(-1)  # dᵀG
+    slope = (written * models.precise(G[0].flatten(1))[rows]).sum(-1) * scale  # dᵀG
     carried = slope[:, None] * (pulled * steepest(g[0])).sum(-1)
-    around = models.precise(g[0]).norm(dim=-1) - carried.sum(0)
+    around = models.precise(g[0]).norm(dim=-1) * scale - carried.sum(0)
     return {"effects": models.precise(fired) * slope, "carried": carried, "around": around}
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.traced import linearize_with
-from tl_scopes.jacobian import pullback
 from tl_scopes.models import Model, Part, Prompt, Provenance, Rules, Target
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope, circumstances, require_scope, targets_of
@@ -225,17 +224,16 @@ def _map(
     traced = linearize_with(model, prompt, position, [at], of=of, prepend_bos=prepend_bos, rules=rules)
     lin = traced.lin
     question = question_of(scope, lin, "a map")
-    units, scales = pullback.near_one(question.cotangents)
     found = []
-    for unit, scale in zip(units, scales, strict=True):
-        _, gradients = traced.gradients(unit)
-        heads = [site.as_heads(one) for site, one in zip(traced.sites, gradients, strict=True)]
-        found.append(torch.stack([models.precise(one).square().sum(-1).T for one in heads]) * scale**2)
+    for cotangent in question.cotangents:
+        gradients = traced.gradients(cotangent)
+        heads = [site.as_heads(one) for site, one in zip(traced.sites, gradients.of_sites, strict=True)]
+        found.append(torch.stack([models.precise(one).square().sum(-1).T for one in heads]) * gradients.scale**2)
     scores = question.scores(torch.stack(found))  # [layer head position]
     target, versus = targets_of(scope, lin)
     first = traced.sites[0].component
     every_layer = first.hook.replace(f".{first.layer}.", ".N.", 1)
-    dtype = torch.float64 if lin.readout.dtype == torch.float64 else torch.float32
+    dtype = models.kept_dtype(lin.readout.dtype, scores)
     return ComponentMap(
         **circumstances(scope, lin) | {"unit": scope.unit(replace(lin, wrt=every_layer))},
         scores=(scores if at == "z" else scores[:, 0]).to("cpu", dtype),

@@ -14,14 +14,17 @@ from tl_scopes.circuits.carried import carried_by
 from tl_scopes.circuits.effects import Effects
 from tl_scopes.circuits.paths import Paths
 from tl_scopes.circuits.second_order import curvature
-from tl_scopes.circuits.traced import Traced, linearize_with
+from tl_scopes.circuits.traced import ComponentTrace, linearize_with
 from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
+from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.jacobian.randomness import source
 from tl_scopes.models import LinearRules, Model, Part, PatchingSite, Prompt, ReadPrompt, Rules, Target
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope, require_scope
 from tl_scopes.scopes.semantic import SemanticScope
 
+_NOISE = 4
+"""In units of `LocalMetric.rounding_unit`: up to what size a difference of the metric counts as rounding alone."""
 _PARTS: dict[str, Part] = {"resid_pre": "resid_pre", "attn_out": "attn_out", "mlp_out": "mlp_out", "head_out": "z"}
 
 
@@ -34,6 +37,9 @@ class _Run:
     logits: Float[Tensor, " vocab"]
     target: Target
     versus: Target | None
+    metric: Callable[[Float[Tensor, "batch token vocab"]], Tensor]
+    rounding: float
+    """How far the metric moves when one of the numbers that it reads is rounded."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,7 +86,7 @@ class PromptPair:
             )
         if not self.differing:
             raise ValueError(f"the prompts of the pair are the same, {''.join(a)!r}: nothing can be learned from them.")
-        if abs(self.clean_value - self.corrupted_value) < 1e-6:
+        if abs(self.clean_value - self.corrupted_value) <= _NOISE * max(run.rounding for run in self._runs):
             raise ValueError(
                 f"the metric is {self.clean_value:.3g} at both prompts: what differs, "
                 f"{[a[i] for i in self.differing]!r}, does not matter to it."
@@ -121,10 +127,14 @@ class PromptPair:
     @cached_property
     def _runs(self) -> tuple["_Run", "_Run"]:
         """What is kept of both prompts, without their graphs."""
-        clean, corrupted = (
-            _Run(lin.tokens, lin.str_tokens, lin.logits, *self.scope.explained(lin)) for lin in self.linearized()
-        )
+        clean, corrupted = map(self._run, self.linearized())
         return clean, corrupted
+
+    def _run(self, lin: Linearization) -> "_Run":
+        scope = self.scope
+        target, versus = scope.explained(lin)
+        rounding = LocalMetric(lin, scope.metric(lin)).rounding_unit
+        return _Run(lin.tokens, lin.str_tokens, lin.logits, target, versus, patching_metric(scope, lin), rounding)
 
     @property
     def scope(self) -> SemanticScope:
@@ -133,11 +143,8 @@ class PromptPair:
         return SemanticScope(self.answer, self.wrong, quantity)  # type: ignore[arg-type]
 
     def metric(self, logits: Float[Tensor, "1 token vocab"]) -> Tensor:
-        """The metric, as TransformerLens' patching takes it: a function of logits that gives a number."""
-        last, run = logits[0, -1], self._runs[0]
-        if run.versus is not None:
-            return last[run.target.id] - last[run.versus.id]
-        return last.log_softmax(-1)[run.target.id]
+        """What `scope` explains, as TransformerLens' patching takes it: a function of logits that gives a number."""
+        return self._runs[0].metric(logits)
 
     @cached_property
     def clean_value(self) -> float:
@@ -221,9 +228,9 @@ class PromptPair:
             found = curvature(corrupted, self._of_logits, changes, by_head, count, random)
             error = None if found.error is None else found.error / 2
             return self._effects(found.slope + found.bend / 2, site, "second order", corrupted, found.slope, error)
-        _, gradients = corrupted.gradients(self.scope.cotangents(corrupted.lin)[0])
-        slopes = torch.stack([one.as_heads(g) for one, g in zip(corrupted.sites, gradients, strict=True)])
-        moved = (models.precise(slopes) * changes).sum((1, 3) if by_head else (2, 3))
+        gradients = corrupted.gradients(self.scope.cotangents(corrupted.lin)[0])
+        slopes = torch.stack([one.as_heads(g) for one, g in zip(corrupted.sites, gradients.of_sites, strict=True)])
+        moved = (models.precise(slopes) * changes).sum((1, 3) if by_head else (2, 3)) * gradients.scale
         return self._effects(moved, site, under("attribution patching", corrupted.lin.rules), corrupted)
 
     def activation_patching(self, site: PatchingSite = "head_out") -> Effects:
@@ -262,12 +269,12 @@ class PromptPair:
         values: Float[Tensor, "layer component"],
         site: str,
         method: str,
-        of: Traced,
+        of: ComponentTrace,
         first_order: Tensor | None = None,
         error: Tensor | None = None,
     ) -> Effects:
         layers = tuple(one.component.layer for one in of.sites)
-        dtype = torch.float64 if of.lin.readout.dtype == torch.float64 else torch.float32
+        dtype = models.kept_dtype(of.lin.readout.dtype, values)
         first, second = (None if one is None else one.to("cpu", dtype) for one in (first_order, error))
         texts = self._runs[1].str_tokens
         return Effects(values.to("cpu", dtype), site, method, layers, texts, self._scale, first, second)

@@ -33,7 +33,7 @@ class Passage(NamedTuple):
         name: the component, "L9H9" for head 9 of layer 9.
         at: the text of the token at whose position most of it is written; None where positions are not known.
         value: the part of the score that runs through it, in the answer's unit.
-        share: that part over the score, which may be negative, or more than 1.
+        share: that part over the size of the score: it has the sign of the value, and may be more than 1.
         token: the text of the source token.
         layer: the component's layer.
         position: where `at` stands in the prompt.
@@ -176,7 +176,7 @@ class Paths:
 
         Args:
             count: how many; all of them where there are fewer.
-            token: the source token, as text or position in the prompt; None is the one with the largest score.
+            token: the source token, as text or position in the prompt; None is the one with the largest score, by size.
 
         Raises:
             TypeError: for a count that is not an integer.
@@ -197,7 +197,9 @@ class Paths:
         layer = self.layers[place[0]]
         text = None if at is None else self.str_tokens[at]
         source = self.str_tokens[self.positions[column]]
-        return Passage(self.name(layer, *place[1:]), text, value, value / score if score else 0.0, source, layer, at)
+        return Passage(
+            self.name(layer, *place[1:]), text, value, value / abs(score) if score else 0.0, source, layer, at
+        )
 
     def column(self, token: str | SupportsIndex | None = None) -> int:
         """The place of a source token on the last axis; None is that of the token with the largest score.
@@ -206,7 +208,7 @@ class Paths:
             ValueError: for a token that is not in the prompt, or not among the source tokens.
         """
         if token is None:
-            return int(self.scores.argmax())
+            return int(self.scores.abs().argmax())
         (position,) = as_positions(token, self.str_tokens)
         if position not in self.positions:
             raise ValueError(
@@ -306,7 +308,7 @@ class Paths:
             if self.where is not None:
                 at = self.where[..., column].abs().argmax(-1).flatten().tolist()
             score, values = self.scores[column].item(), self.values[..., column].flatten().double()
-            share = values / score if score else torch.zeros_like(values)
+            share = values / abs(score) if score else torch.zeros_like(values)
             columns: dict[str, Any] = {"layer": layers} | dict(zip(self.axis_names[1:-1], others, strict=True))
             columns |= {"name": names, "source": source, "token": self.str_tokens[source]}
             frames.append(pd.DataFrame(columns | {"value": values.tolist(), "share": share.tolist(), "at": at}))

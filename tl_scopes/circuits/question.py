@@ -1,4 +1,4 @@
-"""Which cotangents a scope asks with, and how its scores are made of the norms of their gradients."""
+"""Which cotangents a scope asks with, how tokens move, and how its scores are made of the gradients."""
 
 from dataclasses import dataclass
 
@@ -6,22 +6,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_scopes.circuits.cut import steepest
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.scopes.first_order import JacobianScope
 from tl_scopes.scopes.fisher import LEAST_DRAWS, FisherScope
+from tl_scopes.scopes.relevance import RelevanceScope
 from tl_scopes.scopes.scope import Scope
 from tl_scopes.scopes.written import as_written
 
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """score = √Σ_c ‖g_c‖², or for Fisher Σ_l ‖g_l‖² + mean_v ‖g_v‖², with a gradient g_c = cᵀJ for each cotangent."""
+    """score = √Σ_c ‖g_c‖², or for Fisher Σ_l ‖g_l‖² + mean_v ‖g_v‖², with a gradient g_c = cᵀJ for each cotangent; or
+    g_t · δ_t, signed, where it is known how each token moves."""
 
     cotangents: Float[Tensor, "probe d_of"]
     summed: int
     """How many of them, the first ones, are summed; the others are draws, and are averaged."""
     squared: bool
-    """Whether the score is the sum itself (Fisher), and not its root."""
+    """Whether the score is the sum of squares itself (Fisher), and not its root."""
+    moves: Float[Tensor, "token d_model"] | None = None
+    """δ_t, where the scores are slopes along it (RelevanceScope); None where each token moves in the direction of its
+    gradient, along which the slope is the gradient's norm."""
+
+    def steps(self, pulled: Float[Tensor, "token d_model"]) -> Float[Tensor, "token d_model"]:
+        """How each token moves, for these gradients."""
+        return steepest(pulled) if self.moves is None else self.moves
 
     def combined(self, of_probes: Float[Tensor, "probe ..."]) -> Float[Tensor, "..."]:
         """The sum over the cotangents of something that each of them has."""
@@ -46,18 +56,21 @@ class Question:
         return drawn.std(0) / n**0.5 * ((n - 1) / (n - 3)) ** 0.5
 
 
-def question_of(scope: Scope, lin: Linearization, asking: str) -> Question:
+def question_of(scope: Scope, lin: Linearization, asking: str, or_slopes: bool = False) -> Question:
     """What a scope asks a linearisation.
 
     Args:
         scope: the scope.
         lin: the linearisation.
         asking: the name of the function that wants to know.
+        or_slopes: whether scores may be slopes as well, those of a RelevanceScope.
 
     Raises:
         TypeError: for a scope whose scores are something else than norms.
     """
-    require_norms(scope, asking)
+    require_norms(scope, asking, or_slopes)
+    if isinstance(scope, RelevanceScope):
+        return Question(scope.cotangents(lin), 1, squared=False, moves=scope.moves(lin))
     if isinstance(scope, FisherScope):
         directions, draws = scope.all_cotangents(lin)
         return Question(torch.cat([directions, draws]), len(directions), squared=True)
@@ -66,8 +79,9 @@ def question_of(scope: Scope, lin: Linearization, asking: str) -> Question:
     return Question(cotangents, len(cotangents), squared=False)
 
 
-def require_norms(scope: Scope, asking: str) -> None:
-    """Refuse a scope whose scores are not made of the norms of gradients, of cotangents that are known before.
+def require_norms(scope: Scope, asking: str, or_slopes: bool = False) -> None:
+    """Refuse a scope whose scores are not made of the norms of gradients, of cotangents that are known before; or of
+    their slopes, where these may be asked about too.
 
     Raises:
         TypeError: with the scopes that can be asked.
@@ -77,12 +91,14 @@ def require_norms(scope: Scope, asking: str) -> None:
             raise TypeError(f"{as_written(scope)} chooses its probes as it goes: give their number, FisherScope(32).")
         return
     own = ["measure"]
-    if isinstance(scope, JacobianScope):
-        methods = ("measure", "measure_many", "combine")
-        own = [name for name in methods if getattr(type(scope), name) is not getattr(JacobianScope, name)]
-    if own or not isinstance(scope, JacobianScope):
+    for kind in (JacobianScope, *([RelevanceScope] if or_slopes else [])):
+        if isinstance(scope, kind):
+            methods = [name for name in ("measure", "measure_many", "combine") if hasattr(kind, name)]
+            own = [name for name in methods if getattr(type(scope), name) is not getattr(kind, name)]
+    if own:
         raise TypeError(
-            f"{asking} takes scopes whose scores are norms of cᵀJ, and those of {as_written(scope)} are not (it has "
-            f"its own `{own[0]}`): take SemanticScope, DirectionScope, TemperatureScope, MetricScope, FisherScope, or "
+            f"{asking} takes scopes whose scores are norms of cᵀJ{' or slopes of one number' if or_slopes else ''}, "
+            f"and those of {as_written(scope)} are not (it has its own `{own[0]}`): take SemanticScope, "
+            f"{'RelevanceScope, ' if or_slopes else ''}DirectionScope, TemperatureScope, MetricScope, FisherScope, or "
             "a JacobianScope of your own."
         )

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.circuits.traced import Traced
+from tl_scopes.circuits.traced import ComponentTrace
 from tl_scopes.jacobian import pullback
 
 
@@ -25,7 +25,7 @@ class Curvature:
 
 
 def curvature(
-    of: Traced,
+    of: ComponentTrace,
     metric: Callable[[Tensor], Tensor],
     changes: Float[Tensor, "layer token head d_head"],
     by_head: bool,
@@ -57,13 +57,15 @@ def curvature(
     values = [site.value for site in of.sites]
     logits = of.trace.logits
     assert logits is not None
+    # At a slope near 1, as `Gradients` are.
+    scale = pullback.power_of_two(float(of.lin.logits_gradient(metric).norm()))
     with pullback.differentiated_twice(), models.undisturbed(of.trace), torch.enable_grad():
-        m = metric(models.precise(logits[of.lin.row]))
+        m = metric(models.precise(logits[of.lin.row])) / scale
         gradients = torch.autograd.grad(m, values, create_graph=True, materialize_grads=True)
     axis = 2 if by_head else 1
     whole = tuple(i for i in (1, 2, 3) if i != axis)
     heads = torch.stack([site.as_heads(g.detach()) for site, g in zip(of.sites, gradients, strict=True)])
-    slope = (models.precise(heads) * changes).sum(whole)  # [layer component]
+    slope = (models.precise(heads) * changes).sum(whole) * scale  # [layer component]
     count = slope.numel()
     exact = products >= count
     weights = (
@@ -83,7 +85,7 @@ def curvature(
             bent = _products(gradients, values, given, together=of.size > 1)
         seen = torch.stack([site.as_heads(one) for site, one in zip(of.sites, bent, strict=True)], dim=1)
         of_products.append(some * (models.precise(seen) * changes).sum(tuple(i + 1 for i in whole)))
-    found = torch.cat(of_products)
+    found = torch.cat(of_products) * scale
     if exact:
         return Curvature(slope, found.sum(0), None)
     error = found.std(0) / products**0.5 if products > 1 else torch.full_like(slope, torch.inf)

@@ -32,7 +32,22 @@ class Site:
 
 
 @dataclass(frozen=True, eq=False)
-class Traced:
+class Gradients:
+    """The gradients of cᵀy, divided by the power of two that brings the norm of c to between 1 and 2.
+
+    Half precision neither underflows nor overflows there; what is made of them is multiplied by `scale`.
+    """
+
+    pulled: Float[Tensor, "token d_model"]
+    """g = cᵀJ."""
+    of_sites: list[Tensor]
+    """G_k = ∂(cᵀy)/∂k for every component k, in the shape of its value."""
+    scale: float
+    """The power of two."""
+
+
+@dataclass(frozen=True, eq=False)
+class ComponentTrace:
     """The forward pass of a linearisation, made again, with the components that lie between both ends of its J."""
 
     lin: Linearization
@@ -53,8 +68,8 @@ class Traced:
         """The components of these kinds, in the order of the layers."""
         return [site for site in self.sites if site.component.part in parts]
 
-    def gradients(self, cotangent: Float[Tensor, " d_of"]) -> tuple[Float[Tensor, "token d_model"], list[Tensor]]:
-        """g = cᵀJ, and G_k = ∂(cᵀy)/∂k for every component k, in the shape of its value.
+    def gradients(self, cotangent: Float[Tensor, " d_of"]) -> Gradients:
+        """The gradients of cᵀy at the tokens and at every component.
 
         Cost: one backward pass.
 
@@ -63,9 +78,10 @@ class Traced:
         """
         values = [site.value for site in self.sites]
         live = [value for value in values if value.requires_grad]
+        seed, scale = self._seed(cotangent)
         with models.undisturbed(self.trace):
             found = torch.autograd.grad(
-                self.trace.output, [self.leaf, *live], self._seed(cotangent), retain_graph=True, allow_unused=True
+                self.trace.output, [self.leaf, *live], seed, retain_graph=True, allow_unused=True
             )
         if found[0] is None:
             raise models.independence([self.lin.wrt], self.lin.of)
@@ -78,13 +94,15 @@ class Traced:
             raise models.absent(self.lin.model, lost[0].part, same)
         known = (of_live.get(id(value)) for value in values)
         gradients = (torch.zeros_like(v) if g is None else g for v, g in zip(values, known, strict=True))
-        return found[0][0], list(gradients)
+        return Gradients(found[0][0], list(gradients), scale)
 
-    def _seed(self, cotangent: Tensor) -> Tensor:
-        return cotangent.to(self.trace.output).reshape(self.trace.output.shape)
+    def _seed(self, cotangent: Float[Tensor, " d_of"]) -> tuple[Tensor, float]:
+        """The cotangent at a norm near 1 in the shape of the output, and the power of two that it was divided by."""
+        unit, (scale,) = pullback.near_one(cotangent[None])
+        return unit.to(self.trace.output).reshape(self.trace.output.shape), scale
 
 
-def traced(lin: Linearization, *parts: Part) -> Traced:
+def traced(lin: Linearization, *parts: Part) -> ComponentTrace:
     """Trace a linearisation again with the components of these kinds kept.
 
     Cost: one forward pass.
@@ -124,7 +142,7 @@ def linearize_with(
     of: str = models.READOUT,
     prepend_bos: bool | None = None,
     rules: Rules = None,
-) -> Traced:
+) -> ComponentTrace:
     """`linearize` with the components of these kinds kept, from the same forward pass.
 
     Cost: one forward pass.
@@ -139,7 +157,7 @@ def linearize_with(
     return _traced(lin, lin.trace, wanted, parts)
 
 
-def _traced(lin: Linearization, trace: Trace, wanted: dict[str, Component], parts: Sequence[Part]) -> Traced:
+def _traced(lin: Linearization, trace: Trace, wanted: dict[str, Component], parts: Sequence[Part]) -> ComponentTrace:
     _require_neurons(lin, wanted, trace)
     found = sorted(
         (Site(wanted[hook], value) for hook, value in trace.kept.items()),
@@ -150,7 +168,7 @@ def _traced(lin: Linearization, trace: Trace, wanted: dict[str, Component], part
             f"no component of the kind asked for ({parts[0]}) lies between {lin.wrt!r} and {lin.of!r}, "
             "where this linearisation begins and ends: linearise from an earlier hook, or to a later one."
         )
-    return Traced(lin, trace, tuple(found))
+    return ComponentTrace(lin, trace, tuple(found))
 
 
 def _wanted(model: Model, parts: Sequence[Part]) -> dict[str, Component]:
@@ -183,26 +201,25 @@ def _require_neurons(lin: Linearization, wanted: dict[str, Component], trace: Tr
         raise models.absent(lin.model, "post", wrong)
 
 
-def linearised(
-    of: Traced, cotangent: Float[Tensor, " d_of"]
-) -> tuple[Float[Tensor, "token d_model"], list[Tensor], "Tangents"]:
-    """`Traced.gradients`, and the functions from a step of the tokens to the components, from the same backward pass:
+def linearised(of: ComponentTrace, cotangent: Float[Tensor, " d_of"]) -> tuple[Gradients, "Tangents"]:
+    """`ComponentTrace.gradients`, and from the same backward pass functions from a step of the tokens to components:
 
         S(u) = cᵀy + Σ_k u_kᵀ k,   ∂S/∂k = G_k,   ∂S/∂x = g,   ∂²S/∂x∂u_k = ∂k/∂x   at u = 0.
 
     Cost: one backward pass that can be differentiated.
 
-    Raises: as `Traced.gradients` does.
+    Raises: as `ComponentTrace.gradients` does.
         NoSecondDerivativeError: under an attention kernel that has no double backward.
     """
     values = [site.value for site in of.sites]
     live = [value for value in values if value.requires_grad]
+    seed, scale = of._seed(cotangent)
     with pullback.differentiated_twice(), models.undisturbed(of.trace):
         dummies = [torch.zeros_like(value, requires_grad=True) for value in live]
         pulled, *found = torch.autograd.grad(
             [of.trace.output, *live],
             [of.leaf, *live],
-            [of._seed(cotangent), *dummies],
+            [seed, *dummies],
             create_graph=True,
             materialize_grads=True,
         )
@@ -210,14 +227,14 @@ def linearised(
     if not all(of_live[id(s.value)].any() for s in of.sites if s.value.requires_grad and s.component.part not in "qkv"):
         of.gradients(cotangent)  # says so where a component does not lead to y at all
     gradients = [of_live.get(id(value), torch.zeros_like(value)) for value in values]
-    return pulled.detach()[0], gradients, Tangents(of, pulled, dummies)
+    return Gradients(pulled.detach()[0], gradients, scale), Tangents(of, pulled, dummies)
 
 
 @dataclass(frozen=True, eq=False)
 class Tangents:
     """∂k/∂x for every component k, as something to multiply with."""
 
-    of: Traced
+    of: ComponentTrace
     pulled: Tensor
     dummies: Sequence[Tensor]
 

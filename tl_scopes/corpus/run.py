@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, SupportsIndex, get_args
 
 from tl_scopes import models
+from tl_scopes.circuits.carried import require_parts
 from tl_scopes.circuits.cut import By
 from tl_scopes.corpus import on_ray
 from tl_scopes.corpus.job import Predictions, names_target
@@ -175,10 +176,11 @@ def _about_errors(corpus: Corpus, failed: int) -> str:
 
 
 def _require_one_kind(options: Options) -> None:
-    """Refuse what cannot be kept of a prompt.
+    """Refuse what cannot be kept of a prompt, before a model is loaded.
 
     Raises:
         ValueError: with what to do instead.
+        TypeError: for a scope whose scores `carried_by` cannot split.
     """
     if options.predictions not in ("last", "every"):
         raise ValueError(f'predictions is "last" or "every", got {options.predictions!r}.')
@@ -194,6 +196,8 @@ def _require_one_kind(options: Options) -> None:
             f'carried_by={options.carried_by!r} splits the score of one prediction: leave predictions="every" out, and '
             "give another folder for it."
         )
+    if options.carried_by is not None:
+        require_parts(options.scope)
     if options.predictions == "every" and options.score_answer:
         raise ValueError('predictions="every" scores earlier tokens of an answer in any case: leave score_answer out.')
 

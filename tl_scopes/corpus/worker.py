@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from tl_scopes import models
 from tl_scopes.api import require_one_token
-from tl_scopes.circuits.carried import require_parts
 from tl_scopes.circuits.cut import By
 from tl_scopes.corpus.job import Asked, CarriedBy, EveryPrediction, Job, Predictions, Settings
 from tl_scopes.corpus.source import ASKED, Row
@@ -94,8 +93,6 @@ class Worker:
         models.check_model(self.model)
         if options.predictions == "every":
             require_one_token(self.model, options.scope)
-        if options.carried_by is not None:
-            require_parts(options.scope)
 
     def about(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The settings, and the provenance of the answers."""

@@ -49,7 +49,7 @@ class Reach(NamedTuple):
     """The passes that it took."""
 
 
-class Effects(NamedTuple):
+class ReplacementEffects(NamedTuple):
     """What becomes of the prediction when the average embedding takes the place of one token at a time."""
 
     positions: list[int]
@@ -130,7 +130,7 @@ class Evidence:
         return float(left_open(self.lin.single[0].log_probs.exp()))
 
     @cached_property
-    def effects(self) -> Effects:
+    def effects(self) -> ReplacementEffects:
         """The effects of replacing the top tokens and as many others; all tokens, if thorough.
 
         Cost: one forward pass per token.
@@ -155,7 +155,7 @@ class Evidence:
             after = point.replaced(chosen[i : i + point.batch], self.average)
             divergences.append(divergence(before[:vocab], after[:, :vocab]))
             changes.append((after - before)[:, vocab:].norm(dim=-1))
-        return Effects(
+        return ReplacementEffects(
             chosen,
             len(top),
             torch.cat(divergences).cpu() if vocab else None,
@@ -175,7 +175,7 @@ class Evidence:
         pulled = models.precise(self.q.pull(signs.to(self.q.value))[:, chosen])
         return pulled.square().sum(-1).mean(0).sqrt().cpu()
 
-    def understated(self, effects: Effects) -> Float[Tensor, " some"]:
+    def understated(self, effects: ReplacementEffects) -> Float[Tensor, " some"]:
         """|Δq| / (slope · distance) for each replacement, as in `LinearityReport.understated`."""
         assert effects.change is not None
         away = (self.average - self.lin.embeddings[effects.positions]).norm(dim=-1).cpu()

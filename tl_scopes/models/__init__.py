@@ -25,7 +25,7 @@ from tl_scopes.models.linear_rules import LinearRules, Rules
 from tl_scopes.models.loading import hooked_from_llama, load, load_hooked_llama
 from tl_scopes.models.memory import Work, at_once
 from tl_scopes.models.patching import PatchingSite, activation_patching
-from tl_scopes.models.precision import precise, precise_dtype, sum_dtype
+from tl_scopes.models.precision import kept_dtype, precise, precise_dtype, sum_dtype
 from tl_scopes.models.prompts import (
     Answer,
     Prompt,
@@ -117,6 +117,7 @@ __all__ = [
     "independence",
     "is_centered",
     "is_readout",
+    "kept_dtype",
     "learned",
     "load",
     "load_hooked_llama",

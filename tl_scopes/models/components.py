@@ -60,7 +60,8 @@ class Component:
         """
         if self.heads_first:
             return value.transpose(-2, -3)
-        if raw == 4 and self.part != "z":
+        # Keys and values may have fewer heads. Queries have all, some with the gates of their heads beside them.
+        if raw == 4 and (self.part in ("k", "v") or (self.part == "q" and value.shape[-2] % self.heads)):
             return value
         return value.reshape(*value.shape[: value.ndim - raw + 2], self.heads, -1)
 

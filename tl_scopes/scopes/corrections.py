@@ -1,6 +1,8 @@
 """Scopes around another scope, which correct it for where a token stands, or take another Jacobian."""
 
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal, SupportsIndex
 
@@ -96,6 +98,19 @@ class Around(Scope):
 
     def rules_of(self, lin: Linearization) -> models.LinearRules | None:
         return self.scope.rules_of(lin)
+
+
+@dataclass(frozen=True)
+class Elsewhere(Around):
+    """The question of a scope, asked of another linearisation of the same prediction."""
+
+    @abstractmethod
+    def other(self, lin: Linearization) -> AbstractContextManager[Linearization]:
+        """Inside, the linearisation that the question is asked of."""
+
+    def measure(self, lin: Linearization) -> Measurement:
+        with self.other(lin) as other:
+            return self.scope.measure(other)
 
 
 @dataclass(frozen=True)
@@ -213,7 +228,7 @@ class PositionCorrectedScope(Around):
 
 
 @dataclass(frozen=True)
-class FrozenAttentionScope(Around):
+class FrozenAttentionScope(Elsewhere):
     """The scope's score with attention patterns frozen: what the tokens move through the values attended to, not by
     drawing attention to themselves or away.
 
@@ -221,7 +236,8 @@ class FrozenAttentionScope(Around):
 
     Args:
         scope: the scope whose question is asked.
-        keys: positions whose attention weights are held constant, such as those of sinks; None holds all patterns.
+        keys: positions whose attention weights are held constant, such as those of sinks, negative ones from the end of
+            the tokens that get scores; None holds all patterns.
 
     Unit: that of the scope.
     Cost: that of the scope, and a forward pass.
@@ -268,13 +284,18 @@ class FrozenAttentionScope(Around):
         # That of a line counts on a sum which does not hold here.
         return self.scope.caveat(answers) if self._line is None else None
 
-    def measure(self, lin: Linearization) -> Measurement:
-        with models.held_attention(lin.model, self.keys):
-            return self.scope.measure(lin.at(lin.embeddings))
+    @contextmanager
+    def other(self, lin: Linearization) -> Iterator[Linearization]:
+        """The same linearisation with these patterns held, for as long as they are."""
+        keys, what = self.keys, "attention cannot be held: position"
+        if keys is not None:  # those of the prompt: the model runs it with an answer behind it, filled up on the right
+            keys = tuple(models.as_position(key, lin.scored, what) for key in keys)
+        with models.held_attention(lin.model, keys):
+            yield lin.at(lin.embeddings)
 
 
 @dataclass(frozen=True)
-class UnderRulesScope(Around):
+class UnderRulesScope(Elsewhere):
     """The scope's question, asked of the network as these rules differentiate it: as under `linearize(..., rules=)`.
 
     It is for lists of scopes that are compared, `evaluate` or `known_causes`; elsewhere give the rules to `linearize`
@@ -317,9 +338,11 @@ class UnderRulesScope(Around):
             )
         return self.scope.rules_of(lin) if read is None else read
 
-    def measure(self, lin: Linearization) -> Measurement:
+    @contextmanager
+    def other(self, lin: Linearization) -> Iterator[Linearization]:
+        """The same linearisation under the rules."""
         self.rules_of(lin)  # refuses others
-        return self.scope.measure(lin.under(self.rules))
+        yield lin.under(self.rules)
 
 
 def _shuffled(tokens: Int[Tensor, "token"], first: int, generator: torch.Generator) -> Int[Tensor, "token"]:

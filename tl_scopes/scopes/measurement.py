@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.tensor_arguments import require_real
 from tl_scopes.results.attribution import Attribution
@@ -89,7 +90,7 @@ def kept(found: Measurement, lin: Linearization) -> Measurement:
     details = {
         name: value[..., : lin.scored] if isinstance(value, Tensor) else value for name, value in found.details.items()
     }
-    dtype = _kept_dtype(lin, scores)
+    dtype = models.kept_dtype(lin.readout.dtype, scores)
     return Measurement(_kept(scores, dtype), {name: _kept(value, dtype) for name, value in details.items()})
 
 
@@ -98,15 +99,6 @@ def _kept(value: Any, dtype: torch.dtype) -> Any:
     if not isinstance(value, Tensor):
         return value
     return value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
-
-
-def _kept_dtype(lin: Linearization, scores: Tensor) -> torch.dtype:
-    """float32; float64 for a float64 model, and for scores that float32 cannot hold with all digits."""
-    held = torch.finfo(torch.float32)
-    largest = float(scores.detach().abs().max()) if len(scores) else 0.0
-    if lin.readout.dtype == torch.float64 or 0 < largest < held.tiny / held.eps or held.max < largest < math.inf:
-        return torch.float64
-    return torch.float32
 
 
 def _can_be_kept(value: object) -> bool:

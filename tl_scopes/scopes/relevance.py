@@ -69,12 +69,20 @@ class RelevanceScope(TargetScope):
     def measure(self, lin: Linearization) -> Measurement:
         return self.measure_many([lin])[0]
 
+    def cotangents(self, lin: Linearization) -> Float[Tensor, "1 d_of"]:
+        """c = ∂z/∂y, of which g = cᵀJ."""
+        return lin.cotangent(self.function(lin))[None]
+
+    def moves(self, lin: Linearization) -> Float[Tensor, "token d_model"]:
+        """x_t, or what is counted of it: the move of each token whose first-order effect its score is."""
+        x = models.precise(lin.embeddings)
+        return x - self._baseline(x, lin.scored)
+
     def measure_many(self, lins: Sequence[Linearization]) -> list[Measurement]:
-        gradients = vjps(lins, [lin.cotangent(self.function(lin))[None] for lin in lins])
+        gradients = vjps(lins, [self.cotangents(lin) for lin in lins])
         found = []
         for lin, gradient in zip(lins, gradients, strict=True):
-            x = models.precise(lin.embeddings)
-            scores = (models.precise(gradient[0]) * (x - self._baseline(x, lin.scored))).sum(-1)
+            scores = (models.precise(gradient[0]) * self.moves(lin)).sum(-1)
             scores[lin.scored :] = 0  # an answer that is given, and gets no scores
             left = float(self.value(lin) or 0.0) - float(scores.sum())
             found.append(Measurement(scores, {"biases" if self._adds_up(lin) else "gap": left}))
