@@ -16,7 +16,7 @@ from tests import zoo
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, VOCAB, Specimen
 from tl_scopes import models
-from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
+from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error, row_distances
 from tl_scopes.jacobian import curvature
 from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.tiny.tasks import examples
@@ -104,7 +104,7 @@ def test_nearest_rows() -> None:
     table = randn(9, 4)
     table[5] = table[2]
     own = torch.tensor([2, 7])
-    distances, rows = nearest_rows(table[own], table, own, 3)
+    distances, rows = nearest_rows(row_distances(table[own], table), own, 3)
     for i, token in enumerate(own.tolist()):
         others = sorted(
             (float((table[token] - table[r]).norm()), r) for r in range(9) if r not in (2, 5, token)[-3 + i :]

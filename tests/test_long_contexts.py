@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,18 @@ def test_the_estimate_is_what_a_pass_takes(
         height(specimen.model, tokens, checkpoint)
     monkeypatch.setattr(memory, "available_bytes", lambda device: int(1.25 * true))
     height(specimen.model, tokens, checkpoint)
+
+
+@pytest.mark.parametrize(("available", "told"), [(2**62, 0), (None, 0), (2**10, 1)])
+def test_the_allocator_is_left_alone(available: int | None, told: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless memory could be close: then it is told to hand back what is freed, which `linearize` says."""
+    calls: list[int] = []
+    monkeypatch.setattr(memory, "available_bytes", lambda device: available)
+    monkeypatch.setattr(memory, "_hand_back_what_is_freed", lambda: calls.append(1))
+    with suppress(MemoryError):
+        tls.linearize(zoo.specimen("bridge llama").model, PROMPT)
+    assert len(calls) == told
+    assert "for the whole process" in " ".join(str(tls.linearize.__doc__).split())
 
 
 def test_no_block_runs_before_the_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

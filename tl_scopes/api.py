@@ -54,7 +54,8 @@ def linearize(
         of: the hook where the value is read. The paper's is the final norm, "ln_final": whatever the unembedding reads,
             also in models without a final norm. At a hook that is divided into heads y is theirs, one after another, so
             that a direction of one head is zero for the others.
-        prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
+        prepend_bos: whether text gets a BOS token in front; None is TransformerLens' own default for the model, which
+            is True for most, also where the tokenizer alone adds none (SmolLM2). Ids are taken as they are.
         checkpoint: for long prompts, keep only the residual stream between blocks, and run each block again in every
             backward pass: the same numbers from far less memory.
         rules: what differentiates the model in place of some of its own derivatives; the values stay, bit for bit.
@@ -65,7 +66,10 @@ def linearize(
             what is found by looking it up, and nothing adds up. Single rules may be chosen too: ("norms", "patterns").
             None, the default, is the Jacobian itself, as in the paper.
 
-    Cost: one forward pass; the unembedding runs at one position, or where the answer's tokens are predicted.
+    Cost: one forward pass; the unembedding runs at one position, or where the answer's tokens are predicted. Where the
+        graph could come close to the memory there is, it is measured first in passes over an eighth of the prompt. Then
+        one setting outlasts the call, for the whole process: on Linux the C library (glibc) is told to hand memory back
+        to the system when a tensor of 1 MiB or more is freed, which it has no way to take back. See "How it works".
 
     Raises:
         TypeError: for something that is not a TransformerLens model, a compiled model, an encoder; for something that

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.diagnostics.linearity import average_at, linearity, others_at
-from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error
+from tl_scopes.diagnostics.linearity import average_at, linearity, nearest_others
+from tl_scopes.diagnostics.radius import curvature_radius, radius, relative_error
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.jacobian.randomness import prompt_generator
@@ -110,11 +110,6 @@ class Evidence:
         return None if metric is None else LocalMetric(self.lin, metric)
 
     @cached_property
-    def others(self) -> tuple[Tensor, Tensor]:
-        """What `others_at` gives: the values that other tokens have, and the rows of the prompt's own."""
-        return others_at(self.lin)
-
-    @cached_property
     def average(self) -> Float[Tensor, " d_model"]:
         """What takes a token's place: see `average_at`."""
         return average_at(self.lin)
@@ -194,12 +189,11 @@ class Evidence:
         """
         assert self.q is not None
         top = self.top(_TOP)
-        table, own = self.others
-        distances, rows = nearest_rows(self.lin.embeddings[top], table, own[top], 1)
+        distances, _, nearest = nearest_others(self.lin, top, 1)
         distance = distances[:, 0].cpu()
         if self.thorough:
             return self._measured_reach(top, distance)
-        return self._predicted_reach(top, distance) or self._stepped_reach(top, distance, table[rows[:, 0]])
+        return self._predicted_reach(top, distance) or self._stepped_reach(top, distance, nearest[:, 0])
 
     def _measured_reach(self, top: list[int], distance: Tensor) -> Reach:
         report = linearity(self.lin, self.scope, positions=top)

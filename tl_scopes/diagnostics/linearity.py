@@ -9,7 +9,14 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.diagnostics.linearity_report import KINDS, LinearityReport
-from tl_scopes.diagnostics.radius import curvature_radius, first_passed, nearest_rows, radius, relative_error
+from tl_scopes.diagnostics.radius import (
+    curvature_radius,
+    first_passed,
+    nearest_rows,
+    radius,
+    relative_error,
+    row_distances,
+)
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.jacobian.randomness import require_generator
@@ -112,9 +119,9 @@ def linearity(
         raise ValueError(f"the metric of {as_written(scope)} is not finite at this prompt: {q.value.tolist()[:5]}.")
     draw = generator or torch.Generator(lin.readout.device).manual_seed(0)
 
-    x, (others, own) = lin.embeddings, others_at(lin)
-    distances, nearest = nearest_rows(x, others, own, directions)
-    rays, kind = _rays(q, chosen, others[nearest], directions, draw)
+    x = lin.embeddings
+    distances, nearest, others = nearest_others(lin, range(len(x)), directions)
+    rays, kind = _rays(q, chosen, others, directions, draw)
     groups, of_kinds = (len(chosen) + 1, len(kind)), [kind == k for k in range(len(KINDS))]
     slopes, curvatures = q.slopes(rays), q.curvatures(rays)
     residuals = q.residuals(rays, slopes, steps[None]).reshape(*groups, -1)
@@ -161,22 +168,28 @@ def linearity(
     )
 
 
-def others_at(lin: Linearization) -> tuple[Tensor, Tensor]:
-    """The values [row d_model] that tokens have at the `wrt` hook, and the rows of the prompt's own tokens.
+def nearest_others(
+    lin: Linearization, positions: Sequence[int], count: int
+) -> tuple[Float[Tensor, "some near"], Int[Tensor, "some near"], Float[Tensor, "some near d_model"]]:
+    """The nearest values that other tokens have at the `wrt` hook: how far away they are, whose, and the values.
 
-    At the embedding they are those of the vocabulary, elsewhere those of the prompt.
+    At the embedding they are those of the vocabulary, which is gone through a batch at a time, and named by their ids;
+    elsewhere those of the prompt, by their positions.
 
     Raises:
         ValueError: where there is no other token, and for an embedding that holds positions.
     """
+    chosen = list(positions)
+    x = lin.embeddings[chosen]
     if lin.wrt == models.EMBEDDING:
-        return models.embedding_matrix(lin.model), lin.tokens
-    if len(lin.tokens) < 2:
-        raise ValueError(
-            f"the prompt has one token, so that there is no other one at {lin.wrt!r} to compare with: give at least "
-            'two, or take wrt="hook_embed", where the vocabulary is.'
-        )
-    return lin.embeddings, torch.arange(len(lin.tokens), device=lin.tokens.device)
+        found: list[Tensor] = []
+        models.each_embedding(lin.model, lambda rows: found.append(row_distances(x, rows)))
+        distances, nearest = nearest_rows(torch.cat(found, dim=1), lin.tokens[chosen], count)
+        return distances, nearest, models.embedding_rows(lin.model, nearest)
+    _require_others(lin)
+    own = torch.tensor(chosen, device=x.device)
+    distances, nearest = nearest_rows(row_distances(x, lin.embeddings), own, count)
+    return distances, nearest, lin.embeddings[nearest]
 
 
 def average_at(lin: Linearization) -> Float[Tensor, " d_model"]:
@@ -187,7 +200,23 @@ def average_at(lin: Linearization) -> Float[Tensor, " d_model"]:
     Raises:
         ValueError: where there is no other token.
     """
-    return substitute(lin, "mean")[0] if lin.wrt == models.EMBEDDING else others_at(lin)[0].mean(0)
+    if lin.wrt == models.EMBEDDING:
+        return substitute(lin, "mean")[0]
+    _require_others(lin)
+    return lin.embeddings.mean(0)
+
+
+def _require_others(lin: Linearization) -> None:
+    """Refuse a prompt without another token.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if len(lin.tokens) < 2:
+        raise ValueError(
+            f"the prompt has one token, so that there is no other one at {lin.wrt!r} to compare with: give at least "
+            'two, or take wrt="hook_embed", where the vocabulary is.'
+        )
 
 
 def _rays(

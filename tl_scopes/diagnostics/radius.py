@@ -68,16 +68,17 @@ def curvature_radius(
     return (2 * tolerance * slope / bend).where((slope > 0) | (bend != 0), torch.inf)
 
 
-def nearest_rows(
-    x: Float[Tensor, "token d_model"], table: Float[Tensor, "row d_model"], own: Int[Tensor, "token"], count: int
-) -> tuple[Float[Tensor, "token near"], Int[Tensor, "token near"]]:
-    """Distances and indices of each token's nearest rows of the table, without its own row and rows equal to it."""
+def row_distances(x: Float[Tensor, "token d_model"], rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "token row"]:
+    """The distance of each token from each row."""
     dtype = models.sum_dtype(x)
-    exact = "donot_use_mm_for_euclid_dist"
-    distances = torch.cat(
-        [torch.cdist(x.to(dtype), some.to(dtype), compute_mode=exact) for some in table.split(2**14)], dim=1
-    )
-    distances[torch.arange(len(x), device=own.device), own] = torch.inf
+    return torch.cdist(x.to(dtype), rows.to(dtype), compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def nearest_rows(
+    distances: Float[Tensor, "token row"], own: Int[Tensor, "token"], count: int
+) -> tuple[Float[Tensor, "token near"], Int[Tensor, "token near"]]:
+    """Distances and indices of each token's nearest rows, without its own row and rows equal to it."""
+    distances = distances.index_put((torch.arange(len(own), device=own.device), own), distances.new_tensor(torch.inf))
     distances[distances == 0] = torch.inf
-    near = distances.topk(min(count, len(table) - 1), largest=False)
+    near = distances.topk(min(count, distances.shape[1] - 1), largest=False)
     return near.values, near.indices

@@ -8,7 +8,14 @@ from tl_scopes.models.arguments import as_count, as_int, as_number, as_position
 from tl_scopes.models.attention import AttentionLayer, attention_layers
 from tl_scopes.models.causality import check_model
 from tl_scopes.models.components import Component, Part, absent, components
-from tl_scopes.models.embedding import embed, embedding_matrix, holds_positions, mean_embedding
+from tl_scopes.models.embedding import (
+    each_embedding,
+    embed,
+    embedding_matrix,
+    embedding_rows,
+    holds_positions,
+    mean_embedding,
+)
 from tl_scopes.models.forward import Trace, goes_back_together, independence, trace, undisturbed
 from tl_scopes.models.generation import Generated, generate
 from tl_scopes.models.hooks import EMBEDDING, READOUT, has_backward_hooks, is_readout, user_hooks
@@ -100,9 +107,11 @@ __all__ = [
     "components",
     "context_length",
     "counted",
+    "each_embedding",
     "each_prompt",
     "embed",
     "embedding_matrix",
+    "embedding_rows",
     "evaluate",
     "exchanged_weights",
     "fingerprint",

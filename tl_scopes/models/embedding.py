@@ -3,7 +3,7 @@
 This is a file of its own since paths, replacements and checks all begin at the embedding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -50,19 +50,40 @@ def embedding_matrix(model: Model) -> Float[Tensor, "vocab d_model"]:
     Raises:
         ValueError: for a model whose embedding holds positions at that hook (BERT), so that a token has many.
     """
+    matrix: Tensor | None = None
+    done = 0
+
+    def take(values: Tensor) -> None:
+        nonlocal matrix, done
+        if matrix is None:
+            matrix = values.new_empty(vocabulary_size(model), values.shape[-1])
+        matrix[done : (done := done + len(values))] = values
+
+    each_embedding(model, take)
+    assert matrix is not None
+    return matrix
+
+
+def embedding_rows(model: Model, ids: Int[Tensor, "*some"]) -> Float[Tensor, "*some d_model"]:
+    """Some rows of the `embedding_matrix`, without the others."""
+    with silenced(model):
+        return embed(model, ids.reshape(-1, 1)).reshape(*ids.shape, -1)
+
+
+def each_embedding(model: Model, take: Callable[[Tensor], object]) -> None:
+    """Hand over the rows [row d_model] of the `embedding_matrix` in their order, a batch at a time.
+
+    Cost: the embedding of every token of the vocabulary; the memory of one batch.
+
+    Raises: as `embedding_matrix` does.
+    """
     if holds_positions(model):
         raise ValueError(
             f"the embedding of {architecture(model)} holds positions at {EMBEDDING!r}, so that a token has another "
             "value there at every place, and the vocabulary has no matrix of them. Linearise at a hook inside the "
             'network, wrt="blocks.0.hook_resid_pre" say, where the other tokens are those of the prompt.'
         )
-    matrix, done = None, 0
-    for values in _vocabulary(model, 1):
-        if matrix is None:
-            matrix = values.new_empty(vocabulary_size(model), values.shape[-1])
-        matrix[done : (done := done + len(values))] = values
-    assert matrix is not None
-    return matrix
+    _go_through(model, 1, take)
 
 
 def mean_embedding(model: Model, length: int) -> Float[Tensor, " d_model"]:
@@ -77,19 +98,20 @@ def mean_embedding(model: Model, length: int) -> Float[Tensor, " d_model"]:
 
     Cost: the embedding of every token of the vocabulary; the memory of one batch.
     """
-    sums = [values.sum(0, dtype=sum_dtype(values)) for values in _vocabulary(model, length)]
+    sums: list[Tensor] = []
+    _go_through(model, length, lambda values: sums.append(values.sum(0, dtype=sum_dtype(values))))
     return torch.stack(sums).sum(0) / vocabulary_size(model)
 
 
-def _vocabulary(model: Model, length: int) -> Iterator[Float[Tensor, "_ d_model"]]:
-    """Yield the values at "hook_embed" of all entries of the vocabulary, in order, from prompts of this length."""
+def _go_through(model: Model, length: int, take: Callable[[Tensor], object]) -> None:
+    """Hand over the values at "hook_embed" of all entries of the vocabulary, in order, from prompts of this length."""
     left = vocabulary_size(model)
     prompts = torch.arange(-(-left // length) * length, device=device_of(model)) % left
     with silenced(model):
         for some in prompts.view(-1, length).split(at_once(model, length, Work.EMBEDDING)):
             values = embed(model, some).flatten(0, 1)[:left]
             left -= len(values)
-            yield values
+            take(values)
 
 
 def holds_positions(model: Model) -> bool:

@@ -93,7 +93,8 @@ def require_memory(model: Model, tokens: Tensor, checkpoint: bool, run: Run) -> 
     The need is measured in passes over parts of the first prompt and extrapolated, so that it holds for every
     architecture, precision and attention kernel. The user's hooks do not act in them.
 
-    Cost: some look-ups. Where it could be close, passes over an eighth of one prompt in all.
+    Cost: some look-ups. Where it could be close, passes over an eighth of one prompt in all; and the allocator is told
+        to hand back what is freed, in the whole process and for good.
 
     Raises:
         MemoryError: with the estimate and what would fit.
@@ -173,7 +174,11 @@ def _hand_back_what_is_freed() -> None:
     """Have glibc give memory back to the system when a tensor of a MiB or more is freed, from now on.
 
     By its own rules it comes to keep blocks of up to 32 MiB in a heap, where holes of one size do not take the next
-    tensor of that size: a pass was seen to take twice to four times what its tensors need.
+    tensor of that size: a pass was seen to take twice to four times what its tensors need, so that an estimate from
+    its tensors would let passes begin that do not fit.
+
+    This is for the whole process, and cannot be undone: glibc tells nobody what held before, and once it was told a
+    threshold it no longer adjusts it by itself. `linearize` and "How it works" say so.
     """
     if platform.libc_ver()[0] == "glibc":
         M_MMAP_THRESHOLD = -3
