@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tl_scopes.views.palette import color, dark, text_color, text_on
+
+Text = TypeVar("Text", bound=str)
 
 INK, MUTED, BAR = "#1f2328", "#59636e", "#8c959f"
 SMALL = f"font-size:12px;color:{MUTED};margin-top:4px"
@@ -131,11 +133,11 @@ def lit(*parts: str, **attributes: str) -> Html:
     return tag("div", style, *parts, **{"class": "tl-light"} | attributes)
 
 
-def saved(html: Html, path: str | Path | None) -> Html:
-    """The same page, written to a file if there is a path."""
+def saved(text: Text, path: str | Path | None) -> Text:
+    """The same page, or other text, written to a file if there is a path."""
     if path is not None:
-        Path(path).write_text(html, encoding="utf-8")
-    return html
+        Path(path).write_text(text, encoding="utf-8")
+    return text
 
 
 def page(title: str, *cards: str, footer: object = None) -> Html:
