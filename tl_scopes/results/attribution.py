@@ -144,7 +144,9 @@ class Attribution:
             )
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3)) or "no token that is counted"
+        rows = self.top(3)
+        shown = ", ".join(f"{row.token!r}{self.place(row.position)} {row.share:.0%}" for row in rows)
+        shown = shown or "no token that is counted"
         return f"Attribution({self.question}: {shown}; {counted(len(self.scores), 'token')}, {self.unit})"
 
     @property
@@ -199,6 +201,11 @@ class Attribution:
     def labels(self) -> tuple[str, ...]:
         """The tokens as tables and axes name them: `shown_tokens`, with the later bytes of a character written out."""
         return units.labels(self.str_tokens)
+
+    def place(self, position: int) -> str:
+        """ " at 3", for a token whose text stands more than once among the answer's; else nothing."""
+        text = self.str_tokens[self.positions.index(position)]
+        return f" at {position}" if self.str_tokens.count(text) > 1 else ""
 
     @property
     def is_counted(self) -> tuple[bool, ...]:

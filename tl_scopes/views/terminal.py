@@ -121,7 +121,7 @@ def report_rows(rows: "AnswerMap", score: str, top: int) -> None:
         for one in answer.top(top):
             hue = strength[one.position]
             moved.append(visible(named[one.position]), f"{text_color(hue)} on {color(hue)}")
-            moved.append(f" {one.share:.0%}  ")
+            moved.append(f"{answer.place(one.position)} {one.share:.0%}  ")
         value = "" if answer.value is None else f"{answer.value:.2f}"
         listed.add_row(Text(visible(text), "bold"), value, moved)
 
