@@ -457,6 +457,15 @@ def test_rows_as_json(tiny: Any, no_type_checks: None) -> None:
         tls.AnswerMap.of_tokens([], [])
 
 
+def test_one_character_has_one_name_on_both_axes(tiny: Any) -> None:
+    """Rows and columns of tokens that are bytes of one character are named alike."""
+    rows = tls.answer_map(tiny, "The keys", " \U0001f4a1 are", tls.SemanticScope())
+    axes = rows.plot().axes[0]
+    down, across = ([tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
+    assert any("<0x" in text for text in rows.answer_texts)
+    assert down[:-1] == across[rows.prompt_length :]
+
+
 def test_json_in_files(tiny: Any, tmp_path: Path, no_type_checks: None) -> None:
     """Whatever is written as JSON is written to a path, as pages are, and read from one."""
     scope, path = tls.SemanticScope(" are", versus=" is"), tmp_path / "x.json"

@@ -140,6 +140,12 @@ class AnswerMap:
         """The text of each column: the prompt's tokens, and the answer's but for the last."""
         return self.answers[-1].str_tokens
 
+    @property
+    def answer_labels(self) -> tuple[str, ...]:
+        """The text of each row as tables and axes name it: as `Attribution.labels` names the tokens of columns."""
+        before = self.str_tokens[: self.prompt_length]
+        return units.labels((*before, *self.answer_texts))[self.prompt_length :]
+
     @cached_property
     def map(self) -> AttributionMap:
         """The rows as a map of predictions, by the position after which each is read; columns that `by` has put

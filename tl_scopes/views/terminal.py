@@ -114,7 +114,7 @@ def report_rows(rows: "AnswerMap", score: str, top: int) -> None:
     listed.add_column("value", no_wrap=True, justify="right")
     listed.add_column("moved by")
     listed.add_row("token", "value", "moved by", style="dim")
-    for text, answer in zip(rows.answer_texts, rows, strict=True):
+    for text, answer in zip(rows.answer_labels, rows, strict=True):
         strength = dict(zip(answer.positions, strengths(answer), strict=True))
         named = dict(zip(answer.positions, answer.labels, strict=True))
         moved = Text()
