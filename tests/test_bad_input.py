@@ -455,6 +455,10 @@ def test_answers(answer: tls.Attribution) -> None:
             "has the version True, and versions are numbers from 1 on",
         ),
         ("[" * 100_000, "nested too deeply|maximum recursion"),
+        (
+            "my answers/x.json",
+            r"is not an Attribution but looks like the .* Attribution.from_json\(Path\('my answers/x",
+        ),
     ],
 )
 def test_json(text: str, message: str) -> None:

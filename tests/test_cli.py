@@ -215,6 +215,11 @@ def test_the_report_shows_the_numbers(run: Callable[..., Any], ask: Callable[...
         assert f"{prediction.probability:.1%}" in printed
 
 
+def test_rows_tell_the_same_token_by_its_place(run: Callable[..., Any]) -> None:
+    printed = run("a a a", "--answer", " a", "--rows").stdout
+    assert re.search(r"a at 5 \d+%", " ".join(printed.split()))
+
+
 @pytest.mark.parametrize(("scale", "shown"), [(1e-9, "e-"), (1e-2, "0.0"), (1.0, "."), (1e9, "e+"), (0.0, "0.00")])
 def test_scores_of_any_size(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, scale: float, shown: str) -> None:
     cotangents = tls.SemanticScope.cotangents

@@ -1,7 +1,8 @@
 """Several answers side by side, as a person sees them."""
 
 import re
-from html import unescape
+from dataclasses import replace
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,34 @@ def test_named_by_their_scopes() -> None:
     assert repr(BOTH) == "Comparison(SemanticScope(target=' are'), FisherScope(); 7 tokens)"
     assert list(tls.compare(iter([SECOND] * 3)).answers) == ["FisherScope()", "FisherScope() (2)", "FisherScope() (3)"]
     assert list(tls.compare({"clean": SENTENCE, "patched": SECOND}).answers) == ["clean", "patched"]
+
+
+def test_named_by_what_differs(tiny: Any) -> None:
+    """Where the scope is one: by what is explained, or the prompt, the position, the model."""
+    texts = ["The keys to the old cabinet near the door", "The key to the old cabinet near the doors"]
+    keys, key = (tls.attribute(tiny, text, tls.SemanticScope()) for text in texts)
+    both = tls.compare([keys, key])
+    assert list(both.answers) == ["SemanticScope() about ' are'", "SemanticScope() about ' is'"]
+    note = "the answers are about different numbers: logit of ' are', logit of ' is'"
+    assert f"Note: {escape(note)}" in both.to_html()
+    are = [tls.attribute(tiny, text, tls.SemanticScope(" are")) for text in texts]
+    given = "SemanticScope(target=' are') on '<|bos|>The key"
+    assert [name[: len(given) + 1] for name in tls.compare(are).answers] == [f"{given}s", f"{given} "]
+    assert "different numbers" not in tls.compare(are).to_html()
+    places = [tls.attribute(tiny, texts[0], tls.SemanticScope(" are"), position) for position in (2, 5)]
+    assert [name[-16:] for name in tls.compare([places[0], replace(places[0], position=5)]).answers] == [
+        "after position 2",
+        "after position 5",
+    ]
+    assert list(tls.compare([keys, replace(keys, model="other")]).answers)[1] == "SemanticScope() of other"
+
+
+def test_a_text_that_stands_twice_is_told_with_its_place(tiny: Any) -> None:
+    one = answer(["a", " the", " cat", " the"], [1.0, 3.0, 2.0, 4.0])
+    assert "' the' at 3 40%, ' the' at 1 30%, ' cat' 20%" in repr(one)
+    assert "·the at 3 40.0%" in Reader(tls.compare([one])._repr_html_()).text
+    traced = tls.answer_map(tiny, "The the keys the", " are old.", tls.SemanticScope()).traced()
+    assert re.search(r"' the' at \d", repr(traced))
 
 
 def test_to_dataframe() -> None:

@@ -526,7 +526,11 @@ def test_the_heading_is_not_covered(browser: Browser, tmp_path: Path) -> None:
 def test_the_title_of_a_chat_leaves_the_template_out() -> None:
     parts = ("template", "user", "user", "template", "assistant", "user", "user", "template")
     one = prompt_map(["<s>", "Who", "?", "<a>", "Me.", "Wh", "y?", "<a>"], random(8), parts=parts)
-    assert held(Explorer((one,)).to_html())["title"] == "tl_scopes: 'Who? Me. Why?'"
+    assert held(Explorer((one,)).to_html())["title"] == "tl_scopes: 'Who? / Me. / Why?'"
+    joined = prompt_map(
+        ["<s>", "It's \U0001f469\u200d\U0001f4bb", ".\n", "So?"], random(4), parts=("template", *["user"] * 3)
+    )
+    assert held(Explorer((joined,)).to_html())["title"] == "tl_scopes: 'It's \U0001f469\u200d\U0001f4bb. So?'"
 
 
 def test_the_title_spells_no_bytes() -> None:

@@ -548,6 +548,38 @@ def test_rows_as_json(tiny: Any, no_type_checks: None) -> None:
         tls.AnswerMap.of_tokens([], [])
 
 
+def test_one_character_has_one_name_on_both_axes(tiny: Any) -> None:
+    """Rows and columns of tokens that are bytes of one character are named alike."""
+    rows = tls.answer_map(tiny, "The keys", " \U0001f4a1 are", tls.SemanticScope())
+    axes = rows.plot().axes[0]
+    down, across = ([tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
+    assert any("<0x" in text for text in rows.answer_texts)
+    assert down[:-1] == across[rows.prompt_length :]
+
+
+def test_json_in_files(tiny: Any, tmp_path: Path, no_type_checks: None) -> None:
+    """Whatever is written as JSON is written to a path, as pages are, and read from one."""
+    scope, path = tls.SemanticScope(" are", versus=" is"), tmp_path / "x.json"
+    lin = tls.linearize(tiny, KEYS)
+    found: list[Any] = [
+        scope(lin),
+        tls.carried_by(lin, scope),
+        tls.answer_map(tiny, KEYS, " are old", tls.SemanticScope()),
+        tls.attribution_map(tiny, KEYS, tls.SemanticScope()),
+    ]
+    for one in found:
+        assert one.to_json(str(path)) == path.read_text(encoding="utf-8") == one.to_json()
+        assert type(one).from_json(path).to_json() == one.to_json()
+        with pytest.raises(
+            ValueError, match=rf"looks like the name of a file: write {type(one).__name__}\.from_json\(Pa"
+        ):
+            type(one).from_json(str(path))
+    with pytest.raises(ValueError, match="this AttributionMap does not hold what it should: a list of answers"):
+        tls.AttributionMap.from_json('{"format": "tl_scopes.AttributionMap", "version": 1}')
+    with pytest.raises(ValueError, match="a map needs at least one answer, got none"):
+        tls.AttributionMap.from_json('{"format": "tl_scopes.AttributionMap", "version": 1, "answers": []}')
+
+
 def test_pictures_of_an_answer(tiny: Any, tmp_path: Path) -> None:
     """The answer's tokens are the rows; what arrives at the prompt has a card, also in a file; neither has a script."""
     rows = tls.answer_map(tiny, KEYS, " are new.", tls.SemanticScope())

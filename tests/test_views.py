@@ -452,6 +452,33 @@ HOVER = """<script>setTimeout(() => document.querySelectorAll(".colored-tokens >
 
 
 @needs_browser
+def test_a_narrow_page_shows_whole_tokens_and_the_whole_picture(browser: Browser, tmp_path: Path) -> None:
+    """Bars become short before a token of a table breaks within a word; a small map shrinks and is not cut off."""
+    one = answer(["<|begin_of_text|>", " incomprehensibly", " a"], [1.0, 2.0, 3.0])
+    cells = "[...document.querySelectorAll('td span')]"
+    bars = "Math.max(...[...document.querySelectorAll('td div')].map(e => e.getBoundingClientRect().width))"
+    broken = f"{cells}.filter(e => e.getClientRects().length > 1).map(e => e.textContent)"
+    lengths = []
+    for width in (1100, 320):
+        (tmp_path / "page.html").write_text(one.to_html(), encoding="utf-8")
+        browser.open(f"file://{tmp_path / 'page.html'}", width=width)
+        assert browser.run(broken) == []
+        lengths.append(browser.run(bars))
+    assert lengths[0] == pytest.approx(72, abs=1)
+    assert 5 < lengths[1] < 72
+    rows = [answer(["<s>", " the", " old", " keys", " to", " the"][: n + 1], [1.0] * (n + 1)) for n in range(6)]
+    (tmp_path / "map.html").write_text(tls.AttributionMap(tuple(rows)).to_html(), encoding="utf-8")
+    shown = "(e => [e.width, e.parentElement.clientWidth, e.width / e.height])(document.images[0])"
+    ratios = []
+    for width in (1100, 400):
+        browser.open(f"file://{tmp_path / 'map.html'}", width=width)
+        drawn, room, ratio = browser.run(shown)
+        assert drawn <= room
+        ratios.append(ratio)
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.02)
+
+
+@needs_browser
 def test_page_in_a_browser(tmp_path: Path) -> None:
     dom = browse(card.page(answer(NASTY, [1.0] * len(NASTY))) + PROBE, tmp_path)
     assert 'data-requests="0"' in dom

@@ -1,6 +1,5 @@
 """The answer map: which token of the prompt, and of the answer before it, moves which token of an answer."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,8 +15,8 @@ from tl_scopes.models import readable
 from tl_scopes.models.arguments import as_int
 from tl_scopes.results import units
 from tl_scopes.results.attribution import Attribution
-from tl_scopes.results.attribution_map import AttributionMap
-from tl_scopes.results.json_text import parsed
+from tl_scopes.results.attribution_map import AttributionMap, answers_of, written
+from tl_scopes.results.json_text import parsed, text_of
 from tl_scopes.results.traced import Traced
 from tl_scopes.results.units import Unit
 from tl_scopes.scopes.scope import Scope, warn
@@ -140,6 +139,12 @@ class AnswerMap:
     def str_tokens(self) -> tuple[str, ...]:
         """The text of each column: the prompt's tokens, and the answer's but for the last."""
         return self.answers[-1].str_tokens
+
+    @property
+    def answer_labels(self) -> tuple[str, ...]:
+        """The text of each row as tables and axes name it: as `Attribution.labels` names the tokens of columns."""
+        before = self.str_tokens[: self.prompt_length]
+        return units.labels((*before, *self.answer_texts))[self.prompt_length :]
 
     @cached_property
     def map(self) -> AttributionMap:
@@ -354,31 +359,32 @@ class AnswerMap:
         whole = pd.concat(frames, ignore_index=True)
         return whole[["row", "answer_token", *[name for name in whole if name not in ("row", "answer_token")]]]
 
-    def to_json(self) -> str:
+    def to_json(self, path: str | Path | None = None) -> str:
         """The rows as text that `from_json` reads back without loss. The model is not in it, so that what was read back
         cannot be asked about spans.
+
+        Args:
+            path: where to write it.
         """
-        record = {
-            "format": "tl_scopes.AnswerMap",
-            "version": VERSION,
-            "groups": [[group.start, group.stop] for group in self.groups],
-            "prompt_length": self.prompt_length,
-            "answer_texts": self.answer_texts,
-            "answers": [json.loads(answer.to_json()) for answer in self.answers],
-        }
-        return json.dumps(record, allow_nan=False)
+        groups = [[group.start, group.stop] for group in self.groups]
+        more = {"groups": groups, "prompt_length": self.prompt_length, "answer_texts": self.answer_texts}
+        return saved(written("AnswerMap", VERSION, self.answers, **more), path)
 
     @classmethod
-    def from_json(cls, text: str) -> "AnswerMap":
+    def from_json(cls, text: str | Path) -> "AnswerMap":
         """Read what `to_json` wrote.
 
+        Args:
+            text: the text itself, or the path of the file that holds it, as a `pathlib.Path`.
+
         Raises:
-            TypeError: for something that is not text.
+            TypeError: for something that is neither.
+            OSError: for a file that cannot be read.
             ValueError: for text that is not an AnswerMap, or that a later version has written.
         """
-        record = parsed(text, "an AnswerMap", VERSION)
+        record = parsed(text_of(text), "an AnswerMap", VERSION)
         try:
-            answers = tuple(Attribution.from_json(json.dumps(one)) for one in record["answers"])
+            answers = answers_of(record)
             groups = tuple(range(start, stop) for start, stop in record["groups"])
             found = cls(answers, groups, int(record["prompt_length"]), tuple(map(str, record["answer_texts"])))
         except (KeyError, TypeError) as error:

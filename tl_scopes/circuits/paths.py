@@ -314,16 +314,20 @@ class Paths:
             frames.append(pd.DataFrame(columns | {"value": values.tolist(), "share": share.tolist(), "at": at}))
         return pd.concat(frames, ignore_index=True)
 
-    def to_json(self) -> str:
-        """The whole answer as text that `from_json` reads back without loss."""
-        return paths_record.written(dict(vars(self)))
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The whole answer as text that `from_json` reads back without loss; `path` is where to write it."""
+        return saved(paths_record.written(dict(vars(self))), path)
 
     @classmethod
-    def from_json(cls, text: str) -> "Paths":
+    def from_json(cls, text: str | Path) -> "Paths":
         """Read what `to_json` wrote. A warning says so where it was made with other versions of the model's libraries.
 
+        Args:
+            text: the text itself, or the path of the file that holds it, as a `pathlib.Path`.
+
         Raises:
-            TypeError: for something that is not text.
+            TypeError: for something that is neither.
+            OSError: for a file that cannot be read.
             ValueError: for text that is not a Paths, or that a later version has written.
         """
         found = paths_record.read(text)

@@ -4,11 +4,12 @@ This is a file of its own since pydantic is needed for it alone.
 """
 
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import NonNegativeInt
 
-from tl_scopes.results.json_text import AnswerRecord, Numbers, checked, common, encoded, parsed
+from tl_scopes.results.json_text import AnswerRecord, Numbers, checked, common, encoded, parsed, text_of
 
 VERSION = 1
 _TENSORS = ("values", "around", "scores", "where", "standard_error", "stream")
@@ -37,13 +38,14 @@ def written(fields: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=True, allow_nan=False)
 
 
-def read(text: str) -> dict[str, Any]:
-    """The fields that a text holds, with tensors and plain tuples; tokens are (id, text).
+def read(text: str | Path) -> dict[str, Any]:
+    """The fields that a text or a file holds, with tensors and plain tuples; tokens are (id, text).
 
     Raises:
-        TypeError: for something that is not text.
+        TypeError: for something that is neither.
         ValueError: for text that is not a Paths, or that a later version has written, with the field and its value.
     """
+    text = text_of(text)
     parsed(text, "a Paths", VERSION)
     record = checked(_Record, text, "Paths")
     numbers = {name: getattr(record, name) for name in _TENSORS}

@@ -144,7 +144,9 @@ class Attribution:
             )
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{row.token!r} {row.share:.0%}" for row in self.top(3)) or "no token that is counted"
+        rows = self.top(3)
+        shown = ", ".join(f"{row.token!r}{self.place(row.position)} {row.share:.0%}" for row in rows)
+        shown = shown or "no token that is counted"
         return f"Attribution({self.question}: {shown}; {counted(len(self.scores), 'token')}, {self.unit})"
 
     @property
@@ -199,6 +201,11 @@ class Attribution:
     def labels(self) -> tuple[str, ...]:
         """The tokens as tables and axes name them: `shown_tokens`, with the later bytes of a character written out."""
         return units.labels(self.str_tokens)
+
+    def place(self, position: int) -> str:
+        """ " at 3", for a token whose text stands more than once among the answer's; else nothing."""
+        text = self.str_tokens[self.positions.index(position)]
+        return f" at {position}" if self.str_tokens.count(text) > 1 else ""
 
     @property
     def is_counted(self) -> tuple[bool, ...]:
@@ -364,20 +371,27 @@ class Attribution:
             | {k: v.tolist() for k, v in self.details.items() if isinstance(v, Tensor) and v.ndim == 1}
         )
 
-    def to_json(self) -> str:
+    def to_json(self, path: str | Path | None = None) -> str:
         """The whole answer as text that `from_json` reads back without loss.
 
         JSON has no infinite numbers and no NaN. Where they are among the details, as in an unknown standard error, they
         are written as the texts "Infinity", "-Infinity" and "NaN".
+
+        Args:
+            path: where to write it.
         """
-        return json_record.written(dict(vars(self)))
+        return saved(json_record.written(dict(vars(self))), path)
 
     @classmethod
-    def from_json(cls, text: str) -> "Attribution":
+    def from_json(cls, text: str | Path) -> "Attribution":
         """Read what `to_json` wrote. A warning says so where it was made with other versions of the model's libraries.
 
+        Args:
+            text: the text itself, or the path of the file that holds it, as a `pathlib.Path`.
+
         Raises:
-            TypeError: for something that is not text.
+            TypeError: for something that is neither.
+            OSError: for a file that cannot be read.
             ValueError: for text that is not an Attribution, or that a later version has written.
         """
         found = json_record.read(text)

@@ -1,15 +1,17 @@
 """The answer for a whole prompt: one `Attribution` for every prediction in it."""
 
-from collections.abc import Container, Iterable, Iterator
+import json
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, SupportsIndex, overload
+from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes.models import as_int, counted
 from tl_scopes.results.attribution import Attribution
+from tl_scopes.results.json_text import parsed, text_of
 from tl_scopes.views import attribution_map as card
 from tl_scopes.views.live import LiveView, LiveViews
 from tl_scopes.views.markup import saved
@@ -18,6 +20,9 @@ from tl_scopes.views.palette import Colors
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+
+VERSION = 1
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,6 +129,24 @@ class AttributionMap:
         frames = {answer.position: answer.to_dataframe() for answer in self.answers}
         return pd.concat(frames, names=["prediction"]).reset_index(level=0).reset_index(drop=True)
 
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The answers as text that `from_json` reads back without loss; `path` is where to write it."""
+        return saved(written("AttributionMap", VERSION, self.answers), path)
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> "AttributionMap":
+        """Read what `to_json` wrote.
+
+        Args:
+            text: the text itself, or the path of the file that holds it, as a `pathlib.Path`.
+
+        Raises:
+            TypeError: for something that is neither.
+            OSError: for a file that cannot be read.
+            ValueError: for text that is not an AttributionMap, or that a later version has written.
+        """
+        return cls(answers_of(parsed(text_of(text), "an AttributionMap", VERSION)))
+
     # -- pictures -----------------------------------------------------------------------------------------------------
 
     def plot(self, colors: Colors = "root") -> "Figure":
@@ -152,3 +175,23 @@ class AttributionMap:
 
     def _repr_html_(self) -> str:
         return card.fragment(self)
+
+
+# -- several answers as JSON ------------------------------------------------------------------------------------------
+
+
+def written(kind: str, version: int, answers: Iterable[Attribution], **more: Any) -> str:
+    """The text for a result that holds several answers, and what else it has."""
+    record = {"format": f"tl_scopes.{kind}", "version": version, **more}
+    return json.dumps(record | {"answers": [json.loads(answer.to_json()) for answer in answers]}, allow_nan=False)
+
+
+def answers_of(record: Mapping[str, Any]) -> tuple[Attribution, ...]:
+    """The answers that such a text holds.
+
+    Raises:
+        ValueError: where it holds none.
+    """
+    if not isinstance(record.get("answers"), list):
+        raise ValueError(f"this {record['format'].split('.')[-1]} does not hold what it should: a list of answers.")
+    return tuple(Attribution.from_json(json.dumps(one)) for one in record["answers"])

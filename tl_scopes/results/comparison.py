@@ -1,12 +1,12 @@
 """Several answers side by side: about one prompt, or about a pair of prompts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tl_scopes.models import counted
+from tl_scopes.models import abridged, counted
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.views import comparison as card
 from tl_scopes.views.live import LiveViews
@@ -47,6 +47,18 @@ class Comparison:
         """The text of each token of aligned answers, with a bar between those that differ."""
         columns = zip(*(answer.str_tokens for answer in self.answers.values()), strict=False)
         return tuple("|".join(dict.fromkeys(several)) for several in columns)
+
+    @property
+    def caveat(self) -> str:
+        """What a reader should know who compares scores: that they are about different numbers; else nothing."""
+        explained = dict.fromkeys(
+            answer.quantity or f"logit of {answer.target.text!r}"
+            for answer in self.answers.values()
+            if answer.target is not None
+        )
+        named = list(explained)
+        told = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
+        return f"the answers are about different numbers: {told}" if len(named) > 1 else ""
 
     @property
     def _first(self) -> Attribution:
@@ -95,7 +107,8 @@ def compare(answers: Attribution | Iterable[Attribution] | Mapping[str, Attribut
     without that.
 
     Args:
-        answers: several answers, named by their scopes, or by the keys of a mapping.
+        answers: several answers, named by their scopes, and where these are alike by what differs: what is explained,
+            the prompt, the position or the model; or by the keys of a mapping.
         more: more answers, where the first is a single one: a pair may be given as it is, `compare(clean, corrupted)`.
 
     Raises:
@@ -119,13 +132,31 @@ def compare(answers: Attribution | Iterable[Attribution] | Mapping[str, Attribut
     if not pairs:
         raise ValueError("there is nothing to compare: give at least one answer.")
     named: dict[str, Attribution] = {}
-    for name, answer in pairs:
+    for _, answer in pairs:
         if not isinstance(answer, Attribution):
             raise TypeError(f"answers must be Attributions, got one {type(answer).__name__} among them.")
-        named[_free(answer.question, named) if name is None else str(name)] = answer
+    listed = [answer for _, answer in pairs]
+    for name, answer in pairs:
+        alike = [other for other in listed if other.question == answer.question]
+        named[_free(answer.question + _apart(answer, alike), named) if name is None else str(name)] = answer
     for name, answer in named.items():
         _require_comparable(next(iter(named.items())), (name, answer))
     return Comparison(named)
+
+
+def _apart(answer: Attribution, alike: Sequence[Attribution]) -> str:
+    """What tells an answer from all others to the same question, " about ' are'" say; nothing for a single one."""
+    tellers: tuple[Callable[[Attribution], str | None], ...] = (
+        lambda one: None if one.target is None else f" about {one.target.text!r}",
+        lambda one: f" on {abridged(''.join(one.str_tokens), 40)}" if one.positions[0] == 0 else None,
+        lambda one: f" after position {one.position}",
+        lambda one: f" of {one.model}",
+    )
+    for tell in tellers:
+        told = {tell(one) for one in alike}
+        if None not in told and len(told) == len(alike) > 1:
+            return str(tell(answer))
+    return ""
 
 
 def _free(question: str, taken: Mapping[str, Attribution]) -> str:

@@ -2,11 +2,12 @@
 
 import json
 from math import isfinite
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import model_validator
 
-from tl_scopes.results.json_text import AnswerRecord, Numbers, checked, common, decoded, encoded, parsed
+from tl_scopes.results.json_text import AnswerRecord, Numbers, checked, common, decoded, encoded, parsed, text_of
 
 VERSION = 2
 
@@ -57,14 +58,15 @@ def written(fields: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=True, allow_nan=False)
 
 
-def read(text: str) -> dict[str, Any]:
-    """The fields that a text holds, with tensors and plain tuples; tokens are (id, text).
+def read(text: str | Path) -> dict[str, Any]:
+    """The fields that a text or a file holds, with tensors and plain tuples; tokens are (id, text).
 
     Raises:
-        TypeError: for something that is not text.
+        TypeError: for something that is neither.
         ValueError: for text that is not an Attribution, or that a later version has written, with the field and its
             value.
     """
+    text = text_of(text)
     given = parsed(text, "an Attribution", VERSION)
     if given["version"] == 1:
         text = json.dumps(_from_version_1(given))

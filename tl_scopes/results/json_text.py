@@ -4,8 +4,10 @@ This is a file of its own since all results that are written as JSON need it: `A
 """
 
 import json
+import re
 from dataclasses import asdict
 from math import isfinite
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -93,6 +95,11 @@ def common(fields: dict[str, Any], kind: str, version: int) -> dict[str, Any]:
     return {"format": f"tl_scopes.{kind}", "version": version, **fields, "tokens": fields["tokens"].tolist()} | parts
 
 
+def text_of(given: str | Path) -> str:
+    """The text, from a file where its path is given."""
+    return given.read_text(encoding="utf-8") if isinstance(given, Path) else given
+
+
 def parsed(text: str, what: str, version: int) -> dict[str, Any]:
     """The JSON of a text that says that it is a result of this kind, "an Attribution" say, and of a version known here.
 
@@ -102,10 +109,17 @@ def parsed(text: str, what: str, version: int) -> dict[str, Any]:
     """
     kind = what.split()[-1]
     if not isinstance(text, str):
-        raise TypeError(f"{what} is read from the text that to_json wrote, got {type(text).__name__}.")
+        raise TypeError(
+            f"{what} is read from the text that to_json wrote, got {type(text).__name__}: give the text, or the Path "
+            "of its file."
+        )
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:
+        if re.fullmatch(r"[^\s{}\[\]\"][^\n{}\[\]\"]*\.\w+", text):
+            raise ValueError(
+                f"{text!r} is not {what} but looks like the name of a file: write {kind}.from_json(Path({text!r}))."
+            ) from error
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ValueError(f"this text is not {what} but broken JSON: {reason}.") from error
     if not isinstance(record, dict) or record.get("format") != f"tl_scopes.{kind}":

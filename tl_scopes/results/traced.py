@@ -116,7 +116,8 @@ class Traced:
         return self.answer.top(count)
 
     def __repr__(self) -> str:
-        shown = ", ".join(f"{row.token!r} {row.score:.0%}" for row in self.top(3))
+        place = self.answer.place
+        shown = ", ".join(f"{row.token!r}{place(row.position)} {row.score:.0%}" for row in self.top(3))
         question = under(self.answer.scope.removesuffix(", traced"), self.answer.rules)
         hops = counted(len(self.hops), "hop")
         return f"Traced({question}: {shown}; {hops}, {self.left:.0%} left; shares, not derivatives)"

@@ -18,7 +18,7 @@ def plot(rows: "AnswerMap", colors: Colors = "root") -> "Figure":
     """A heat map of the shares: the answer from top to bottom; prompt and earlier answer from left to right, with a
     line between them.
     """
-    labels = [shortened(text) for text in rows.answer_texts]
+    labels = [shortened(text) for text in rows.answer_labels]
     names = "answer", "prompt | answer", "share of the scores"
     figure = attribution_map.figure(rows.map, rows=labels, names=names, colors=colors)
     if rows.prompt_length < len(rows.str_tokens):

@@ -209,7 +209,7 @@ def _scale(values: Float[Tensor, "position token"], colors: Colors = "root") -> 
 
 def _texts(prompt_map: "AttributionMap") -> dict[int, str]:
     last = prompt_map.answers[-1]
-    return dict(zip(last.positions, last.str_tokens, strict=True))
+    return dict(zip(last.positions, last.labels, strict=True))
 
 
 def _explained(answer: "Attribution") -> str:

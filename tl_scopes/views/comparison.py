@@ -41,6 +41,7 @@ def _card(comparison: "Comparison", *texts: Html, colors: Colors = "root") -> Ht
     answers = comparison.answers.values()
     places = dict.fromkeys(card.about(answer) for answer in answers)
     notes = markup.distinct(note for answer in answers for note in answer.notes)
+    notes += [comparison.caveat] if comparison.caveat else []
     legend = f"colour: {COLORS[colors].format('score')}, each answer on its own scale"
     legend += "; vermilion: below zero" if any((answer.scores < 0).any() for answer in answers) else ""
     lines: list[Html] = []
@@ -74,8 +75,8 @@ def _most_influential(comparison: "Comparison", *, say_where: bool, colors: Colo
         parts.append(tag("div", "margin-top:6px", tag("b", "font-weight:600", name), " ", about))
         apart = "display:inline-block;margin-right:10px"
         top = [
-            tag("span", apart, chip(text, scale.strength(score)), f" {share:.1%}")
-            for _, text, score, share in answer.top()
+            tag("span", apart, chip(text, scale.strength(score)), f"{answer.place(position)} {share:.1%}")
+            for position, text, score, share in answer.top()
         ]
         parts.append(tag("div", "line-height:1.8", *top))
     return tag("div", "margin-top:14px;font-size:12px", *parts)

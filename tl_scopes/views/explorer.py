@@ -183,9 +183,10 @@ def _title(explored: "Explorer") -> str:
     last = explored.maps[0].answers[-1]
     parts = last.parts or ("",) * len(last.shown_tokens)
     said = groupby(zip(last.shown_tokens, parts, strict=True), key=lambda one: one[1])
-    messages = ["".join(text for text, _ in one if text != "⋯") for part, one in said if part != "template"]
-    text = " ".join(messages) + (explored.ending or "")
-    return f"tl_scopes: {text if len(text) <= 80 else text[:79] + '…'!r}"
+    messages = ["".join(text for text, _ in one if text != "⋯").strip() for part, one in said if part != "template"]
+    # On one line, and as it reads: what joins two signs to one emoji stays.
+    text = " ".join(" / ".join(filter(None, messages)).split()) + (explored.ending or "")
+    return f"tl_scopes: '{text if len(text) <= 80 else text[:79] + '…'}'"
 
 
 def _short(value: float) -> float | int:

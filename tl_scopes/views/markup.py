@@ -14,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from tl_scopes.views.palette import color, dark, text_color, text_on
+
+Text = TypeVar("Text", bound=str)
 
 INK, MUTED, BAR = "#1f2328", "#59636e", "#8c959f"
 SMALL = f"font-size:12px;color:{MUTED};margin-top:4px"
@@ -37,7 +39,7 @@ _CELL = (
     "border:0;padding:1px 14px 1px 0;vertical-align:middle;text-align:left;max-width:none;line-height:1.6;"
     "white-space:nowrap"
 )
-_TOKEN_CELL = "text-align:left;white-space:normal;min-width:60px"
+_TOKEN_CELL = "text-align:left;white-space:normal;overflow-wrap:break-word"
 _ASIDE = "#eceef1"
 _EMPTY = ("br", "wbr", "meta", "img")
 """Elements that hold nothing and are not closed."""
@@ -131,11 +133,11 @@ def lit(*parts: str, **attributes: str) -> Html:
     return tag("div", style, *parts, **{"class": "tl-light"} | attributes)
 
 
-def saved(html: Html, path: str | Path | None) -> Html:
-    """The same page, written to a file if there is a path."""
+def saved(text: Text, path: str | Path | None) -> Text:
+    """The same page, or other text, written to a file if there is a path."""
     if path is not None:
-        Path(path).write_text(html, encoding="utf-8")
-    return html
+        Path(path).write_text(text, encoding="utf-8")
+    return text
 
 
 def page(title: str, *cards: str, footer: object = None) -> Html:
@@ -169,9 +171,10 @@ def card(title: str, *parts: str, notes: Iterable[str] = (), width: str = "860px
 
 
 def image(png: bytes, alt: str, width: int, height: int) -> Html:
-    """A picture that holds its own data; a wide one scrolls."""
+    """A picture that holds its own data. In a narrow card it shrinks, down to two thirds, and scrolls beyond that."""
     source = f"data:image/png;base64,{b64encode(png).decode()}"
-    drawn = tag("img", "max-width:none;display:block", alt=alt, width=str(width), height=str(height), src=source)
+    style = f"max-width:none;display:block;width:min({width}px,max(100%,{2 * width // 3}px));height:auto"
+    drawn = tag("img", style, alt=alt, width=str(width), height=str(height), src=source)
     return tag("div", "overflow-x:auto;margin:12px 0 4px", drawn)
 
 
@@ -207,8 +210,9 @@ def table(title: str, head: Sequence[str], lines: Sequence[tuple[Sequence[str], 
     styles = [words.get(name, "text-align:right") for name in head]
     drawn = [[Cell(name, f"{style};color:{MUTED}") for name, style in zip(head, styles, strict=True)]]
     for cells, part in lines:
-        bar = f"width:{72 * abs(part) / longest:.0f}px;height:9px;background-color:{hue if part >= 0 else color(-1.0)}"
-        drawn.append([*map(Cell, [*cells, f"{part:.1%}"], styles), Cell(tag("div", bar))])
+        bar = f"width:{100 * abs(part) / longest:.0f}%;height:9px;background-color:{hue if part >= 0 else color(-1.0)}"
+        # In a narrow card bars become short before a token breaks within a word.
+        drawn.append([*map(Cell, [*cells, f"{part:.1%}"], styles), Cell(tag("div", bar), "width:72px")])
     style = "display:inline-block;vertical-align:top;margin-top:12px;font-size:12px"
     style += ";box-sizing:border-box;padding-right:28px;max-width:100%;overflow-x:auto"  # a wide one scrolls
     return tag("div", style, tag("b", "font-weight:600", title), rows(drawn))

@@ -114,14 +114,14 @@ def report_rows(rows: "AnswerMap", score: str, top: int) -> None:
     listed.add_column("value", no_wrap=True, justify="right")
     listed.add_column("moved by")
     listed.add_row("token", "value", "moved by", style="dim")
-    for text, answer in zip(rows.answer_texts, rows, strict=True):
+    for text, answer in zip(rows.answer_labels, rows, strict=True):
         strength = dict(zip(answer.positions, strengths(answer), strict=True))
         named = dict(zip(answer.positions, answer.labels, strict=True))
         moved = Text()
         for one in answer.top(top):
             hue = strength[one.position]
             moved.append(visible(named[one.position]), f"{text_color(hue)} on {color(hue)}")
-            moved.append(f" {one.share:.0%}  ")
+            moved.append(f"{answer.place(one.position)} {one.share:.0%}  ")
         value = "" if answer.value is None else f"{answer.value:.2f}"
         listed.add_row(Text(visible(text), "bold"), value, moved)
 
