@@ -116,7 +116,7 @@ def test_hard_measures_are_their_equations(specimen: Specimen) -> None:
         ("deletion", "log_odds"): [odds - one[2] for one in without],
         ("insertion", "log_odds"): [one[2] - alone[0][2] for one in alone],
     }
-    steps = [i for i, f in enumerate(perturbation.grid) if f not in perturbation.fractions]
+    steps = [i for i, f in enumerate(perturbation.grid(7)) if f not in perturbation.fractions]
     for (measure, quantity), values in expected.items():
         assert [curve(found, measure, quantity)[i] for i in steps] == pytest.approx(values, abs=1e-9)
         area = sum(values) / 7 - (values[0] + values[-1]) / 14
@@ -380,7 +380,7 @@ def test_every_bit_of_the_weights_is_in_the_fingerprint(dtype: torch.dtype) -> N
 def test_evaluate_has_every_number(model: Any) -> None:
     """All numbers of all prompts, scopes and replacements are there; a scope without weights has the correlation 1."""
     results = evaluate(model, PROMPTS, [tls.SemanticScope(), tls.FisherScope(), Fixed()], SHORT)
-    per_replacement = 4 * (len(SHORT.grid) + 1) + 9
+    per_replacement = 4 * (len(SHORT.grid(8)) + 1) + 9
     assert len(results) == 3 * 3 * (2 * per_replacement + 2)
     groups = results.groupby(["prompt", "scope", "replacement"]).size()
     assert set(groups.xs("zero", level=2)) == set(groups.xs("resample", level=2)) == {per_replacement}
@@ -850,15 +850,66 @@ def test_what_is_compared_is_measured(tmp_path: Path) -> None:
         evaluate(model, PROMPTS, scopes, perturbation, foils=[TARGET] * 3)
 
 
-@pytest.mark.filterwarnings("ignore:prompt 0 has no answer")
-def test_advice_that_works() -> None:
-    """With one short prompt and no other argument, each error says what to pass, and in the end it works."""
-    model, options = zoo.specimen("bridge llama").model, {}
-    for expected in ("fractions", "replacements"):
+@pytest.mark.filterwarnings("error:prompt 0 has no answer")
+@pytest.mark.parametrize(
+    ("length", "given", "advice"),
+    [
+        (4, None, ["replacements"]),
+        (2, None, ["fractions", "replacements"]),
+        (4, Perturbation(fractions=(0.05, 0.5)), ["fractions", "replacements"]),
+    ],
+)
+def test_advice_that_works(length: int, given: Perturbation | None, advice: list[str]) -> None:
+    """With one short prompt and next to no other argument, each error says what to pass, and in the end it works.
+
+    It is said once: nothing is warned of where the error follows.
+    """
+    model, perturbation = zoo.specimen("bridge llama").model, given
+    for expected in advice:
         with pytest.raises(ValueError, match=rf"Perturbation\(.*{expected}=") as caught:
-            evaluate(model, [PROMPT[:4]], [Fixed()], *options.values())
-        options["perturbation"] = eval(re.search(r"Perturbation\(.*\)\)", str(caught.value))[0])  # type: ignore[index]
-    assert len(evaluate(model, [PROMPT[:4]], [Fixed()], *options.values()))
+            evaluate(model, [PROMPT[:length]], [Fixed()], perturbation)
+        perturbation = eval(re.search(r"Perturbation\(.*\)\)", str(caught.value))[0])  # type: ignore[index]
+    assert len(evaluate(model, [PROMPT[:length]], [Fixed()], perturbation))
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_a_single_prompt_the_error_alone_is_told() -> None:
+    model = zoo.specimen("bridge llama").model
+    for ask in (
+        lambda: evaluate(model, [[99]], [Fixed()], Perturbation(("zero",))),
+        lambda: list(tls.attribute_many(model, [[99]], Fixed())),
+    ):
+        with pytest.raises(ValueError, match="token id 99 is outside the vocabulary"):
+            ask()
+
+
+@pytest.mark.parametrize("tokens", [3, 4, 5, 9, 10, 11])
+def test_the_default_fractions_of_a_short_prompt(tokens: int) -> None:
+    """They are those that stand for a token, and the numbers are those that they would have if they were given."""
+    chosen = Perturbation().shares(tokens)
+    assert chosen == tuple(f for f in (0.05, 0.1, 0.2) if f * tokens >= 0.5)
+    model, prompt = zoo.specimen("bridge llama").model, [*PROMPT, 3, 4, 6][:tokens]
+    options = {"steps": 4, "samples": 0, "randomise": False}
+    by_itself, given = (
+        evaluate(model, [prompt], [Fixed()], Perturbation(("zero",), fractions, **options))
+        for fractions in (None, chosen)
+    )
+    pd.testing.assert_frame_equal(by_itself, given, check_exact=True)
+    for fraction in {0.05, 0.1, 0.2} - {*chosen}:
+        assert not (by_itself.fraction == fraction).any()
+        with pytest.raises(ValueError, match=f"{100 * fraction:g}% of them is less than half a token"):
+            evaluate(model, [prompt], [Fixed()], Perturbation(("zero",), (fraction,), **options))
+
+
+def test_default_fractions_in_a_file(tmp_path: Path) -> None:
+    """They are known by their numbers, so that a file of the same ones written out goes on."""
+    model, path = zoo.specimen("bridge llama").model, tmp_path / "results.jsonl"
+    options = {"steps": 2, "samples": 0, "randomise": False}
+    prompt = [*PROMPT, 3, 4, 6]
+    given = evaluate(model, [prompt], [Fixed()], Perturbation(("zero",), (0.05, 0.1, 0.2), **options), path=path)
+    again = evaluate(model, [prompt], [scope := Fixed()], Perturbation(("zero",), **options), path=path)
+    pd.testing.assert_frame_equal(again, given, check_exact=True)
+    assert not scope.asked
 
 
 def test_a_summary_is_not_drawn(no_type_checks: None) -> None:

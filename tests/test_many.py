@@ -145,8 +145,12 @@ def test_hooks_on_logits_that_are_gone_are_missed() -> None:
     lin = tls.linearize(zoo.specimen("bridge llama").model, PROMPT)
     with lin.model.hooks(fwd_hooks=[("unembed.hook_out", lambda value, hook: value - value.flip(-1))]):
         points = lin.at_each(torch.stack([lin.embeddings, lin.embeddings]))
-    with pytest.raises(ValueError, match="one prediction cannot be told from the others of the same forward pass"):
+    with pytest.raises(ValueError, match="'unembed.hook_out' are not those under which the model was linearised"):
         tls.SemanticScope(3)(points[1])
+    with lin.model.hooks(fwd_hooks=[("unembed.hook_out", lambda value, hook: value + value.flip(0))]):
+        points = lin.at_each(torch.stack([lin.embeddings, 2 * lin.embeddings]))
+        with pytest.raises(ValueError, match="one prediction cannot be told from the others of the same forward pass"):
+            tls.SemanticScope(3)(points[1])
 
 
 def test_cotangents_go_through_the_unembedding_together(specimen: Specimen, monkeypatch: pytest.MonkeyPatch) -> None:

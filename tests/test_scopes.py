@@ -120,6 +120,33 @@ class TestEveryScope:
         for field in ("slope", "radius", "predicted_radius", "joint_radius", "joint_predicted_radius"):
             assert_close(getattr(found, field), getattr(expected, field), rtol=1e-5, atol=1e-9, equal_nan=True)
 
+    @pytest.mark.filterwarnings("ignore:the relative standard error")
+    def test_what_cannot_come_weighs_nothing(self, name: str, scope: tls.Scope, specimen: Specimen) -> None:
+        """A logit of minus infinity is one that is far below all others, in a batch and to the checks too."""
+        if name == "temperature of the logits":
+            pytest.skip("a logit far below all others is what it is about")
+        if name == "under rules" and float(tls.linearize(specimen.model, PROMPT).trace.slope.min()) < 1:
+            pytest.skip("a soft-cap is differentiated by its secant, which there is not at infinity")
+
+        def found(logit: float) -> list[torch.Tensor]:
+            def never(value: torch.Tensor, hook: object) -> torch.Tensor:
+                ids = torch.tensor([11, 20, 33])
+                return value.index_fill(-1, ids, logit)
+
+            with specimen.model.hooks(fwd_hooks=[("unembed.hook_out", never)]):
+                lin = tls.linearize(specimen.model, PROMPT, POSITION)
+                span = tls.linearize(specimen.model, PROMPT[:POSITION], answer=PROMPT[POSITION:])
+                asked = [scope(lin).scores, scope(span.single[1]).scores]
+                if scope.takes_spans and scope.named_targets(specimen.model)[0] is None:
+                    asked.append(scope(span).scores)
+                if scope.metric(lin) is not None:
+                    asked.append(tls.linearity(lin, scope, positions=[1], sizes=[0.1], directions=1).radius)
+            return asked
+
+        for one, expected in zip(found(-math.inf), found(-1e6), strict=True):
+            assert_close(one, expected, rtol=1e-7, atol=1e-10, equal_nan=True)
+            assert not one.isnan().any()
+
     def test_model_left_as_found(self, answer: tls.Attribution, scope: tls.Scope, specimen: Specimen) -> None:
         """After a first run: a bridge registers hooks of its own then."""
         with unchanged(specimen.model):
@@ -157,6 +184,31 @@ class TestEveryScope:
                 scope(lin)
         else:
             assert math.isfinite(float(scope(lin).scores.sum()))
+
+
+@pytest.mark.parametrize("species", ["bridge llama", "bridge gpt2"])
+def test_the_spread_of_the_logits_that_can_come(species: str) -> None:
+    """A logit of minus infinity is not among them; where all are, or one is plus infinity, nothing can be said."""
+
+    def hook(ids: list[int], logit: float) -> list[tuple[str, object]]:
+        return [("unembed.hook_out", lambda value, hook: value.index_fill(-1, torch.tensor(ids), logit))]
+
+    with zoo.Float64():
+        model, never = zoo.specimen(species).model, [11, 20, 33]
+        rest = [i for i in range(zoo.VOCAB) if i not in never]
+        with model.hooks(fwd_hooks=hook(never, -math.inf)):
+            lin = tls.linearize(model, PROMPT)
+            found = tls.TemperatureScope(norm="logits")(lin)
+            expected = lin.vjp(lin.cotangent(lambda z: z[rest].std(correction=0))[None])[0].norm(dim=-1)
+            assert_close(found.scores, expected, **EXACT)
+            assert_close(found.value, float(lin.logits[rest].std(correction=0)), **EXACT)
+            assert not lin.log_probs.exp()[never].any()
+            with pytest.raises(ValueError, match=r"must give one finite number, a real tensor, got tensor\(-inf"):
+                tls.SemanticScope(11)(lin)
+        for ids, logit in ((range(zoo.VOCAB), -math.inf), (never, math.inf), (never, math.nan)):
+            with model.hooks(fwd_hooks=hook([*ids], logit)):
+                with pytest.raises(ValueError, match="NaN or infinite activations at 'the logits'"):
+                    tls.linearize(model, PROMPT)
 
 
 def test_every_public_scope_is_here() -> None:

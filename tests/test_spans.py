@@ -833,7 +833,7 @@ def test_the_versus_of_a_scope_is_another_answer(species: str, replacement: str)
             rows = found[(found.prompt == 0) & (found.scope == name) & (found.quantity == "log_odds")]
             deletion = rows[rows.measure == "deletion"].set_index("fraction").value
             insertion = rows[rows.measure == "insertion"].set_index("fraction").value
-            for fraction in perturbation.grid:
+            for fraction in perturbation.grid(len(PROMPT)):
                 k = round(fraction * len(PROMPT))
                 without, alone = odds(order[:k]), odds(order[k:])
                 assert deletion[fraction] == pytest.approx(odds(order[:0]) - without, rel=1e-7, abs=1e-9)

@@ -1,6 +1,7 @@
 """What becomes of a prompt that cannot be answered, in a call on many prompts: a warning, or the end of the call."""
 
 import traceback
+from collections.abc import Sized
 
 from tl_scopes import models
 
@@ -16,16 +17,18 @@ class Failures:
     Args:
         call: the name of the function that was called; a note on each error names it, with the prompt's number.
         on_error: "warn" or "raise".
+        prompts: the prompts. Of a single one that has no answer nothing is warned of, since its error is raised.
 
     Raises:
         ValueError: for another `on_error`.
     """
 
-    def __init__(self, call: str, on_error: str) -> None:
+    def __init__(self, call: str, on_error: str, prompts: object = None) -> None:
         if not isinstance(on_error, str) or on_error not in ("warn", "raise"):
             raise ValueError(f'on_error is "warn" or "raise", got {on_error!r}.')
         self._call, self._strict = call, on_error == "raise"
         self._answered = False
+        self._only = isinstance(prompts, Sized) and len(prompts) == 1
         self._first: Exception | None = None
         self._waiting: list[str] = []
 
@@ -40,7 +43,7 @@ class Failures:
             raise error
         traceback.clear_frames(error.__traceback__)  # they would keep the graph of the failed forward pass
         self._waiting.append(f"prompt {number} has no answer: {reason(error)}")
-        if self._answered or self._first is None:
+        if self._answered or (self._first is None and not self._only):
             self._warn()
         self._first = error if self._first is None else self._first
 

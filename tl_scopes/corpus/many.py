@@ -90,7 +90,7 @@ def attribute_many(
     models.check_model(model)
     options = {"score_answer": score_answer, "checkpoint": checkpoint, "rules": rules, "batch_size": batch_size}
     settings = Settings(scope=scope, wrt=wrt, of=of, **Settings.checked(**options, prepend_bos=prepend_bos))
-    failures, progress = Failures("attribute_many", on_error), as_flag(progress, "progress")
+    failures, progress = Failures("attribute_many", on_error, prompts), as_flag(progress, "progress")
     asked = _AllAsked.of(models.each_prompt(prompts), answers, targets, foils)
     if foils is not None and answers is None and targets is None and not names_target(scope):
         raise ValueError("foils are what answers or targets are compared with: give these as well.")

@@ -9,8 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.faithfulness.measures import candidates, count
-from tl_scopes.faithfulness.perturbation import Perturbation
+from tl_scopes.faithfulness.measures import candidates
+from tl_scopes.faithfulness.perturbation import FRACTIONS, Perturbation, count
 from tl_scopes.models import Model, Prompt, Target
 
 
@@ -44,7 +44,8 @@ class Case:
 
         Raises:
             ValueError: for a prompt with fewer than two tokens to rank, or so few that the smallest fraction of them
-                rounds to none; for a foil that is the target. Else as `models.tokenize` and `models.token` do.
+                rounds to none (the largest, where no fractions were given); for a foil that is the target. Else as
+                `models.tokenize` and `models.token` do.
             TypeError: as they do.
         """
         tokens = models.tokenize(model, prompt, prepend_bos)
@@ -101,7 +102,7 @@ def one_per_prompt(
 
 
 def _require_length(tokens: int, perturbation: Perturbation) -> None:
-    least = min(perturbation.fractions)
+    least = max(FRACTIONS) if perturbation.fractions is None else min(perturbation.fractions)
     if tokens < 2:
         raise ValueError(f"the prompt has {models.counted(tokens, 'token')} to rank: it takes at least two.")
     if count(least, tokens) < 1:

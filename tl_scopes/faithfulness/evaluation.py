@@ -77,7 +77,9 @@ def evaluate(
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode. It is left as found.
         prompts: texts, or lists of token ids.
         scopes: the scopes to compare, with names of their own if given as a dict.
-        perturbation: what is replaced by what; None is `Perturbation()`.
+        perturbation: what is replaced by what; None is `Perturbation()`, which takes the place of embeddings from the
+            other prompts, so that there must be two at least, and leaves out fractions of a prompt that are less than
+            half a token, so that three tokens to rank are enough.
         targets: one per prompt, for scopes that have no target of their own; None is the most likely next token.
         foils: one per prompt, or None: tokens to measure the log-odds against, for all scopes but those that have their
             own `versus`.
@@ -93,7 +95,8 @@ def evaluate(
             since the file could not tell.
         on_error: "warn": a prompt that cannot be evaluated, because it is too short say, is reported with its number
             and left out, in the file too, so that a later run tries again, and the others go on; where none can be
-            evaluated, the first error is raised. "raise": the first error ends it.
+            evaluated, the first error is raised, and of a single prompt nothing else is said. "raise": the first error
+            ends it.
 
     Returns:
         One row per number: prompt, tokens (how many), target, scope, replacement, measure, quantity, fraction, value.
@@ -143,9 +146,10 @@ def evaluate(
         )
     models.check_model(model)
     named = names(scopes)
-    failures = Failures("evaluate", on_error)
+    asked = one_per_prompt(prompts, targets, foils, answers)
+    failures = Failures("evaluate", on_error, asked)
     cases: dict[int, Case] = {}
-    for i, (prompt, target, foil, answer) in enumerate(one_per_prompt(prompts, targets, foils, answers)):
+    for i, (prompt, target, foil, answer) in enumerate(asked):
         try:
             cases[i] = Case.of(model, i, prompt, target, foil, answer, prepend_bos, perturbation)
         except Exception as error:

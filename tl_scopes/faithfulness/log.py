@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from tl_scopes import log, models
-from tl_scopes.faithfulness.perturbation import Perturbation
+from tl_scopes.faithfulness.perturbation import FRACTIONS, Perturbation
 from tl_scopes.models import Model
 from tl_scopes.scopes.fingerprint import settings_of
 from tl_scopes.scopes.scope import Scope
@@ -44,9 +44,9 @@ def settings(
         ValueError: for a model with hooks of the user's.
         TypeError: for a scope with an option whose contents cannot be read.
     """
-    found = settings_of(model, scopes, "leave `path` out, or evaluate outside of model.hooks(...)") | asdict(
-        perturbation
-    )
+    # Fractions that count by themselves are told as the numbers that they are for a longer prompt.
+    known = asdict(perturbation) | {"fractions": perturbation.fractions or FRACTIONS}
+    found = settings_of(model, scopes, "leave `path` out, or evaluate outside of model.hooks(...)") | known
     if "resample" in perturbation.replacements:
         found["prompts to resample from"] = log.checksum([[i, ids.tolist()] for i, ids in prompts.items()])
     return found

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.faithfulness.perturbation import Perturbation
+from tl_scopes.faithfulness.perturbation import Perturbation, count
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.replacement import effects
 from tl_scopes.jacobian.span import Span
@@ -86,11 +86,6 @@ class Removal:
         return kept
 
 
-def count(fraction: float, tokens: int) -> int:
-    """How many of so many tokens a fraction stands for: rounded, halves up."""
-    return math.floor(fraction * tokens + 0.5)
-
-
 def hard_measures(
     removal: Removal,
     orders: Mapping[str, Int[Tensor, " rank"]],
@@ -108,7 +103,7 @@ def hard_measures(
         deletion        q − q(without k)           insertion   q(k alone) − q(none)
 
     The area is the mean of the curve over the share of tokens that are replaced or put back (trapezoidal). In
-    probabilities, and averaged over `perturbation.fractions`,
+    probabilities, and averaged over the fractions that count for the prompt (`perturbation.shares`),
 
         comprehensiveness   p − p(without k)       sufficiency   p − p(k alone)
 
@@ -132,7 +127,8 @@ def hard_measures(
     """
     free = torch.tensor(removal.candidates)
     n = len(free)
-    counts = [count(fraction, n) for fraction in perturbation.grid]
+    grid = perturbation.grid(n)
+    counts = [count(fraction, n) for fraction in grid]
     removed = [part for order in orders.values() for k in counts for part in (order[:k], order[k:])]
     on_curves = len(removed)
     kept = removal.kept([*removed, *(free[:, None] if left_out is None else ())])
@@ -146,7 +142,7 @@ def hard_measures(
     divergences = divergences[where[:on_curves]].view(curves)
 
     values = {}
-    chosen = [perturbation.grid.index(fraction) for fraction in perturbation.fractions]
+    chosen = [grid.index(fraction) for fraction in perturbation.shares(n)]
     for i, (name, order) in enumerate(orders.items()):
         q = removal.log_prob(targets[name])
         without, alone = log_probs[ids.index(targets[name]), i].T
@@ -158,13 +154,13 @@ def hard_measures(
             other = log_probs[ids.index(against[name]), i].T
             before = q - removal.log_prob(against[name])
             (odds_without, odds_alone) = (one - two for one, two in zip((without, alone), other, strict=True))
-            odds += _curve("deletion", "log_odds", before - odds_without, counts, perturbation)
-            odds += _curve("insertion", "log_odds", odds_alone - odds_alone[0], counts, perturbation)
+            odds += _curve("deletion", "log_odds", before - odds_without, counts, grid)
+            odds += _curve("insertion", "log_odds", odds_alone - odds_alone[0], counts, grid)
         values[name] = [
-            *_curve("deletion", "log_prob", q - without, counts, perturbation),
-            *_curve("deletion", "kl", kl_without, counts, perturbation),
-            *_curve("insertion", "log_prob", alone - alone[0], counts, perturbation),
-            *_curve("insertion", "kl", kl_alone[0] - kl_alone, counts, perturbation),
+            *_curve("deletion", "log_prob", q - without, counts, grid),
+            *_curve("deletion", "kl", kl_without, counts, grid),
+            *_curve("insertion", "log_prob", alone - alone[0], counts, grid),
+            *_curve("insertion", "kl", kl_alone[0] - kl_alone, counts, grid),
             *odds,
             Value("comprehensiveness", "probability", None, comprehensiveness),
             Value("sufficiency", "probability", None, sufficiency),
@@ -197,11 +193,11 @@ def drop_of_all(values: Sequence[Value]) -> float:
 
 
 def _curve(
-    measure: str, quantity: str, points: Float[Tensor, " point"], counts: Sequence[int], perturbation: Perturbation
+    measure: str, quantity: str, points: Float[Tensor, " point"], counts: Sequence[int], grid: Sequence[float]
 ) -> list[Value]:
     share = torch.tensor(counts, dtype=points.dtype) / counts[-1]
     area = float(torch.trapezoid(points, share))
-    curve = [Value(measure, quantity, f, v) for f, v in zip(perturbation.grid, points.tolist(), strict=True)]
+    curve = [Value(measure, quantity, f, v) for f, v in zip(grid, points.tolist(), strict=True)]
     return [*curve, Value(f"{measure} area", quantity, None, area)]
 
 

@@ -1,5 +1,6 @@
 """How an evaluation perturbs prompts: what it replaces, and what it puts in place."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -13,6 +14,8 @@ from tl_scopes.jacobian.replacement import substitute
 from tl_scopes.models import Model
 from tl_scopes.models.arguments import as_flag, as_number
 
+FRACTIONS = (0.05, 0.1, 0.2)
+"""The fractions that count where none are given."""
 REPLACEMENTS = ("zero", "mean", "pad", "resample")
 
 
@@ -29,8 +32,11 @@ class Perturbation:
     replacements: tuple[str, ...] = ("resample",)
     """What takes the place of an embedding: "zero", the "mean" of the vocabulary's embeddings, the embedding of the
     padding token ("pad"), or of a token drawn from the other prompts ("resample", the same ones for every scope)."""
-    fractions: tuple[float, ...] = (0.05, 0.1, 0.2)
-    """The shares of the tokens, best first, over which comprehensiveness and sufficiency are averaged."""
+    fractions: tuple[float, ...] | None = None
+    """The shares of the tokens, best first, over which comprehensiveness and sufficiency are averaged. None is 5%, 10%
+    and 20%, but for those that are less than half a token of a short prompt, which have no numbers there: 5% counts
+    from 10 tokens on, 10% from 5 and 20% from 3. Given ones count for every prompt, which is left out if it is too
+    short."""
     steps: int = 10
     """The number of steps of a curve, from no token replaced to all; shorter prompts go token by token."""
     bos: bool = False
@@ -49,6 +55,8 @@ class Perturbation:
 
     def __post_init__(self) -> None:
         for name, values in (("replacements", self.replacements), ("fractions", self.fractions)):
+            if values is None and name == "fractions":
+                continue
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise ValueError(f"{name} are given as a tuple of at least one, got {values!r}.")
         object.__setattr__(self, "replacements", tuple(self.replacements))
@@ -59,8 +67,9 @@ class Perturbation:
         if len(set(self.replacements)) < len(self.replacements):
             raise ValueError(f"each replacement is given once, got {self.replacements!r}.")
         rule = "a fraction of the tokens is a number between 0 and 1"
-        object.__setattr__(self, "fractions", tuple(as_number(fraction, rule) for fraction in self.fractions))
-        for fraction in self.fractions:
+        if self.fractions is not None:
+            object.__setattr__(self, "fractions", tuple(as_number(fraction, rule) for fraction in self.fractions))
+        for fraction in self.fractions or ():
             if not 0 < fraction <= 1:
                 raise ValueError(f"{rule}, got {fraction!r}.")
         rule = "cascade is a tuple of shares of the blocks, such as (0.25, 0.5, 1.0)"
@@ -79,10 +88,20 @@ class Perturbation:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return f"Perturbation({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
-    @property
-    def grid(self) -> tuple[float, ...]:
-        """The fractions at which curves are measured, `fractions` among them."""
-        return tuple(sorted({*(step / self.steps for step in range(self.steps + 1)), *self.fractions}))
+    def shares(self, tokens: int) -> tuple[float, ...]:
+        """The fractions that count for a prompt with so many tokens to rank."""
+        if self.fractions is not None:
+            return self.fractions
+        return tuple(fraction for fraction in FRACTIONS if count(fraction, tokens))
+
+    def grid(self, tokens: int) -> tuple[float, ...]:
+        """The fractions at which curves of such a prompt are measured, its `shares` among them."""
+        return tuple(sorted({*(step / self.steps for step in range(self.steps + 1)), *self.shares(tokens)}))
+
+
+def count(fraction: float, tokens: int) -> int:
+    """How many of so many tokens a fraction stands for: rounded, halves up."""
+    return math.floor(fraction * tokens + 0.5)
 
 
 @dataclass(frozen=True, eq=False)

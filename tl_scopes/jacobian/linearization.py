@@ -188,12 +188,18 @@ class Linearization:
     def require_finite(self) -> None:
         """Refuse a forward pass that overflowed.
 
+        A logit of minus infinity is a token that cannot come, which a hook of the user's or a padded vocabulary may
+        say; it weighs nothing in a prediction.
+
         Raises:
             ValueError: for NaN or infinite activations, with the hook where they are.
         """
         logits = self.readout if self.trace.logits is None else self.logits
         for name, value in ((self.wrt, self.embeddings), (self.of, self.readout), ("the logits", logits)):
-            if not value.isfinite().all():
+            fine = value.isfinite()
+            if name == "the logits" and bool(fine.any(-1).all()):
+                fine |= value == -torch.inf
+            if not fine.all():
                 half = "; or load the model in float32 or bfloat16, which hold larger numbers than float16"
                 raise ValueError(
                     f"NaN or infinite activations at {name!r}, in {value.dtype}: check the weights and your hooks"

@@ -38,7 +38,8 @@ def readout_graph(
         leaf = trace.readout[some].detach().requires_grad_()
         unembedded = model.unembed(leaf[:, None])[:, 0]
         # What stands between the unembedding and the logits, a scale or a soft-cap, acts on each logit by itself.
-        moved = unembedded - unembedded.detach()
+        # A logit of minus infinity does not move.
+        moved = torch.where(unembedded.isfinite(), unembedded - unembedded.detach(), 0)
         logits = trace.logits[some].detach() + trace.slope[some] * moved
         if trace.bend is not None:
             logits = logits + trace.bend[some] / 2 * moved.square()

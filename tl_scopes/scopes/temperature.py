@@ -59,9 +59,7 @@ class TemperatureScope(JacobianScope):
     def metric(self, lin: Linearization) -> Metric:
         lin.require_readout()
         if self.norm == "logits":
-            return lambda readout, logits: (
-                (logits - logits.mean(-1, keepdim=True)).norm(dim=-1).sum() / logits.shape[-1] ** 0.5
-            )
+            return lambda readout, logits: _spread(logits).sum()
         if models.has_constant_readout_norm(lin.model):
             raise ValueError(
                 f"the final norm of {models.model_name(lin.model)!r} has no gain (folded, untrained, or by "
@@ -77,3 +75,11 @@ class TemperatureScope(JacobianScope):
 
     def unit(self, lin: Linearization) -> str:
         return f"inverse temperature per {lin.unit}"
+
+
+def _spread(logits: Float[Tensor, "*row vocab"]) -> Float[Tensor, "*row"]:
+    """‖z − mean z‖₂/√vocab, of the tokens that can come: a logit of minus infinity does not count."""
+    known = logits.isfinite()
+    count = known.sum(-1, keepdim=True).to(logits)
+    mean = logits.where(known, 0).sum(-1, keepdim=True) / count
+    return (logits - mean).where(known, 0).norm(dim=-1) / count[..., 0].sqrt()
