@@ -117,6 +117,7 @@ def carried_by(
         target=target,
         versus=versus,
         wrt=lin.wrt,
+        quantity=scope.quantity_explained(lin),
     )
 
 

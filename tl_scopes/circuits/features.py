@@ -195,6 +195,7 @@ class FeatureMap:
         model: the name of the model.
         rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the scores should know.
+        quantity: the number that the scores are about, "logit of ' are'" say; None where it has no name.
         provenance: the versions, the model and its revision, the device and the day with which the map was made.
     """
 
@@ -213,6 +214,7 @@ class FeatureMap:
     model: str
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
+    quantity: str | None = None
     provenance: Provenance | None = None
 
     def __repr__(self) -> str:
@@ -381,6 +383,7 @@ def feature_map(
         str_tokens=texts,
         scope=None if scope is None else as_written(scope),
         unit=None if scope is None else scope.unit(lin),
+        quantity=None if scope is None else scope.quantity_explained(lin),
         wrt=wrt,
         model=models.model_name(model),
         rules=None if ruled is None else str(ruled),

@@ -15,7 +15,7 @@ from tl_scopes.models import Model, Part, Prompt, Provenance, Rules, Target
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope, circumstances, require_scope, targets_of
 from tl_scopes.views import component_map as card
-from tl_scopes.views.markup import saved
+from tl_scopes.views.markup import in_short, saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +59,7 @@ class ComponentMap:
         notes: what a reader of the scores should know.
         is_squared: whether scores are sums of squares, as those of a FisherScope, so that those of several positions
             add up; else they are norms.
+        quantity: the number that the scores are about, "logit of ' are'" say; None where it has no name.
         provenance: the versions, the model and its revision, the device and the day with which the map was made.
     """
 
@@ -77,11 +78,16 @@ class ComponentMap:
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
     is_squared: bool = False
+    quantity: str | None = None
     provenance: Provenance | None = None
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.scores.shape))
-        return f"ComponentMap({self.question} at {self.at}: {size} {', '.join(self.axis_names)}; {self.unit})"
+        axes, prompt = ", ".join(self.axis_names), in_short(self.str_tokens, 60)
+        return (
+            f"ComponentMap({self.question} at {self.at}: {size} {axes}; {self.unit}; "
+            f"{self.quantity or 'the prediction'} after {prompt!r})"
+        )
 
     @property
     def question(self) -> str:
@@ -176,7 +182,7 @@ def layer_map(
         >>> found = tls.layer_map(model, "The keys to the old cabinet near the door", tls.SemanticScope(" are"))
         >>> found
         ComponentMap(SemanticScope(target=' are') at resid_pre: 6 x 10 layer, position; logit per unit of norm at \
-blocks.N.hook_resid_pre)
+blocks.N.hook_resid_pre; logit of ' are' after '<|bos|>The keys to the old cabinet near the door')
     """
     if at not in ("resid_pre", "attn_out", "mlp_out"):
         raise ValueError(f'at is "resid_pre", "attn_out" or "mlp_out", got {at!r}; for heads there is head_map.')
@@ -242,5 +248,6 @@ def _map(
         str_tokens=lin.str_tokens,
         target=target,
         versus=versus,
+        quantity=scope.quantity_explained(lin),
         is_squared=question.squared,
     )
