@@ -408,6 +408,18 @@ def test_a_map_costs_one_forward_pass(tiny: Any) -> None:
     assert len(runs) == 2
 
 
+def test_a_map_of_a_linearisation(lin: tls.Linearization, no_type_checks: None) -> None:
+    """The error says what to write, whether or not Python would miss an argument."""
+    ask: Any
+    for ask in (tls.head_map, tls.layer_map, tls.feature_map):
+        for others in ((), (SCOPE,), (SCOPE, -1)):
+            match = (
+                rf"{ask.__name__} takes a model and a prompt, .* got a Linearization: write tls.{ask.__name__}\(model"
+            )
+            with pytest.raises(TypeError, match=match):
+                ask(lin, *others)
+
+
 def test_bad_maps(tiny: Any, no_type_checks: None) -> None:
     with pytest.raises(ValueError, match='at is "resid_pre", "attn_out" or "mlp_out", got \'z\'; for heads there is'):
         tls.layer_map(tiny, TEXT, SCOPE, at="z")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from tl_scopes.circuits.cut import steepest
 from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.source_tokens import Sources, as_positions
 from tl_scopes.jacobian import pullback
-from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
+from tl_scopes.jacobian.linearization import Linearization, linearize_prompt, takes_a_model
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
 from tl_scopes.models import Model, Prompt, Provenance, Rules, Work
 from tl_scopes.models.arguments import require_name
@@ -291,6 +291,7 @@ class FeatureMap:
         return card.fragment(self)
 
 
+@takes_a_model
 def feature_map(
     model: Model,
     prompt: Prompt,

@@ -11,6 +11,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.traced import linearize_with
+from tl_scopes.jacobian.linearization import takes_a_model
 from tl_scopes.models import Model, Part, Prompt, Provenance, Rules, Target
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope, circumstances, require_scope, targets_of
@@ -144,6 +145,7 @@ class ComponentMap:
         return Place(name, self.str_tokens[position], score, position)
 
 
+@takes_a_model
 def layer_map(
     model: Model,
     prompt: Prompt,
@@ -175,7 +177,8 @@ def layer_map(
     Cost: one forward pass and one backward pass for each cotangent, whatever the number of layers.
 
     Raises:
-        TypeError: for a scope whose scores are not norms. Else as `linearize` does.
+        TypeError: for a scope whose scores are not norms; for a linearisation in the model's place. Else as `linearize`
+            does.
         ValueError: for another `at`; for a model without such components. Else as `linearize` does.
 
     Example:
@@ -189,6 +192,7 @@ blocks.N.hook_resid_pre; logit of ' are' after '<|bos|>The keys to the old cabin
     return _map(model, prompt, scope, position, at, of, prepend_bos, rules)
 
 
+@takes_a_model
 def head_map(
     model: Model,
     prompt: Prompt,

@@ -58,7 +58,8 @@ class Paths:
 
     Attributes:
         values: [layer, position | branch | head | head part | neuron, token], what each component carries, in `unit`,
-            with a sign. On the CPU, in float32 (float64 for a float64 model). `axis_names` names the axes.
+            with a sign. On the CPU, in float32; in float64 for a float64 model, and where float32 does not hold them.
+            `axis_names` names the axes.
         around: [layer, token], what goes around the cut of each layer; [layer, branch, token] by "layer", where
             attention and MLP are a cut each. `values` and `around` of a layer sum to the score.
         scores: [token], the scores of the source tokens.
