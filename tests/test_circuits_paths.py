@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 
 import tl_scopes as tls
 from tests import zoo
-from tests.pictures import browse, needs_browser
+from tests.pictures import Reader, browse, needs_browser
 from tests.test_layout import measure
 from tests.zoo import PROMPT
 from tl_scopes.circuits.paths import Passage
@@ -56,7 +57,8 @@ def test_top(paths: tls.Paths) -> None:
 def test_in_one_line(paths: tls.Paths) -> None:
     assert repr(paths) == (
         "Paths(SemanticScope(target=' are', versus=' is') by head: (L2H2 at ' door', 15.7, 60%) from ' keys'; "
-        "6 layers, 2 tokens, logit per unit of embedding norm)"
+        "6 layers, 2 tokens, logit per unit of embedding norm; logit of ' are' − logit of ' is' after "
+        "'<|bos|>The keys to the old cabinet near the door')"
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         paths.by = "layer"  # type: ignore[misc]
@@ -253,6 +255,47 @@ def test_pictures_escape(paths: tls.Paths) -> None:
         assert "&lt;b" in html
 
 
+def test_answers_say_what_they_are_about(tiny: Any, lin: tls.Linearization) -> None:
+    """The token that was explained, though the scope leaves it open, and the prompt; of a long one both ends."""
+    features = tls.Features(torch.eye(128)[:9], "blocks.2.hook_resid_post", decoder=torch.eye(128)[:9])
+    scope = tls.SemanticScope()
+    found = [
+        tls.carried_by(lin, scope, "layer", " keys"),
+        tls.carried_by(lin, scope, "head", " keys"),
+        tls.layer_map(tiny, TEXT, scope),
+        tls.head_map(tiny, TEXT, scope),
+        tls.feature_map(tiny, TEXT, features, scope),
+    ]
+    for one in found:
+        assert one.quantity == scope(lin).quantity == "logit of ' are'"
+        told = Reader(one.to_html()).text
+        assert f"logit of ' are' after “<|bos|>{TEXT}”" in told
+        if not isinstance(one, tls.FeatureMap):
+            assert repr(one).endswith(f"; logit of ' are' after '<|bos|>{TEXT}')")
+    assert f"features that fire in “<|bos|>{TEXT}”" in Reader(tls.feature_map(tiny, TEXT, features).to_html()).text
+    assert "the prediction after “<|bos|>" in Reader(tls.head_map(tiny, TEXT, tls.FisherScope(8)).to_html()).text
+    long = dataclasses.replace(found[2], str_tokens=("<b>begin\n", *[" and"] * 90, " end"))
+    assert re.search("after “<b>begin↵ and .* … .* and end”", Reader(long.to_html()).text)
+    assert len(repr(long)) < 260
+
+
+def test_pictures_of_signed_scores(tiny: Any) -> None:
+    """A share has the sign of its value: what speaks against the target is below zero, also of a token that does."""
+    lin = tls.linearize(tiny, TEXT, rules="linear")
+    paths = tls.carried_by(lin, tls.RelevanceScope(" is", versus=" are"))
+    assert paths.column() == 2
+    assert paths.scores[2] < 0
+    for row in (*paths.top(9), *paths.top(9, token=-1)):
+        assert (row.share > 0) == (row.value > 0)
+    assert sum(row.share for row in paths.at(2).top(9)) + paths.around[2, 2] / -paths.scores[2] == pytest.approx(-1)
+    shares = paths.to_dataframe()
+    assert ((shares["share"] > 0) == (shares["value"] > 0)).all()
+    told = Reader(paths.to_html()).text
+    assert "vermilion ones are below zero, as the score is" in told
+    assert "vermilion ones work against it" in Reader(paths.to_html(token=int(paths.scores.argmax()))).text
+    assert tls.Paths.from_json(paths.to_json()).quantity == paths.quantity
+
+
 def test_many_positions_are_summed(paths: tls.Paths) -> None:
     """The flow picture stays narrow: fifteen columns at most, of which the last one is the sum of the others."""
     stream = torch.ones(7, 60, 2)
@@ -351,7 +394,8 @@ def test_a_map_in_other_forms(tiny: Any, tmp_path: Any) -> None:
     layers = tls.layer_map(tiny, TEXT, SCOPE, at="mlp_out")
     assert repr(layers) == (
         "ComponentMap(SemanticScope(target=' are', versus=' is') at mlp_out: 6 x 10 layer, position; "
-        "logit per unit of norm at blocks.N.hook_mlp_out)"
+        "logit per unit of norm at blocks.N.hook_mlp_out; logit of ' are' − logit of ' is' after "
+        "'<|bos|>The keys to the old cabinet near the door')"
     )
     assert layers.plot().axes
 
@@ -362,6 +406,18 @@ def test_a_map_costs_one_forward_pass(tiny: Any) -> None:
         tls.layer_map(tiny, TEXT, SCOPE)
         tls.head_map(tiny, TEXT, SCOPE, 4)
     assert len(runs) == 2
+
+
+def test_a_map_of_a_linearisation(lin: tls.Linearization, no_type_checks: None) -> None:
+    """The error says what to write, whether or not Python would miss an argument."""
+    ask: Any
+    for ask in (tls.head_map, tls.layer_map, tls.feature_map):
+        for others in ((), (SCOPE,), (SCOPE, -1)):
+            match = (
+                rf"{ask.__name__} takes a model and a prompt, .* got a Linearization: write tls.{ask.__name__}\(model"
+            )
+            with pytest.raises(TypeError, match=match):
+                ask(lin, *others)
 
 
 def test_bad_maps(tiny: Any, no_type_checks: None) -> None:

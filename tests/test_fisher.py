@@ -22,7 +22,9 @@ from tl_scopes.jacobian.fisher_information import (
     pulled_further,
     remainder_probes,
 )
+from tl_scopes.jacobian.randomness import raised
 from tl_scopes.scopes import fisher
+from tl_scopes.scopes.fisher import Draws
 from tl_scopes.tiny.tasks import examples
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
@@ -349,3 +351,27 @@ def test_batches_and_maps_draw_as_one_prompt_does(tiny: Any) -> None:
     found = tls.attribution_map(tiny, prompts[0], tls.FisherScope())
     alone = tls.attribute(tiny, prompts[0], tls.FisherScope(), 6)
     assert_close(found[6].scores, alone.scores, rtol=1e-3, atol=1e-4 * float(alone.scores.sum()))
+
+
+@pytest.mark.parametrize("draws", [6, 12, 40])
+def test_a_raised_error_is_honest(draws: int) -> None:
+    """The mean of a few normal numbers is off by 1 in units of its own standard error, root mean square."""
+    drawn = torch.randn(200_000, draws, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    off = drawn.mean(1) / (drawn.std(1) / draws**0.5)
+    assert off.square().mean().sqrt() / raised(draws) == pytest.approx(1, abs=0.02)
+    assert off.square().mean().sqrt() > 1.02
+
+
+def test_the_error_of_random_signs_is_bounded() -> None:
+    """2 tr A² is above the variance 2 (tr A² − Σ A_ii²) of εᵀAε, over all signs ε; draws tell it from their pairs."""
+    J = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    signs = torch.cartesian_prod(*[torch.tensor([1.0, -1.0], dtype=torch.float64)] * 6)
+    A = J @ J.T
+    forms = (signs @ J).square().sum(-1)
+    bound = 2 * A.square().sum()
+    assert forms.var(correction=0).item() == pytest.approx((bound - 2 * A.diag().square().sum()).item())
+    draws = Draws(1, torch.device("cpu"))
+    draws.add((signs @ J)[:, None])
+    n = len(signs)  # of all pairs, those of a draw with itself are not among them
+    pairs = (bound / 2 * n**2 - forms.square().sum()) / (n * (n - 1))
+    assert draws.standard_error.item() == pytest.approx((2 * pairs / n).sqrt().item() * raised(n))

@@ -45,10 +45,14 @@ def carried_by(
     Σ_c ‖g_t^c‖ carried_t^{k,c} / score_t. The parts of a Fisher score, which is a sum of squares, are
     Σ_c ‖g_t^c‖ carried_t^{k,c}; where it is estimated, so are they, with `paths.standard_error`.
 
+    The score of a `RelevanceScope`, g_t · x_t, is the slope along x_t, which then takes the place of ĝ_t: its parts,
+    ⟨G_k, (∂k/∂x_t) x_t⟩, sum to it, and like it are above zero where they speak for the target.
+
     Args:
         lin: a linearisation.
-        scope: the question: `SemanticScope`, `DirectionScope`, `TemperatureScope`, `FisherScope`, a `JacobianScope` of
-            your own with one score for each token, or one of these in a `FrozenAttentionScope`.
+        scope: the question: `SemanticScope`, `RelevanceScope`, `DirectionScope`, `TemperatureScope`, `FisherScope`, a
+            `JacobianScope` of your own with one score for each token, or one of these in a `FrozenAttentionScope` or
+            an `UnderRulesScope`.
         by: what the cut of each layer is made of.
             "position": the residual stream at each position before every layer and after the last, [layer, position,
             token]. Nothing goes around it.
@@ -57,7 +61,7 @@ def carried_by(
             "qkv": the heads' queries, keys and values, which together carry what the head does: what a head moves from
             where it reads (values), and what comes of where it looks (queries and keys), [layer, head, part, token].
             "neuron": the neurons of the MLP, [layer, neuron, token].
-        tokens: the source tokens, as positions or as texts that stand in the prompt once; None is all tokens.
+        tokens: the source tokens, as positions or as texts that stand in the prompt once; None is all that get a score.
 
     Unit: that of the scope.
     Cost: one forward pass, a backward pass for each cotangent, and for each cotangent the cheaper of two ways: another
@@ -70,8 +74,8 @@ def carried_by(
         at three forward passes for each source token.
 
     Raises:
-        TypeError: for something that is not a linearisation, or a scope; for a scope whose scores are not norms of
-            cᵀJ_t, and so are not split.
+        TypeError: for something that is not a linearisation, or a scope; for a scope whose scores are neither norms of
+            cᵀJ_t nor slopes along the tokens, and so are not split.
         ValueError: for another `by`; for tokens that are not in the prompt; for a model in which the components cannot
             be reached, with its name; when the model has changed since it was linearised.
         NoSecondDerivativeError: for "position" and "neuron" under an attention kernel without a second derivative.
@@ -117,6 +121,7 @@ def carried_by(
         target=target,
         versus=versus,
         wrt=lin.wrt,
+        quantity=scope.quantity_explained(lin),
     )
 
 

@@ -14,7 +14,7 @@ from tl_scopes.circuits.cut import steepest
 from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.source_tokens import Sources, as_positions
 from tl_scopes.jacobian import pullback
-from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
+from tl_scopes.jacobian.linearization import Linearization, linearize_prompt, takes_a_model
 from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
 from tl_scopes.models import Model, Prompt, Provenance, Rules, Work
 from tl_scopes.models.arguments import require_name
@@ -195,6 +195,7 @@ class FeatureMap:
         model: the name of the model.
         rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the scores should know.
+        quantity: the number that the scores are about, "logit of ' are'" say; None where it has no name.
         provenance: the versions, the model and its revision, the device and the day with which the map was made.
     """
 
@@ -213,6 +214,7 @@ class FeatureMap:
     model: str
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
+    quantity: str | None = None
     provenance: Provenance | None = None
 
     def __repr__(self) -> str:
@@ -289,6 +291,7 @@ class FeatureMap:
         return card.fragment(self)
 
 
+@takes_a_model
 def feature_map(
     model: Model,
     prompt: Prompt,
@@ -381,6 +384,7 @@ def feature_map(
         str_tokens=texts,
         scope=None if scope is None else as_written(scope),
         unit=None if scope is None else scope.unit(lin),
+        quantity=None if scope is None else scope.quantity_explained(lin),
         wrt=wrt,
         model=models.model_name(model),
         rules=None if ruled is None else str(ruled),

@@ -11,11 +11,12 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.circuits.question import question_of
 from tl_scopes.circuits.traced import linearize_with
+from tl_scopes.jacobian.linearization import takes_a_model
 from tl_scopes.models import Model, Part, Prompt, Provenance, Rules, Target
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope, circumstances, require_scope, targets_of
 from tl_scopes.views import component_map as card
-from tl_scopes.views.markup import saved
+from tl_scopes.views.markup import in_short, saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +60,7 @@ class ComponentMap:
         notes: what a reader of the scores should know.
         is_squared: whether scores are sums of squares, as those of a FisherScope, so that those of several positions
             add up; else they are norms.
+        quantity: the number that the scores are about, "logit of ' are'" say; None where it has no name.
         provenance: the versions, the model and its revision, the device and the day with which the map was made.
     """
 
@@ -77,11 +79,16 @@ class ComponentMap:
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
     is_squared: bool = False
+    quantity: str | None = None
     provenance: Provenance | None = None
 
     def __repr__(self) -> str:
         size = " x ".join(map(str, self.scores.shape))
-        return f"ComponentMap({self.question} at {self.at}: {size} {', '.join(self.axis_names)}; {self.unit})"
+        axes, prompt = ", ".join(self.axis_names), in_short(self.str_tokens, 60)
+        return (
+            f"ComponentMap({self.question} at {self.at}: {size} {axes}; {self.unit}; "
+            f"{self.quantity or 'the prediction'} after {prompt!r})"
+        )
 
     @property
     def question(self) -> str:
@@ -138,6 +145,7 @@ class ComponentMap:
         return Place(name, self.str_tokens[position], score, position)
 
 
+@takes_a_model
 def layer_map(
     model: Model,
     prompt: Prompt,
@@ -169,20 +177,22 @@ def layer_map(
     Cost: one forward pass and one backward pass for each cotangent, whatever the number of layers.
 
     Raises:
-        TypeError: for a scope whose scores are not norms. Else as `linearize` does.
+        TypeError: for a scope whose scores are not norms; for a linearisation in the model's place. Else as `linearize`
+            does.
         ValueError: for another `at`; for a model without such components. Else as `linearize` does.
 
     Example:
         >>> found = tls.layer_map(model, "The keys to the old cabinet near the door", tls.SemanticScope(" are"))
         >>> found
         ComponentMap(SemanticScope(target=' are') at resid_pre: 6 x 10 layer, position; logit per unit of norm at \
-blocks.N.hook_resid_pre)
+blocks.N.hook_resid_pre; logit of ' are' after '<|bos|>The keys to the old cabinet near the door')
     """
     if at not in ("resid_pre", "attn_out", "mlp_out"):
         raise ValueError(f'at is "resid_pre", "attn_out" or "mlp_out", got {at!r}; for heads there is head_map.')
     return _map(model, prompt, scope, position, at, of, prepend_bos, rules)
 
 
+@takes_a_model
 def head_map(
     model: Model,
     prompt: Prompt,
@@ -242,5 +252,6 @@ def _map(
         str_tokens=lin.str_tokens,
         target=target,
         versus=versus,
+        quantity=scope.quantity_explained(lin),
         is_squared=question.squared,
     )

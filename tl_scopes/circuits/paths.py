@@ -16,7 +16,7 @@ from tl_scopes.models.linear_rules import under
 from tl_scopes.results.attribution import Attribution, Prediction
 from tl_scopes.views import paths as card
 from tl_scopes.views.live import LiveView
-from tl_scopes.views.markup import saved
+from tl_scopes.views.markup import in_short, saved
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +58,8 @@ class Paths:
 
     Attributes:
         values: [layer, position | branch | head | head part | neuron, token], what each component carries, in `unit`,
-            with a sign. On the CPU, in float32 (float64 for a float64 model). `axis_names` names the axes.
+            with a sign. On the CPU, in float32; in float64 for a float64 model, and where float32 does not hold them.
+            `axis_names` names the axes.
         around: [layer, token], what goes around the cut of each layer; [layer, branch, token] by "layer", where
             attention and MLP are a cut each. `values` and `around` of a layer sum to the score.
         scores: [token], the scores of the source tokens.
@@ -87,6 +88,7 @@ class Paths:
         dtype: the precision of the model, such as "float32".
         rules: the rules that differentiated the model in place of some of its own derivatives, "linear" say; else None.
         notes: what a reader of the values should know.
+        quantity: the number that the scores are about, "logit of ' are'" say; None where it has no name.
         provenance: the versions, the model and its revision, the device and the day with which the answer was made;
             None where it is not known.
     """
@@ -116,6 +118,7 @@ class Paths:
     dtype: str
     rules: str | None = None
     notes: tuple[str, ...] = field(default=())
+    quantity: str | None = None
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
@@ -136,7 +139,11 @@ class Paths:
         first = self.top(1)
         shown = f"{first[0]!r} from {first[0].token!r}; " if first else ""
         tokens = counted(len(self.positions), "token")
-        return f"Paths({self.question} by {self.by}: {shown}{layers}, {tokens}, {self.unit})"
+        prompt = in_short(self.str_tokens[: self.position + 1], 60)
+        return (
+            f"Paths({self.question} by {self.by}: {shown}{layers}, {tokens}, {self.unit}; "
+            f"{self.quantity or 'the prediction'} after {prompt!r})"
+        )
 
     @property
     def question(self) -> str:

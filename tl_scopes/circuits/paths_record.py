@@ -30,6 +30,7 @@ class _Record(AnswerRecord):
     layers: list[NonNegativeInt]
     by: Literal["position", "layer", "head", "qkv", "neuron"]
     mode: Literal["forward", "backward"]
+    quantity: str | None = None
 
 
 def written(fields: dict[str, Any]) -> str:

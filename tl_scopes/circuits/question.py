@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tl_scopes.circuits.cut import steepest
 from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import raised
 from tl_scopes.scopes.first_order import JacobianScope
 from tl_scopes.scopes.fisher import LEAST_DRAWS, FisherScope
 from tl_scopes.scopes.relevance import RelevanceScope
@@ -51,9 +52,7 @@ class Question:
             return None
         if n < LEAST_DRAWS:
             return torch.full_like(drawn[0], torch.inf)
-        # A standard error from n draws is itself uncertain: the deviation in units of it follows Student's t, whose
-        # variance is (n − 1)/(n − 3). With that factor it is honest.
-        return drawn.std(0) / n**0.5 * ((n - 1) / (n - 3)) ** 0.5
+        return drawn.std(0) / n**0.5 * raised(n)
 
 
 def question_of(scope: Scope, lin: Linearization, asking: str, or_slopes: bool = False) -> Question:

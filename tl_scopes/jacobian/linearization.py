@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, SupportsIndex, cast
+from functools import cached_property, wraps
+from typing import Any, ParamSpec, SupportsIndex, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,9 @@ from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import Ends
 from tl_scopes.jacobian.tensor_arguments import require_shape
 from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Token, Trace, Work
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -457,6 +460,26 @@ def require_linearization(lin: object, name: str) -> None:
             f"{name} takes a Linearization, got {type(lin).__name__}: write lin = tls.linearize(model, prompt), then "
             f"tls.{name}(lin, ...)."
         )
+
+
+def takes_a_model(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """Refuse a linearisation in the place of the model, the first argument, whatever comes after it.
+
+    Raises:
+        TypeError: with the line to write instead.
+    """
+
+    @wraps(function)
+    def refusing(*args: Given.args, **options: Given.kwargs) -> Found:
+        name = function.__name__
+        if args and isinstance(args[0], Linearization):
+            raise TypeError(
+                f"{name} takes a model and a prompt, which it runs to see inside, got a {type(args[0]).__name__}: "
+                f"write tls.{name}(model, prompt, ...)."
+            )
+        return function(*args, **options)
+
+    return refusing
 
 
 def linearize_prompt(

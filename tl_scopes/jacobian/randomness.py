@@ -1,4 +1,5 @@
-"""The source of random numbers: a generator that was given, or one that belongs to the prompt.
+"""The source of random numbers: a generator that was given, or one that belongs to the prompt; and the honest error of
+what is estimated from a few of them.
 
 This is a file of its own since scopes, checks and evaluations draw from it.
 """
@@ -26,6 +27,15 @@ def source(lin: Linearization, generator: torch.Generator | None, purpose: str) 
     """
     require_generator(generator, lin.readout.device)
     return prompt_generator(lin, purpose, device=lin.readout.device) if generator is None else generator
+
+
+def raised(draws: int) -> float:
+    """By how much a standard error from so many draws is raised, four at least: √((n − 1)/(n − 3)).
+
+    It is itself uncertain: the deviation in units of it follows Student's t, whose variance is (n − 1)/(n − 3). With
+    that factor it is honest: the deviation is 1 in units of it, root mean square.
+    """
+    return ((draws - 1) / (draws - 3)) ** 0.5
 
 
 def require_generator(generator: object, device: torch.device) -> None:

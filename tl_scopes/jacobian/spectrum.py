@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization
+from tl_scopes.jacobian.randomness import raised
 
 _PROBES = 8
 _BLOCKS = 4
@@ -99,8 +100,7 @@ def jackknife(estimates: Float[Tensor, "token set"]) -> Float[Tensor, "token"]:
     n = without_one.shape[1]
     if n == 0:
         return estimates.new_zeros(len(estimates))
-    # As for the Fisher Scope: a deviation in units of a standard error from n draws has the variance (n − 1)/(n − 3).
-    return without_one.std(1, correction=0) * (n - 1) ** 0.5 * ((n - 1) / (n - 3)) ** 0.5
+    return without_one.std(1, correction=0) * (n - 1) ** 0.5 * raised(n)
 
 
 def passes(rank: int) -> int:

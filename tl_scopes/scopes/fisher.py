@@ -16,7 +16,7 @@ from tl_scopes.jacobian.fisher_information import Seen, weighted_logits
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
 from tl_scopes.jacobian.pullback import NoSecondDerivativeError, squared_norms, vjps
-from tl_scopes.jacobian.randomness import source
+from tl_scopes.jacobian.randomness import raised, source
 from tl_scopes.models.arguments import as_flag, as_number
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.scopes.measurement import Estimate, Measurement, how_often
@@ -332,8 +332,10 @@ def _leading(
 class Draws:
     """The mean over draws y = Jᵀv of ‖y_t‖², and its standard error, from one group of draws after another.
 
-    For a quadratic form of random signs Var ‖y_t‖² = 2 tr(A_t²), and tr(A_t²) is also E (y_t · y'_t)² for two draws.
-    Pairs are many: they tell it better than the spread of the draws does, which depends on a few large ones.
+    ‖y_t‖² = εᵀA_tε is a quadratic form of random signs ε, of which Var ‖y_t‖² = 2 (tr A_t² − Σ_i (A_t)_ii²), for its
+    diagonal is the same in all draws. Without what is subtracted, which would be a form of normal numbers, it is an
+    upper bound; and tr A_t² is also E (y_t · y'_t)² for two draws. Pairs are many: they tell it better than the spread
+    of the draws does, which depends on a few large ones. Where the diagonal is most of A_t the error is overstated.
     """
 
     def __init__(self, tokens: int, device: torch.device) -> None:
@@ -362,6 +364,4 @@ class Draws:
         n = self.count
         if n < LEAST_DRAWS:
             return torch.full_like(self._sum, math.inf)
-        # A standard error from n draws is itself uncertain: the deviation in units of it follows Student's t, whose
-        # variance is (n − 1)/(n − 3). With that factor it is honest.
-        return (2 * self._squares / self._pairs / n * (n - 1) / (n - 3)).sqrt()
+        return (2 * self._squares / self._pairs / n).sqrt() * raised(n)

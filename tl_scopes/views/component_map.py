@@ -54,5 +54,6 @@ def fragment(found: "ComponentMap") -> Html:
     )
     legend = f"{found.unit}; the largest is {first.score:.3g}, {first.name} at {first.at!r}"
     picture = embedded(plot(found, ""), alt)
-    parts = (tag("div", SMALL, about), picture, tag("div", SMALL, legend))
+    asked = markup.about(f"{found.quantity or 'the prediction'} after", found.str_tokens)
+    parts = (asked, tag("div", SMALL, about), picture, tag("div", SMALL, legend))
     return markup.card(found.question, *parts, notes=found.notes, width="max-content")

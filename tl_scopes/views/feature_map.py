@@ -51,5 +51,7 @@ def fragment(found: "FeatureMap") -> Html:
     legend = f"{unit}; {first.names[0]}: {values[0, most].item():.3g} from {first.str_tokens[most]!r}"
     legend += f"; {hidden} more features are not drawn" if hidden > 0 else ""
     about = f"{found.model} · {found.wrt} → {found.hook}"
-    parts = (tag("div", SMALL, about), embedded(plot(found, ""), alt), tag("div", SMALL, legend))
+    what = "features that fire in" if found.scope is None else f"{found.quantity or 'the prediction'} after"
+    asked = markup.about(what, found.str_tokens)
+    parts = (asked, tag("div", SMALL, about), embedded(plot(found, ""), alt), tag("div", SMALL, legend))
     return markup.card(found.question, *parts, notes=found.notes, width="max-content")

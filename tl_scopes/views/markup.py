@@ -260,6 +260,27 @@ def _told(text: str) -> Html:
     return joined(*parts) or tag("span", "opacity:.5", visible(text))
 
 
+def in_short(texts: Sequence[str], length: int = 160) -> str:
+    r"""The tokens of a prompt as one line of text, of a long one the beginning and the end.
+
+    Example:
+        >>> from tl_scopes.views.markup import in_short
+        >>> in_short([" a", " b\n"]), in_short(["word "] * 99, 24)
+        (' a b↵', 'word word wor … rd word ')
+    """
+    whole = "".join(texts)
+    if len(whole) > length:
+        end = length // 3
+        whole = f"{whole[: length - end - 3].rstrip()} … {whole[-end:].lstrip()}"
+    return "".join(" " if char == " " else shown for char, shown in zip(whole, _shown(whole), strict=True))
+
+
+def about(what: str, texts: Sequence[str]) -> Html:
+    """What an answer is about, before the text of its prompt."""
+    quoted = tag("span", "unicode-bidi:isolate", f"“{in_short(texts)}”")
+    return tag("div", f"color:{INK};margin-top:4px;font-size:13px", f"{what} ", quoted)
+
+
 def is_right_to_left(text: str) -> bool:
     """Whether any of its letters is written from right to left, and so may reorder what stands beside it."""
     return any(unicodedata.bidirectional(char) in ("R", "AL", "AN") for char in text)

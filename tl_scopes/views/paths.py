@@ -64,15 +64,15 @@ def fragment(paths: "Paths", column: int) -> Html:
     if grid is None:
         return _card(paths, column, first)
     scale = Scale.of(grid.shares.flatten().tolist())
-    score = paths.scores[column].item()
+    size = _size(paths, column)
     lines = [[Cell("", _LABEL), *(Cell(name, f"{_NUMBER};color:{MUTED}") for name in grid.columns)]]
     for label, line in zip(grid.rows, grid.shares.tolist(), strict=True):
         told = [
-            f"{label} {name}: {share * score:.3g}, {share:.1%}" for name, share in zip(grid.columns, line, strict=True)
+            f"{label} {name}: {share * size:.3g}, {share:.1%}" for name, share in zip(grid.columns, line, strict=True)
         ]
         cells = [_number(share, scale, title) for share, title in zip(line, told, strict=True)]
         lines.append([Cell(label, _LABEL), *cells])
-    legend = f"{grid.names[0]} by {grid.names[1]}; numbers are percent of the score, vermilion ones work against it"
+    legend = f"{grid.names[0]} by {grid.names[1]}; numbers are percent of the score, {_vermilion(paths, column)}"
     return _card(paths, column, _scrolled(markup.rows(lines)), tag("div", SMALL, legend), first)
 
 
@@ -93,8 +93,8 @@ def flow(paths: "Paths", column: int) -> Html:
 def _flow(paths: "Paths", column: int) -> Html:
     """The rows of the flow picture, and what they say."""
     assert paths.stream is not None
-    score = paths.scores[column].item() or 1.0
-    shares = paths.stream[..., column] / score
+    size = _size(paths, column)
+    shares = paths.stream[..., column] / size
     source = paths.positions[column]
     shown = _positions(shares, source)
     others = [i for i in range(shares.shape[1]) if i not in shown]
@@ -106,12 +106,12 @@ def _flow(paths: "Paths", column: int) -> Html:
     lines = [[Cell("", _LABEL), *(Cell(text, style) for text in texts), Cell("heads that move it", _side())]]
     names = _depths(paths.stream_layers)
     for layer, name, line in zip(paths.stream_layers, names, values.tolist(), strict=True):
-        told = [f"before {name}, at {text}: {share * score:.3g}" for text, share in zip(texts, line, strict=True)]
+        told = [f"before {name}, at {text}: {share * size:.3g}" for text, share in zip(texts, line, strict=True)]
         cells = [_number(share, scale, title) for share, title in zip(line, told, strict=True)]
         lines.append([Cell(name, _LABEL), *cells, Cell(_movers(paths, column, layer), _side())])
     legend = (
         "rows: the residual stream before each layer; numbers: percent of the score that stand at a position there, "
-        f"vermilion ones work against it; heads: at most three of a layer that carry {_NOTABLE:.0%} or more, and where "
+        f"{_vermilion(paths, column)}; heads: at most three of a layer that carry {_NOTABLE:.0%} or more, and where "
         "they write"
     )
     return markup.joined(_scrolled(markup.rows(lines)), tag("div", SMALL, legend))
@@ -128,7 +128,7 @@ def live_flow(paths: "Paths") -> LiveView:
     """
     assert paths.stream is not None
     require_drawable(paths.stream.numel())
-    scores = paths.scores.where(paths.scores != 0, torch.ones_like(paths.scores))
+    scores = paths.scores.where(paths.scores != 0, torch.ones_like(paths.scores)).abs()
     shares = (paths.stream / scores).permute(1, 0, 2)
     props = {
         "tokens": [isolated(shortened(text)) for text in paths.str_tokens],
@@ -174,7 +174,20 @@ def _from(paths: "Paths", column: int) -> Html:
 
 def _framed(paths: "Paths", *parts: str) -> Html:
     ends = tag("div", SMALL, f"{paths.model} · {paths.dtype} · {paths.wrt} → {paths.of} · by {paths.by}")
-    return markup.card(paths.question, ends, *parts, notes=paths.notes, width="max-content")
+    asked = markup.about(f"{paths.quantity or 'the prediction'} after", paths.str_tokens[: paths.position + 1])
+    return markup.card(paths.question, asked, ends, *parts, notes=paths.notes, width="max-content")
+
+
+def _size(paths: "Paths", column: int) -> float:
+    """What shares are parts of: the size of the source token's score. So a share has the sign of its value."""
+    return abs(paths.scores[column].item()) or 1.0
+
+
+def _vermilion(paths: "Paths", column: int) -> str:
+    """What a negative share means."""
+    if paths.scores[column] < 0:
+        return "vermilion ones are below zero, as the score is"
+    return "vermilion ones work against it"
 
 
 def _scrolled(table: Html) -> Html:
@@ -233,7 +246,7 @@ def _grid(paths: "Paths", column: int) -> _Grid | None:
     """The shares as a matrix; None by "neuron"."""
     if paths.by == "neuron":
         return None
-    shares = (paths.values[..., column] / (paths.scores[column].item() or 1.0)).flatten(1)
+    shares = (paths.values[..., column] / _size(paths, column)).flatten(1)
     labels: Sequence[str]
     names = [f"L{layer}" for layer in paths.layers]
     if paths.by == "position":
