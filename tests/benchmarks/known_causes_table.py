@@ -56,7 +56,7 @@ RULES_BEGIN, RULES_END = "<!-- rules: begin -->", "<!-- rules: end -->"
 
 NATURAL = Path(__file__).with_name("natural.json")
 """Prompts of 20 to 40 tokens, written for this, each broken off before a word that can be guessed."""
-DELETION = Perturbation(("zero",), fractions=(0.05, 0.1, 0.2), steps=1, samples=0, randomise=False)
+DELETION = Perturbation(("zero",), steps=1, samples=0, randomise=False)
 """Embeddings set to zero, the first 5%, 10% and 20% of the tokens, as in the paper."""
 
 _SHOWN, _REFERENCE, _BUNDLED_REFERENCE = "average precision", "Semantic", "SemanticScope(versus=foil)"
