@@ -413,9 +413,8 @@ class Linearization:
         require_shape(cotangents, "cotangents", (None, *self.logits.shape), "[probe vocab]")
         units, scales = pullback.near_one(cotangents)
         together = self.unembeds_together
-        pulled = pullback.products(
-            logits, readout, units.to(logits).reshape(-1, *logits.shape), together=together
-        ).flatten(1)
+        given = units.to(logits).reshape(-1, *logits.shape)
+        pulled = pullback.summed_over_vocabulary(logits, readout, given, together=together).flatten(1)
         return models.precise(pulled) * units.new_tensor(scales)[:, None]
 
     def logits_jvp(self, tangents: Float[Tensor, "probe d_of"]) -> Float[Tensor, "probe *row vocab"]:
