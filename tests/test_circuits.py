@@ -394,7 +394,7 @@ def test_a_scope_under_rules_of_its_own(llama: Any, scope: tls.Scope) -> None:
         expected = tls.carried_by(lin.under("lookup"), scope, by, SOURCES)  # type: ignore[arg-type]
         assert_close(paths.scores, own(lin).scores[SOURCES], **EXACT)
         assert_close(paths.values, expected.values, **EXACT)
-        assert (paths.question, paths.rules) == (own(lin).question, None)
+        assert (paths.question, paths.rules) == (own(lin).question, own(lin).rules)
 
 
 # -- an answer of several tokens --------------------------------------------------------------------------------------

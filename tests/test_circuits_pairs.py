@@ -1,5 +1,7 @@
 """Metrics, pairs of prompts, and agreement with TransformerLens' own activation patching."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -547,3 +549,13 @@ def test_nothing_to_compare(pairs: list[tls.PromptPair], no_type_checks: None) -
         tls.agreement(pairs[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top is a number of components, 1 at least, got 0"):
         tls.agreement(pairs, top=0)
+
+
+def test_a_patching_metric_keeps_no_graph() -> None:
+    """It is a function of logits alone, and so is what a pair keeps of its prompts."""
+    lin = tls.linearize(zoo.specimen("bridge llama").model, [3, 14, 15, 9])
+    trace, metric = weakref.ref(lin.trace), tls.patching_metric(tls.SemanticScope(5), lin)
+    del lin
+    gc.collect()
+    assert trace() is None
+    assert metric(torch.zeros(1, 4, 40)).shape == ()

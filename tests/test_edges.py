@@ -297,3 +297,55 @@ def test_a_pickled_or_copied_answer_map_leaves_its_model_behind(tiny: Any) -> No
             with pytest.raises(ValueError, match="this map was read back, and has no model to ask again"):
                 copied[0:2]
     assert len(rows[0:2].scores) == 10
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda model: tls.attribute(model, PROMPT, tls.SemanticScope(5)),
+        lambda model: tls.attribute(model, PROMPT, tls.SemanticScope(3, versus={5})),
+        lambda model: tls.attribute(model, PROMPT, tls.HetaScope(5, probes=1)),
+        lambda model: tls.evaluate(model, [PROMPT] * 2, [tls.FisherScope(4)], targets=[5, 5], on_error="raise"),
+        lambda model: tls.evaluate(
+            model, [PROMPT] * 2, [tls.FisherScope(4)], targets=[3, 3], foils=[5, 5], on_error="raise"
+        ),
+    ],
+)
+def test_a_token_that_cannot_come_is_no_target(ask: Any) -> None:
+    """A hook that rules it out gives it a logit of minus infinity, of which nothing can be asked."""
+    model = zoo.specimen("bridge llama").model
+
+    def rule_out(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        return value.index_fill(-1, torch.tensor([5]), -torch.inf)
+
+    with model.hooks(fwd_hooks=[("unembed.hook_out", rule_out)]):
+        with pytest.raises(ValueError, match="cannot come here: a hook gives it a logit of minus infinity. Ask"):
+            ask(model)
+
+
+@pytest.mark.parametrize("answer", [[5], [5, 9]])
+def test_metrics_of_readout_and_logits_on_answers(answer: list[int]) -> None:
+    """A metric may read both; and a direction at an inner hook is asked about after an answer as well."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Both(tls.JacobianScope):
+        def cotangents(self, lin: tls.Linearization) -> torch.Tensor:
+            return (2 * lin.readout + lin.cotangent(lambda z: z[..., 3].sum()))[None]
+
+        def metric(self, lin: tls.Linearization) -> Any:
+            return lambda readout, logits: readout.square().sum() + logits[..., 3].sum()
+
+        def unit(self, lin: tls.Linearization) -> str:
+            return "one"
+
+    with zoo.Float64():
+        model = zoo.specimen("bridge llama").model
+        lin = tls.linearize(model, PROMPT, answer=answer)
+        scope, direction = Both(), torch.arange(16).double()
+        report = tls.linearity(lin, scope)
+        assert_close(report.slope, scope(lin).scores)
+        assert "must have" not in repr(tls.check(lin, scope))
+        hook = "blocks.0.hook_resid_post"
+        inner = tls.linearize(model, PROMPT, answer=answer, of=hook)
+        tls.linearity(inner, tls.DirectionScope(direction, hook))
+        assert "dimension" not in repr(tls.check(inner, tls.DirectionScope(direction, hook)))

@@ -15,7 +15,7 @@ from tests import zoo
 from tests.zoo import PROMPT, Specimen
 from tl_scopes.jacobian.fisher_information import fisher_information, leading_part, remainder_probes
 from tl_scopes.jacobian.metric import LocalMetric
-from tl_scopes.jacobian.pullback import near_one, power_of_two, pull
+from tl_scopes.jacobian.pullback import near_one, power_of_two, pull, summed_over_vocabulary
 from tl_scopes.jacobian.softmax import balanced, deviations, left_open, log_prob
 from tl_scopes.models.supported import parameters_of, run_by
 
@@ -398,3 +398,14 @@ def test_parameters_are_those_of_the_model(specimen: Specimen) -> None:
     found = parameters_of(run_by(specimen.model))
     assert list(map(id, found)) == list(map(id, whole.parameters()))
     assert set(map(id, found)) >= {id(one) for one in specimen.model.parameters()}
+
+
+def test_a_dense_cotangent_is_as_exact_as_a_sparse_one() -> None:
+    """The derivative of a log-probability sums over the whole vocabulary, to the last digits of float32."""
+    torch.manual_seed(0)
+    weight, readout = torch.randn(60_000, 64), torch.randn(1, 64, requires_grad=True)
+    logits = readout @ weight.T
+    p = logits.detach().double().mul(0.1).softmax(-1)
+    expected = p @ weight.double()
+    found = summed_over_vocabulary(logits, readout, p.float()[None], together=True)
+    assert float((found[0] - expected).norm() / expected.norm()) < 3e-6

@@ -105,7 +105,7 @@ def carried_by(
         lin.require_unchanged()
         with scope.other(lin) as other:
             inner = carried_by(other, scope.scope, by, sources)
-        return replace(inner, scope=as_written(scope), rules=None if lin.rules is None else str(lin.rules))
+        return replace(inner, scope=as_written(scope))
     question = question_of(scope, lin, "carried_by", or_slopes=True)
     of = traced(lin, *PARTS[by])
     found = _found(of, by, question, sources)

@@ -374,8 +374,10 @@ def patching_metric(scope: Scope, lin: Linearization) -> Callable[[Float[Tensor,
             'metric is one number of the logits: take SemanticScope, MetricScope, or TemperatureScope(norm="logits").'
         )
 
+    shape = lin.logits.shape  # the function keeps no graph
+
     def of_logits(logits: Float[Tensor, "batch token vocab"]) -> Tensor:
-        values = [metric(nothing, models.precise(one[-1]).reshape(lin.logits.shape)).reshape(()) for one in logits]
+        values = [metric(nothing, models.precise(one[-1]).reshape(shape)).reshape(()) for one in logits]
         return values[0] if len(values) == 1 else torch.stack(values)
 
     return of_logits

@@ -141,8 +141,10 @@ class Evidence:
 
         def both(readout: Tensor, logits: Tensor) -> Tensor:
             log_probs = logits.log_softmax(-1).flatten()  # of several predictions, whose divergences add up
+            if q is not None:
+                return torch.cat([log_probs, q.function(readout, logits).reshape(-1)])
             asked = log_probs[explained].diff() if len(explained) == 2 else log_probs[explained]
-            return torch.cat([log_probs, asked if q is None else q.function(readout, logits).reshape(-1)])
+            return torch.cat([log_probs, asked])
 
         point = LocalMetric(self.lin, both)
         before, divergences, changes = point.value, [], []

@@ -213,6 +213,7 @@ class _Evaluation:
         """All that is measured at one prompt."""
         lin, seed = self._linearized(case), self.perturbation.seed
         target = case.answer or Target((lin.token(case.target),))
+        lin.require_possible(target, None if case.foil is None else Target((lin.token(case.foil),)))
         aimed: dict[str, Scope] = {}
         answers: dict[str, Attribution] = {}
         for name, scope in self.scopes.items():  # no comprehension, whose frame would keep `lin` in an error

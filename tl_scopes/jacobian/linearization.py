@@ -13,7 +13,7 @@ from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import Ends
 from tl_scopes.jacobian.tensor_arguments import require_shape
-from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Token, Trace, Work
+from tl_scopes.models import LinearRules, Model, ReadPrompt, Rules, Target, Token, Trace, Work
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -207,6 +207,23 @@ class Linearization:
                 raise ValueError(
                     f"NaN or infinite activations at {name!r}, in {value.dtype}: check the weights and your hooks"
                     f"{half if value.dtype == torch.float16 else ''}."
+                )
+
+    def require_possible(self, *named: Target | None) -> None:
+        """Refuse targets of one prediction that cannot come, since a hook gives them a logit of minus infinity.
+
+        Raises:
+            ValueError: with the target.
+        """
+        for target in named if len(self.single) == 1 and self.trace.logits is not None else ():
+            if (
+                target is not None
+                and not target.is_span
+                and float(self.single[0].logits[target.ids].max()) == -torch.inf
+            ):
+                raise ValueError(
+                    f"{target.text!r} cannot come here: a hook gives it a logit of minus infinity. Ask about another "
+                    "token, or take the hook off."
                 )
 
     def token(self, target: str | SupportsIndex | None = None, what: str = "target") -> Token:

@@ -80,7 +80,7 @@ class LocalMetric:
         self._scale = self._size_of_slope()
         with torch.enable_grad():
             if lin.trace.logits is None:
-                self._readout: Tensor = lin.readout[None].clone().requires_grad_()
+                self._readout: Tensor = lin.readout.reshape(len(lin.ends.rows), -1).clone().requires_grad_()
                 logits = None
             else:
                 self._readout, logits = models.readout_graph(lin.model, lin.trace, lin.ends.rows)
@@ -274,7 +274,11 @@ class LocalMetric:
                 f"the metric gave {value!r}, which cannot be differentiated with respect to the readout or the logits: "
                 "compute it from what it is given, without detach, argmax or item."
             )
-        return pullback.power_of_two(float(torch.cat(known).norm())) if value.numel() == 1 else 1.0
+        return (
+            pullback.power_of_two(float(torch.cat([slope.flatten() for slope in known]).norm()))
+            if value.numel() == 1
+            else 1.0
+        )
 
 
 def _derivatives(output: Tensor, inputs: list[Tensor], cotangents: Tensor, *, together: bool) -> list[Tensor]:

@@ -31,7 +31,6 @@ from tl_scopes.models.state import ModelState
 from tl_scopes.models.substitution import frozen
 from tl_scopes.models.supported import (
     Model,
-    all_parts,
     batches_cotangents,
     device_of,
     parameters_of,
@@ -235,7 +234,8 @@ def _trace(
         with suppress(StopForward):
             logits = model(tokens, return_type="logits", **options)[:, -1]
 
-    parts = parts_of(*all_parts(model), *known.values())
+    inner: Any = getattr(model, "original_model", model)
+    parts = parts_of(model, inner, *known.values())
     output, unembedded, kept = met.handed_over()
     if output is None:
         raise ValueError(f"the hook {of!r} never fired: this model does not run it, or an option switches it off.")

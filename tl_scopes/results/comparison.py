@@ -51,11 +51,7 @@ class Comparison:
     @property
     def caveat(self) -> str:
         """What a reader should know who compares scores: that they are about different numbers; else nothing."""
-        explained = dict.fromkeys(
-            answer.quantity or f"logit of {answer.target.text!r}"
-            for answer in self.answers.values()
-            if answer.target is not None
-        )
+        explained = dict.fromkeys(answer.quantity for answer in self.answers.values() if answer.quantity is not None)
         named = list(explained)
         told = ", ".join(named[:4]) + (f" and {len(named) - 4} more" if len(named) > 4 else "")
         return f"the answers are about different numbers: {told}" if len(named) > 1 else ""

@@ -125,7 +125,9 @@ class HetaScope(Scope):
         return None if self.target is None else Target((models.token(model, self.target, vocab),)), None
 
     def explained(self, lin: Linearization) -> tuple[Target, None]:
-        return Target((lin.token(self.target),)), None
+        target = Target((lin.token(self.target),))
+        lin.require_possible(target)
+        return target, None
 
     def unit(self, lin: Linearization) -> str:
         if self.normalize:

@@ -75,6 +75,7 @@ class TargetScope(Scope):
                         f"{one.text!r} is {len(one)} tokens, which are predicted at several positions, and this "
                         "linearisation is of one prediction: linearise with answer=, or call attribute."
                     )
+        lin.require_possible(target, versus)
         if target == versus:
             noun = "token" if len(target) == 1 else "tokens"
             raise ValueError(
