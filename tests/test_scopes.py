@@ -203,7 +203,7 @@ def test_the_spread_of_the_logits_that_can_come(species: str) -> None:
             assert_close(found.scores, expected, **EXACT)
             assert_close(found.value, float(lin.logits[rest].std(correction=0)), **EXACT)
             assert not lin.log_probs.exp()[never].any()
-            with pytest.raises(ValueError, match=r"must give one finite number, a real tensor, got tensor\(-inf"):
+            with pytest.raises(ValueError, match="'<11>' cannot come here: a hook gives it a logit of minus infinity"):
                 tls.SemanticScope(11)(lin)
         for ids, logit in ((range(zoo.VOCAB), -math.inf), (never, math.inf), (never, math.nan)):
             with model.hooks(fwd_hooks=hook([*ids], logit)):

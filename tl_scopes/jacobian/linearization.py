@@ -215,12 +215,11 @@ class Linearization:
         Raises:
             ValueError: with the target.
         """
-        for target in named if len(self.single) == 1 and self.trace.logits is not None else ():
-            if (
-                target is not None
-                and not target.is_span
-                and float(self.single[0].logits[target.ids].max()) == -torch.inf
-            ):
+        if len(self.single) > 1 or self.trace.logits is None:
+            return
+        logits = self.single[0].logits
+        for target in named:
+            if target is not None and not target.is_span and float(logits[target.ids].max()) == -torch.inf:
                 raise ValueError(
                     f"{target.text!r} cannot come here: a hook gives it a logit of minus infinity. Ask about another "
                     "token, or take the hook off."

@@ -83,7 +83,7 @@ class LocalMetric:
                 self._readout: Tensor = lin.readout.reshape(len(lin.ends.rows), -1).clone().requires_grad_()
                 logits = None
             else:
-                self._readout, logits = models.readout_graph(lin.model, lin.trace, lin.ends.rows)
+                self._readout, logits = models.readout_graph(lin.model, lin.trace, lin.ends.rows, twice=True)
                 logits = logits.reshape(1, *lin.logits.shape)
             self._value = self._apply(self._readout.reshape(1, -1), logits)[0]
 
@@ -274,11 +274,9 @@ class LocalMetric:
                 f"the metric gave {value!r}, which cannot be differentiated with respect to the readout or the logits: "
                 "compute it from what it is given, without detach, argmax or item."
             )
-        return (
-            pullback.power_of_two(float(torch.cat([slope.flatten() for slope in known]).norm()))
-            if value.numel() == 1
-            else 1.0
-        )
+        if value.numel() > 1:
+            return 1.0
+        return pullback.power_of_two(float(torch.cat([slope.flatten() for slope in known]).norm()))
 
 
 def _derivatives(output: Tensor, inputs: list[Tensor], cotangents: Tensor, *, together: bool) -> list[Tensor]:

@@ -79,7 +79,7 @@ class Trace:
     """The rules that differentiate it, in place of some of the model's own derivatives."""
     kept: dict[str, Tensor] = field(default_factory=dict)
     """The values of further hooks between both ends, in the graph."""
-    graphs: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    graphs: dict[tuple[tuple[int, ...], bool], tuple[Tensor, Tensor]] = field(default_factory=dict)
     """The `readout_graph` that was asked for last. Those of all rows would take as much memory again as `logits`."""
 
     @property

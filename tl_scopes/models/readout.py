@@ -15,11 +15,13 @@ from tl_scopes.models.weights import fetched
 
 
 def readout_graph(
-    model: Model, trace: Trace, rows: Sequence[int]
+    model: Model, trace: Trace, rows: Sequence[int], *, twice: bool = False
 ) -> tuple[Float[Tensor, "row d_of"], Float[Tensor, "row vocab"]]:
-    """The readout of some rows as a leaf, and their logits as a function of it, right up to the second derivative.
+    """The readout of some rows as a leaf, and their logits as a function of it.
 
-    A backward pass from one row of `trace.logits` would go through the unembedding of all rows.
+    A backward pass from one row of `trace.logits` would go through the unembedding of all rows. The graph is right to
+    the first derivative, or if it is to be differentiated `twice` to the second, for which a soft-cap takes two
+    more numbers for every logit of the forward pass.
 
     Cost: the unembedding of these rows, when there are others.
 
@@ -31,7 +33,7 @@ def readout_graph(
     assert trace.logits is not None
     if list(rows) == list(range(len(trace.places))):
         return trace.readout, trace.logits
-    if known := trace.graphs.get(tuple(rows)):
+    if known := trace.graphs.get((tuple(rows), twice)):
         return known
     some = list(rows)
     with one_at_a_time, as_then(trace.exchanges), torch.enable_grad():
@@ -41,7 +43,7 @@ def readout_graph(
         # A logit of minus infinity does not move.
         moved = torch.where(unembedded.isfinite(), unembedded - unembedded.detach(), 0)
         logits = trace.logits[some].detach() + trace.slope[some] * moved
-        if trace.bend is not None:
+        if twice and trace.bend is not None:
             logits = logits + trace.bend[some] / 2 * moved.square()
     probes, expected = torch.stack([trace.probe(row) for row in some]), trace.probed[some]
     (found,) = torch.autograd.grad(logits, leaf, probes, retain_graph=True)
@@ -53,7 +55,7 @@ def readout_graph(
             "the others of the same forward pass: ask for one prompt and one position at a time."
         )
     trace.graphs.clear()
-    trace.graphs[tuple(rows)] = leaf, logits
+    trace.graphs[tuple(rows), twice] = leaf, logits
     return leaf, logits
 
 
