@@ -118,6 +118,14 @@ def test_a_target_for_every_foil(tmp_path: Path) -> None:
     assert (found.value, found.quantity) == (expected.value, expected.quantity)
 
 
+def test_a_target_for_every_prompt_that_has_none_of_its_own(tmp_path: Path) -> None:
+    rows = ['{"prompt": "The keys near the door", "target": " is"}', '{"prompt": "The keys near the door"}']
+    (tmp_path / "p.jsonl").write_text("\n".join(rows))
+    assert run(tmp_path / "p.jsonl", "--out", tmp_path / "a", "--target", " are").exit_code == 0
+    corpus = tls.read_corpus(tmp_path / "a")
+    assert [answer and answer.target and answer.target.text for answer in corpus] == [" is", " are"]
+
+
 def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("")
     with pytest.warns(UserWarning, match="there is no prompt in what was given, and so no answer in '.*a'"):

@@ -23,6 +23,7 @@ import tl_scopes as tls
 from tests import zoo
 from tl_scopes.corpus.parts import MANIFEST
 from tl_scopes.models import Provenance
+from tl_scopes.scopes.baselines import LeaveOneOut
 
 TEXTS = ["The keys near the door", "The key near the doors", "The keys to the old cabinet", "The wheel of the cars"]
 SEMANTIC = tls.SemanticScope()
@@ -351,6 +352,73 @@ def test_the_scopes_target_is_that_of_a_row_without(tiny: Any, out: Path) -> Non
         assert found.target.text == " are"
         assert (found.versus and found.versus.text) == (other.versus and other.versus.text) == foil
         assert found.value == other.value
+
+
+@pytest.mark.parametrize(
+    ("scope", "left"),
+    [
+        (tls.SemanticScope(" are"), tls.SemanticScope()),
+        (tls.FrozenAttentionScope(tls.SemanticScope(" are")), tls.FrozenAttentionScope(tls.SemanticScope())),
+        (LeaveOneOut(target=" are", quantity="log_prob"), LeaveOneOut(quantity="log_prob")),
+        (tls.HetaScope(" are"), tls.HetaScope()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["target", "answer"])
+def test_what_a_row_has_goes_before_the_scopes_target(
+    tiny: Any, out: Path, scope: tls.Scope, left: tls.Scope, name: str
+) -> None:
+    """A row, and a prompt of attribute_many, is asked about its own target or answer; the others about the scope's."""
+    own = [" is", None, " are", None]
+    corpus = ask([{"text": text, name: one} for text, one in zip(TEXTS, own, strict=True)], out, scope, model=tiny)
+    many = tls.attribute_many(tiny, TEXTS, scope, **{f"{name}s": own}, on_error="raise")  # type: ignore[arg-type]
+    assert not corpus.errors
+    assert set(pd.read_parquet(out).scope) == {found.scope for found in corpus if found is not None}
+    for text, one, found, other in zip(TEXTS, own, corpus, many, strict=True):
+        alone = tls.attribute(tiny, text, left if one == " is" else scope, answer=one)
+        for batched in (found, other):
+            assert batched is not None
+            assert (batched.target, batched.quantity, batched.scope) == (alone.target, alone.quantity, alone.scope)
+            torch.testing.assert_close(batched.scores, alone.scores, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_row_has_goes_before_versus(tiny: Any, out: Path) -> None:
+    """What a row lacks of a comparison is the scope's."""
+    scope = tls.SemanticScope(" are", versus=" is")
+    asked: list[dict[str, Any]] = [{}, {"foil": " was"}, {"target": " was"}, {"answer": " were old", "foil": " was"}]
+    corpus = ask([{"text": text, **one} for text, one in zip(TEXTS, asked, strict=True)], out, scope, model=tiny)
+    assert not corpus.errors
+    compared = [(" are", " is"), (" are", " was"), (" was", " is"), (" were old", " was")]
+    for text, (target, versus), found in zip(TEXTS, compared, corpus, strict=True):
+        alone = tls.attribute(tiny, text, tls.SemanticScope(target, versus=versus))
+        assert found is not None
+        assert (found.target, found.versus, found.quantity) == (alone.target, alone.versus, alone.quantity)
+        torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-5)
+    many = tls.attribute_many(tiny, TEXTS[:2], scope, foils=[None, " was"], on_error="raise")
+    assert [answer and answer.quantity for answer in many] == [answer and answer.quantity for answer in corpus][:2]
+
+
+def test_maps_and_paths_of_what_a_row_has(tiny: Any, tmp_path: Path) -> None:
+    """They are about the row's own target too, where the scope names another."""
+    rows, scope = [{"text": TEXTS[0], "target": " is"}, {"text": TEXTS[0]}], tls.SemanticScope(" are")
+    own, whole = ask(rows, tmp_path / "maps", scope, model=tiny, predictions="every")
+    assert isinstance(own, tls.AnswerMap)
+    assert isinstance(whole, tls.AttributionMap)
+    assert [own[0].target.text, whole[-1].target.text] == [" is", " are"]  # type: ignore[union-attr]
+    paths = ask(rows, tmp_path / "paths", scope, model=tiny, carried_by="layer", strongest=1)
+    assert [one.target.text for one in paths] == [" is", " are"]  # type: ignore[union-attr]
+
+
+def test_a_row_with_an_answer_and_a_target(tiny: Any, out: Path) -> None:
+    """Either would be what is explained, so that it is the error of the row."""
+    rows = [{"text": TEXTS[0], "answer": " are", "target": " is"}, {"text": TEXTS[1], "answer": "", "target": " is"}]
+    with pytest.warns(UserWarning, match="1 of 2 prompts have no answer"):
+        corpus = ask(rows, out, model=tiny)
+    assert corpus.errors[0].startswith(
+        "it has the answer ' are' and the target ' is', either of which is what is explained: give one of them, or "
+        "leave a column out, columns={'target': None} say."
+    )
+    assert [answer and answer.target and answer.target.text for answer in corpus] == [None, " is"]
 
 
 def test_chats_and_ids(out: Path) -> None:

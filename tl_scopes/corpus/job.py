@@ -75,11 +75,17 @@ class Asked(NamedTuple):
         """The tokens of the prompt, and of what is said after it.
 
         Raises:
-            ValueError: for what is not a prompt; for a foil that nothing is compared with; as `read_prompt` and
-                `read_target` do.
+            ValueError: for what is not a prompt; for an answer together with a target; for a foil that nothing is
+                compared with; as `read_prompt` and `read_target` do.
         """
         if self.wrong:
             raise ValueError(self.wrong)
+        if self.answer is not None and self.target is not None:
+            raise ValueError(
+                f"it has the answer {models.abridged(self.answer)} and the target {models.abridged(self.target)}, "
+                "either of which is what is explained: give one of them, or leave a column out, columns={'target': "
+                "None} say."
+            )
         read = models.read_prompt(model, self.prompt, settings.prepend_bos)
         vocab, said, foil, notes = models.output_size(model), None, None, read.notes
         if self.answer is not None:
@@ -89,7 +95,9 @@ class Asked(NamedTuple):
             said = models.read_target(model, self.target, vocab)
         if self.foil is not None:
             foil = models.read_target(model, self.foil, vocab, "foil")
-            said = said or settings.scope.named_targets(model, vocab)[0]
+        scope = settings.scope.giving_way(model, said, foil, vocab)
+        if foil is not None:
+            said = said or scope.named_targets(model, vocab)[0]
             if said is None:
                 raise ValueError(
                     f"it has the foil {foil.text!r}, and no answer or target that is compared with it: give one, or "
@@ -98,7 +106,7 @@ class Asked(NamedTuple):
         for name, given in (("target", said if self.answer is None else None), ("foil", foil)):
             if given is not None and given.is_span:
                 notes += models.where_they_meet(model, read.tokens, given, name)
-        return settings.scope.exchange(model, read._replace(notes=notes), said, foil, vocab) or read
+        return scope.exchange(model, read._replace(notes=notes), said, foil, vocab) or read
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,14 +136,18 @@ class Job:
         return found
 
     def batches(self, prompts: dict[int, ReadPrompt | Exchange], size: int) -> Iterator[list[int]]:
-        """The numbers of the prompts that go through the model together: with answers, or without.
+        """The numbers of the prompts that go through the model together: with answers, or without, and of one question.
 
         The longest come first, so that it shows at once where memory does not suffice. Hooks of the user's may count
         positions from the end, where a shorter prompt would be filled up: with hooks set a batch has one length.
         """
         longest_first = sorted(prompts, key=lambda number: len(prompts[number].tokens), reverse=True)
-        for kind in (ReadPrompt, Exchange):
-            order = [number for number in longest_first if isinstance(prompts[number], kind)]
+        kinds: dict[Any, list[int]] = {}
+        for number in longest_first:
+            names = self.scope_of(prompts[number]).named_targets(self.model, models.output_size(self.model))
+            kind = (type(prompts[number]), *(name is None for name in names))
+            kinds.setdefault(kind, []).append(number)
+        for order in kinds.values():
             while order:
                 batch = order[:size]
                 if self.hooks:
@@ -162,7 +174,14 @@ class Job:
 
     def found(self, prompts: Sequence[ReadPrompt | Exchange]) -> Sequence[Found]:
         """An answer for each prompt, from one forward pass."""
-        return self.settings.scope.ask(self.linearized(prompts))
+        return self.scope_of(prompts[0]).ask(self.linearized(prompts))
+
+    def scope_of(self, prompt: ReadPrompt | Exchange) -> Scope:
+        """The question, which leaves it to the prompt what to explain where that has another answer than it names."""
+        if not isinstance(prompt, Exchange):
+            return self.settings.scope
+        vocab = models.output_size(self.model)
+        return self.settings.scope.giving_way(self.model, prompt.answer, prompt.against, vocab)
 
     def linearized(
         self, prompts: Sequence[ReadPrompt | Exchange], places: Sequence[tuple[int, int]] | None = None
@@ -215,7 +234,7 @@ class EveryPrediction(Alone):
         Raises:
             ValueError: for a prompt whose answer is compared with another.
         """
-        scope = self.settings.scope
+        scope = self.scope_of(prompt)
         if not isinstance(prompt, Exchange):
             lins = self.linearized([prompt], [(0, position) for position in range(len(prompt.tokens))])
             return AttributionMap(tuple(ask_each(scope, lins)))
@@ -248,11 +267,11 @@ class CarriedBy(Alone):
     def of_one(self, prompt: ReadPrompt | Exchange) -> Found:
         """The paths of the prompt's score."""
         (lin,) = self.linearized([prompt])
-        tokens = None
+        scope, tokens = self.scope_of(prompt), None
         if self.strongest is not None and self.strongest < lin.scored:
-            (answer,) = self.settings.scope.ask([lin])
+            (answer,) = scope.ask([lin])
             tokens = sorted(one.position for one in answer.top(self.strongest))
-        return carried_by(lin, self.settings.scope, self.by, tokens)
+        return carried_by(lin, scope, self.by, tokens)
 
 
 def names_target(scope: Scope) -> bool:

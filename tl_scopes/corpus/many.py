@@ -48,10 +48,10 @@ def attribute_many(
         scope: the question.
         answers: what is said after each prompt, as `answer` in `linearize`: it is explained as a whole. For a prompt
             with None the scope's own target is, or the most likely next token.
-        targets: what each prompt's question is about, in place of a target in the scope: as in `SemanticScope`. None
-            as for answers.
-        foils: what each answer or target, or the target that the scope names, is compared with, in place of `versus` in
-            the scope.
+        targets: what each prompt's question is about: as in `SemanticScope`. None as for answers. An answer or target
+            that a prompt has goes before a target that the scope names.
+        foils: what each answer or target, or the target that the scope names, is compared with. A foil goes before
+            `versus` in the scope, which is for the prompts with None.
         score_answer: whether the tokens of the answers get scores too.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         batch_size: how many prompts go through the model together. They are filled up on the right, where a causal

@@ -67,8 +67,9 @@ def attribute_corpus(
             iterable, a `datasets.Dataset` say, of prompts as in `linearize`, or of dicts. A line in JSON is a text, a
             chat, a list of token ids, or an object. What has columns must have one for the prompts: prompt, text,
             messages, or input_ids. It may have id, texts or integers that are all different, else the number of the row
-            is the id; and answer, target and foil, as in `attribute_many`. A row that has none of its own, or null, is
-            asked about the scope's target, or the most likely next token. Other columns are left alone.
+            is the id; and answer, target and foil, as in `attribute_many`: what a row has goes before the target
+            and `versus` of the scope. A row that has no answer or target of its own, or null, is asked about the
+            scope's target, or the most likely next token. Other columns are left alone.
         out: the folder. It belongs to one job: one scope, model, weights, settings and versions.
         scope: the question.
         model: a `HookedTransformer` or a `TransformerBridge`; or what `models.load` takes, a name or a folder; or a

@@ -103,6 +103,7 @@ def _columns(found: Attribution | Paths) -> dict[str, Any]:
         "token_ids": found.tokens.tolist(),
         "tokens": [encodable(token) for token in found.str_tokens],
         "target": None if found.target is None else encodable(found.target.text),
+        "scope": found.scope,
         "unit": found.unit,
         "notes": [encodable(note) for note in found.notes],
     }

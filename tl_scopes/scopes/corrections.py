@@ -54,6 +54,11 @@ class Around(Scope):
     def with_target(self, lin: Linearization, target: int) -> Scope:
         return replace(self, scope=self.scope.with_target(lin, target))
 
+    def giving_way(
+        self, model: models.Model, target: Target | None, versus: Target | None, vocab: int | None = None
+    ) -> Scope:
+        return replace(self, scope=self.scope.giving_way(model, target, versus, vocab))
+
     @property
     def asks_for_mean(self) -> bool:
         return self.scope.asks_for_mean

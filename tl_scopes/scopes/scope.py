@@ -65,6 +65,21 @@ class Scope(ABC):
         """
         return None, None
 
+    def giving_way(
+        self, model: models.Model, target: Target | None, versus: Target | None, vocab: int | None = None
+    ) -> "Scope":
+        """The same question without a target or `versus` of its own where a prompt has another one.
+
+        Args:
+            model: a checked model.
+            target, versus: what the prompt has; None where it has none, so that the scope's counts.
+            vocab: how many logits the model has; None is as many as it has token ids.
+        """
+        both = zip(("target", "versus"), self.named_targets(model, vocab), (target, versus), strict=True)
+        differ = [name for name, named, given in both if named is not None and given is not None and named != given]
+        left = {name: None for name in differ if hasattr(self, name)}
+        return replace(self, **left) if left and is_dataclass(self) else self
+
     def quantity_explained(self, lin: Linearization) -> str | None:
         """What `value` is, as a formula or in words: "log p(' Paris')"; None where it has no name."""
         return None
