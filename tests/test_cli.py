@@ -185,9 +185,25 @@ def test_without_a_model_the_bundled_one_answers() -> None:
         ),
         (
             ["--scope", "relevance", "--target", " the", "--versus", " old", "--rules", "linear"],
-            ["against ·old under linear rules?", "sum    tokens ", " + biases "],
+            ["against ·old under linear rules?", "how much of the difference", "sum    tokens ", " + biases "],
         ),
-        (["--scope", "relevance", "--target", " the"], ["sum    the tokens sum to "]),
+        (
+            ["--scope", "relevance", "--target", " the"],
+            [
+                "score  the derivative times the embedding; ",
+                'give --rules linear (rules="linear") for parts that add up',
+                "sum    tokens ",
+                " + gap ",
+            ],
+        ),
+        (
+            ["--scope", "relevance", "--answer", " the old"],
+            ["score  the derivative times the embedding; the parts of a log-probability do not add up"],
+        ),
+        (
+            ["--scope", "relevance", "--answer", " the", "--rows"],
+            ["score  the derivative times the embedding; the parts of a log-probability do not add up"],
+        ),
         (
             ["--answer", " the", "--rows", "--rules", "linear"],
             ["What moves each token of ·the under linear rules?", "under linear rules, not the model's own"],

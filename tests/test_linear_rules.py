@@ -4,6 +4,7 @@ import math
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -556,14 +557,20 @@ def test_an_answer_says_the_rules_that_made_it(tiny: Any, around: Any) -> None:
 @pytest.mark.parametrize("rules", ["linear", None])
 def test_pictures_say_what_the_parts_sum_to(tiny: Any, rules: str | None) -> None:
     answer = tls.attribute(tiny, KEYS, tls.RelevanceScope(" are", versus=" is"), rules=rules)
-    total, value, shorter = float(answer.scores.sum()), answer.value, answer.without([0])
+    total, first, value, shorter = (
+        float(answer.scores.sum()),
+        float(answer.scores[0]),
+        answer.value,
+        answer.without([0]),
+    )
     assert value is not None
     if rules:
         told = f"sum: tokens {total:.2f} + biases {abs(answer.biases):.2f} = {value:.2f}"
-        rest = f"sum: tokens {total - float(answer.scores[0]):.2f} + biases 0.00 + tokens set aside"
+        rest = f"sum: tokens {total - first:.2f} + tokens set aside {first:.2f} + biases 0.00 = {value:.2f}"
     else:
-        told = f"sum: the tokens sum to {total:.2f} of {value:.2f}; the rest has no meaning of its own"
-        rest = f"sum: the tokens sum to {total - float(answer.scores[0]):.2f} of {value:.2f}"
+        gap = f"gap {answer.gap:.2f} = {value:.2f}; the gap has no meaning of its own"
+        told = f"sum: tokens {total:.2f} + {gap}"
+        rest = f"sum: tokens {total - first:.2f} + tokens set aside {first:.2f} + {gap}"
     assert told in answer.to_html()
     assert rest in shorter.to_html()
     name = "biases" if rules else "gap"
@@ -573,12 +580,35 @@ def test_pictures_say_what_the_parts_sum_to(tiny: Any, rules: str | None) -> Non
     assert "sum:" not in tls.attribute(tiny, KEYS, tls.SemanticScope(" are", versus=" is")).to_html()
 
 
+def test_biases_of_another_hook_are_also_what_goes_around_it(tiny: Any) -> None:
+    scope = tls.RelevanceScope(" are", versus=" is")
+    whole = tls.attribute(tiny, KEYS, scope, rules="linear")
+    heads = tls.attribute(tiny, KEYS, scope, rules="linear", wrt="blocks.1.attn.hook_z")
+    assert "goes around" not in whole.to_html()
+    assert f" + biases and what goes around the hook {heads.biases:.2f} = {heads.value:.2f}" in heads.to_html()
+
+
+@pytest.mark.parametrize("rules", ["linear", None])
+def test_the_sum_names_the_parts_that_are_not_counted(tiny: Any, rules: str | None) -> None:
+    prompt = tls.attribute(tiny, KEYS, tls.RelevanceScope(" are", versus=" is"), rules=rules)
+    count = len(prompt.scores)
+    answer = replace(prompt, parts=("template", *["user"] * (count - 2), "template"))
+    user, template = float(answer.scores[1:-1].sum()), float(answer.scores[0] + answer.scores[-1])
+    assert f"sum: tokens {user:.2f} + template {template:.2f} + " in answer.to_html()
+    assert f"sum: tokens {user + template:.2f} + " in answer.with_template().to_html()
+    assert f"sum: tokens {user:.2f} + tokens set aside {template:.2f} + " in answer.part("user").to_html()
+
+
 def test_why_an_answer_has_no_biases(tiny: Any) -> None:
     scope = tls.RelevanceScope(" are", versus=" is", baseline="prompt")
-    with pytest.raises(
-        AttributeError, match=r"no biases, because its parts do not add up.*`gap` \(-?[\d.]+\) is what is"
-    ):
-        _ = tls.attribute(tiny, KEYS, scope, rules="linear").biases
+    answer = tls.attribute(tiny, KEYS, scope, rules="linear")
+    for one in (answer, answer.without([0])):
+        with pytest.raises(
+            AttributeError,
+            match=r"no biases, because its parts do not add up.*`gap` \(-?[\d.]+\) is what is left to `value` by the "
+            "scores of all tokens, those set aside included",
+        ):
+            _ = one.biases
 
 
 def test_checks_know_about_rules(tiny: Any) -> None:

@@ -167,7 +167,7 @@ class Attribution:
             raise AttributeError(
                 "this answer has no biases, because its parts do not add up: they do for a logit, or a difference of "
                 f'two, under rules="linear" and with baseline="zero". `gap` ({details["gap"]:.3g}) is what is left to '
-                "`value`."
+                "`value` by the scores of all tokens, those set aside included."
             )
         known = f"; the details of this one are {', '.join(details)}" if details else ""
         raise AttributeError(f"an Attribution of {self.__dict__.get('scope')} has no {name!r}{known}.")

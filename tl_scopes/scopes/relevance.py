@@ -36,8 +36,9 @@ class RelevanceScope(TargetScope):
             an answer are among them where they get scores too (`score_answer`).
 
     Unit: logit (nat for a log-probability). `answer.biases` is what no token brings, under rules that make the network
-        linear: the biases of the model, and learned positions. Otherwise `answer.gap` is what is left to `answer.value`
-        and has no meaning of its own.
+        linear: the biases of the model, and learned positions; where `wrt` is another hook than the embedding, also
+        what goes around that hook. Otherwise `answer.gap` is what the scores of all tokens leave to `answer.value`, and
+        has no meaning of its own.
     Cost: one backward pass.
     Raises: as `SemanticScope` does.
     Source: gradient times input (Shrikumar et al. 2017, arXiv:1605.01713), which under the rules of AttnLRP (Achtibat

@@ -189,20 +189,30 @@ def explains(answer: "Attribution") -> Html:
 
 
 def sums(answer: "Attribution") -> str:
-    """What signed parts of a value sum to, with what no token brings; empty for scores that are not such parts."""
-    if answer.value is None or not {"biases", "gap"} & set(answer.details):
+    """The parts that a value is made of, by name: the tokens that count, parts of the prompt that do not, tokens set
+    aside, and what no token brings; empty for scores that are not parts of a value.
+    """
+    rest = next((name for name in ("biases", "gap") if name in answer.details), None)
+    if answer.value is None or rest is None:
         return ""
-    tokens, biases = float(answer.scores.double().sum()), answer.details.get("biases")
-    size = max(abs(answer.value), float(answer.scores.double().abs().max()))
+    scores, left = answer.scores.double().tolist(), answer.details[rest]
+    parts = {"tokens": sum(score for score, counted in zip(scores, answer.is_counted, strict=True) if counted)}
+    for name in answer.uncounted:
+        if name in answer.parts:
+            parts[name] = sum(score for score, part in zip(scores, answer.parts, strict=True) if part == name)
+    aside = answer.value - sum(scores) - left
+    if abs(aside) > 1e-3 * (sum(map(abs, scores)) + abs(aside)):  # and not rounding
+        parts["tokens set aside"] = aside
+    around = rest == "biases" and answer.wrt != "hook_embed"
+    parts["biases and what goes around the hook" if around else rest] = left
+    size = max(abs(answer.value), *map(abs, scores))
     places = max(2, 2 - floor(log10(size))) if size else 2
-    written = [f"{round(one, places) + 0.0:.{places}f}" for one in (tokens, biases or 0.0, answer.value)]
-    if biases is None:
-        return f"the tokens sum to {written[0]} of {written[2]}; the rest has no meaning of its own"
-    told = f"tokens {written[0]} + biases {written[1]}"
-    left = answer.value - tokens - biases
-    if abs(left) > 1e-3 * float(answer.scores.double().abs().sum() + abs(left)):  # and not rounding
-        told += f" + tokens set aside {left:.{places}f}"
-    return f"{told} = {written[2]}"
+
+    def written(number: float) -> str:
+        return f"{round(number, places) + 0.0:.{places}f}"
+
+    told = f"{' + '.join(f'{name} {written(part)}' for name, part in parts.items())} = {written(answer.value)}"
+    return told if rest == "biases" else f"{told}; the gap has no meaning of its own"
 
 
 def next_token(answer: "Attribution") -> Html:

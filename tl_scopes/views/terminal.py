@@ -76,7 +76,7 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
         )
 
     legend = Table.grid(padding=(0, 2))
-    facts = {"score": _meant(score.format(what=what), answer.rules), "unit": answer.unit}
+    facts = {"score": _meant(score.format(what=what), answer), "unit": answer.unit}
     if answer.value is not None and answer.quantity is not None:
         facts["value"] = f"{answer.quantity} = {answer.value:.4g}"
     facts["sum"] = sums(answer)
@@ -126,7 +126,7 @@ def report_rows(rows: "AnswerMap", score: str, top: int) -> None:
         listed.add_row(Text(visible(text), "bold"), value, moved)
 
     legend = Table.grid(padding=(0, 2))
-    meant = _meant(score.format(what="its log-probability"), last.rules)
+    meant = _meant(score.format(what="its log-probability"), last)
     facts = {"score": meant, "unit": last.unit, "note": "; ".join(last.notes)}
     if last.quantity is not None:
         facts["value"] = "of each token: " + last.quantity.split("(")[0]
@@ -142,9 +142,16 @@ def _under(rules: str | None) -> str:
     return "" if rules is None else f" under {rules} rules"
 
 
-def _meant(score: str, rules: str | None) -> str:
-    """What a score is; under rules it is not about the model's own derivative."""
-    return score if rules is None else f"{score}; by the derivative under {rules} rules, not the model's own"
+def _meant(score: str, answer: "Attribution") -> str:
+    """What a score is; under rules it is not about the model's own derivative, and with a gap nothing adds up."""
+    said = ["the derivative times the embedding" if "gap" in answer.details else score]
+    if answer.rules is not None:
+        said.append(f"by the derivative under {answer.rules} rules, not the model's own")
+    if "gap" in answer.details and answer.quantity is not None and answer.quantity.startswith("log p"):
+        said.append("the parts of a log-probability do not add up")
+    elif "gap" in answer.details:
+        said.append('give --rules linear (rules="linear") for parts that add up')
+    return "; ".join(said)
 
 
 def _last_read(answer: "Attribution") -> str:
