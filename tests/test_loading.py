@@ -79,6 +79,7 @@ def test_the_command_line_has_all_precisions() -> None:
     ],
 )
 @pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.usefixtures("no_type_checks")
 def test_no_precision(load: Any, dtype: Any, error: type[Exception], got: str) -> None:
     """The value and the list; nothing is said of spelling and network, and nothing is loaded."""
     rule = "a model's dtype is 'float32', 'float64', 'bfloat16', 'float16' or torch's of that name"

@@ -21,15 +21,14 @@ import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 import tl_scopes as tls
 from tests.benchmarks.stored import DATA, made, page_with_marks, put_into, read, rounded, started, with_ends, write
 from tl_scopes import models
-from tl_scopes.faithfulness import Perturbation, differences, summary
+from tl_scopes.faithfulness import KnownCause, Perturbation, differences, summary
 from tl_scopes.faithfulness.english import KINDS, english
 from tl_scopes.faithfulness.known_causes import MEASURES, Known, _drawn, all_scopes, known_causes
 from tl_scopes.scopes.baselines import (
@@ -180,8 +179,8 @@ def confirmed(results: "pd.DataFrame") -> str:
 
 def written(asker: "tls.Scope | Callable[..., tls.Scope]") -> str:
     """The scope that a method makes, as it is written in Python: of an example, where it takes one."""
-    example = SimpleNamespace(target="the answer", foil="the other")
-    return as_written(asker if isinstance(asker, tls.Scope) else asker(cast(Known, example)))
+    example = KnownCause("the cause", "the answer", "the other", causes="cause", counterfactual="the reason")
+    return as_written(asker if isinstance(asker, tls.Scope) else asker(example))
 
 
 def by_causes(

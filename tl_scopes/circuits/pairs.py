@@ -35,7 +35,7 @@ class _Run:
     tokens: Int[Tensor, "token"]
     str_tokens: tuple[str, ...]
     logits: Float[Tensor, " vocab"]
-    target: Target
+    target: Target | None
     versus: Target | None
     metric: Callable[[Float[Tensor, "batch token vocab"]], Tensor]
     rounding: float

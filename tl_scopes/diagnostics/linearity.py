@@ -136,7 +136,7 @@ def linearity(
     predicted = torch.minimum(by_curvature, torch.where(passed > steps[0], passed, radii))
 
     average = average_at(lin)
-    prediction = None if lin.trace.logits is None or len(lin.single) > 1 else lin.log_probs.exp()
+    prediction = None if lin.trace.logits is None or len(lin.single) > 1 else lin.single[0].log_probs.exp()
 
     def kept(values: Tensor) -> Tensor:
         return values.detach().to("cpu", torch.float64)
