@@ -24,7 +24,7 @@ def attribute_many(
     prompts: Iterable[Prompt],
     scope: Scope,
     *,
-    answers: Iterable[Answer] | None = None,
+    answers: Iterable[Answer | None] | None = None,
     targets: Iterable[Any] | None = None,
     foils: Iterable[Any] | None = None,
     score_answer: bool = False,
@@ -104,7 +104,7 @@ class _AllAsked:
     """The prompts of a call, with what is asked about each."""
 
     prompts: Any
-    answers: Iterable[Answer] | None
+    answers: Iterable[Answer | None] | None
     targets: Iterable[Any] | None
     foils: Iterable[Any] | None
 
