@@ -54,6 +54,25 @@ def same(a: tls.Attribution, b: tls.Attribution) -> bool:
     return all(equal(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a))
 
 
+def test_a_question_that_is_not_asked(tiny: Any) -> None:
+    """What asks one question asks `SemanticScope()` where none is given."""
+    text, scope = "The keys to the old cabinet", tls.SemanticScope()
+    lin = tls.linearize(tiny, text)
+    for plain, asked in [
+        (tls.attribute(tiny, text), tls.attribute(tiny, text, scope)),
+        (tls.attribution_map(tiny, text)[-1], tls.attribution_map(tiny, text, scope)[-1]),
+        (tls.answer_map(tiny, text, " are old")[1], tls.answer_map(tiny, text, " are old", scope)[1]),
+        (next(tls.attribute_many(tiny, [text])), next(tls.attribute_many(tiny, [text], scope))),
+        (tls.check(lin).answer, tls.check(lin, scope).answer),
+        (tls.explore(tiny, text).maps[0][-1], tls.explore(tiny, text, scope).maps[0][-1]),
+    ]:
+        assert same(plain, asked)
+    assert_close(tls.carried_by(lin).values, tls.carried_by(lin, scope).values)
+    assert_close(tls.head_map(tiny, text).summed, tls.head_map(tiny, text, scope).summed)
+    assert_close(tls.layer_map(tiny, text).summed, tls.layer_map(tiny, text, scope).summed)
+    assert_close(tls.linearity(lin).radius, tls.linearity(lin, scope).radius)
+
+
 def test_top_and_share(answer: tls.Attribution) -> None:
     total = 17 + 1 / 3
     assert [row.position for row in answer.top(3)] == [0, 2, 4]

@@ -439,6 +439,30 @@ def test_leave_one_out_is_run_once(model: Any, monkeypatch: pytest.MonkeyPatch) 
     assert both[both.scope == "fixed"].value.tolist() == pytest.approx(alone.value.tolist(), abs=1e-9)
 
 
+def test_another_answer_is_run_where_it_is_compared(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the curve of the scope that names it, and neither with each token left out nor on the curves of others."""
+    runs: list[int] = []
+    run = Removal.log_probs_of_other
+
+    def counted(self: Removal, number: int, kept: Tensor) -> Tensor:
+        runs.append(len(kept))
+        return run(self, number, kept)
+
+    monkeypatch.setattr(Removal, "log_probs_of_other", counted)
+    perturbation = Perturbation(("zero",), (0.5,), samples=0, steps=1, randomise=False)
+    scopes = {
+        "one": tls.SemanticScope(versus=[3, 4, 5]),
+        "also": tls.SemanticScope(versus=[3, 4, 5]),
+        "other": tls.SemanticScope(versus=[6, 7]),
+        "plain": tls.SemanticScope(),
+    }
+    evaluate(model, [PROMPT], scopes, perturbation, answers=[[1, 2]])
+    assert len(runs) == 2
+    # Nothing, all, and the first or the second half: of each ranking at most four masks.
+    assert min(runs) >= 3
+    assert max(runs) <= 4
+
+
 def test_aligned_prompts(model: Any) -> None:
     """Those where the model predicts the target of every scope; an answer counts by its worst token."""
     best = [tls.linearize(model, prompt).token().id for prompt in PROMPTS]

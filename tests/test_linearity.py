@@ -16,7 +16,7 @@ from tests import zoo
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, VOCAB, Specimen
 from tl_scopes import models
-from tl_scopes.diagnostics.radius import curvature_radius, nearest_rows, radius, relative_error, row_distances
+from tl_scopes.diagnostics.radius import NearestRows, curvature_radius, radius, relative_error
 from tl_scopes.jacobian import curvature
 from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.tiny.tasks import examples
@@ -99,12 +99,17 @@ def test_an_error_is_of_all_directions() -> None:
     assert hidden.isnan().tolist() == [True, False]
 
 
-def test_nearest_rows() -> None:
-    """The distances of a loop; a token's own row and rows that equal it are no others."""
+@pytest.mark.parametrize("at_once", [1, 3, 4, 9])
+def test_nearest_rows(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The distances of a loop, however many rows are seen together; a token's own row and its equals are no others."""
+    monkeypatch.setattr(NearestRows, "at_once", 2 * at_once)
     table = randn(9, 4)
     table[5] = table[2]
     own = torch.tensor([2, 7])
-    distances, rows = nearest_rows(row_distances(table[own], table), own, 3)
+    near = NearestRows(table[own], own, 3)
+    near.see(table[:4])
+    near.see(table[4:])
+    distances, rows = near.found
     for i, token in enumerate(own.tolist()):
         others = sorted(
             (float((table[token] - table[r]).norm()), r) for r in range(9) if r not in (2, 5, token)[-3 + i :]

@@ -14,6 +14,7 @@ from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.scopes.own_foil import ask_each
 from tl_scopes.scopes.scope import Scope, require_scope, warn
+from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.written import as_written
 
 
@@ -105,7 +106,7 @@ def linearize(
 def attribute(
     model: Model,
     prompt: Prompt,
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     position: int | SupportsIndex = -1,
     *,
     answer: Answer | None = None,
@@ -121,7 +122,8 @@ def attribute(
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
         prompt: text, token ids in a list or a tensor, or what a tokenizer returned for one text.
-        scope: the question, `SemanticScope(target=" are")` say.
+        scope: the question, `SemanticScope(target=" are")` say; by default what moves the logit of the likeliest token,
+            or the log-probability of an answer.
         position: where the prediction is read.
         answer, score_answer: what is said after the prompt, as in `linearize`: it is explained as a whole.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
@@ -153,7 +155,7 @@ def attribute(
 def attribution_map(
     model: Model,
     prompt: Prompt,
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     *,
     target: Literal["likeliest", "next"] = "likeliest",
     wrt: str = models.EMBEDDING,
@@ -167,7 +169,7 @@ def attribution_map(
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
         prompt: text, token ids in a list or a tensor, or what a tokenizer returned for one text.
-        scope: the question.
+        scope: the question; by default `SemanticScope()`.
         target: what `SemanticScope()` and other questions without a target of their own explain at each position: the
             most likely token after it; or with "next" the token that stands there in the text, and so not at the last
             position, behind which nothing stands. Where that is the scope's `versus` itself, the difference is zero,
@@ -213,7 +215,7 @@ def answer_map(
     model: Model,
     prompt: Prompt,
     answer: Answer,
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     *,
     wrt: str = models.EMBEDDING,
     of: str = models.READOUT,
@@ -227,8 +229,8 @@ def answer_map(
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
         prompt: as in `linearize`; also a chat.
         answer: text, token ids, or what `generate` returned.
-        scope: the question. `SemanticScope()` explains the log-probability of each token, so that the gradient of a
-            span is the sum of those of its rows.
+        scope: the question. `SemanticScope()`, the default, explains the log-probability of each token, so that the
+            gradient of a span is the sum of those of its rows.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         checkpoint, rules: as in `linearize`.

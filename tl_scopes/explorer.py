@@ -11,6 +11,7 @@ from tl_scopes.circuits.paths import Paths
 from tl_scopes.models import Answer, Model, Prompt, Rules
 from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.views import explorer as view
 from tl_scopes.views.markup import saved
 
@@ -106,7 +107,7 @@ class Explorer:
 def explore(
     model: Model,
     prompt: Prompt,
-    scopes: Scope | Sequence[Scope],
+    scopes: Scope | Sequence[Scope] = SemanticScope(),
     *,
     answer: Answer | None = None,
     carried: Paths | None = None,
@@ -125,7 +126,7 @@ def explore(
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
         prompt: as in `linearize`; also a chat.
-        scopes: the questions, between which the page switches; one or several.
+        scopes: the questions, between which the page switches; one or several, by default `SemanticScope()`.
         answer: text, token ids, or what `generate` returned: what was said after the prompt. Then only the tokens of
             the answer are explained, as in `answer_map`, each from the prompt and the answer before it.
         carried: what `carried_by(lin, scope, by="position")` returned for this prompt: then a slider shows at which

@@ -19,6 +19,7 @@ from tl_scopes.jacobian.linearization import Linearization, require_linearizatio
 from tl_scopes.progress import progress_bar
 from tl_scopes.scopes.corrections import Elsewhere
 from tl_scopes.scopes.scope import Scope, circumstances, most_likely, require_scope, targets_of
+from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.written import as_written
 
 _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
@@ -27,7 +28,7 @@ _ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3}
 
 def carried_by(
     lin: Linearization,
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     by: By = "head",
     tokens: str | SupportsIndex | Iterable[str | SupportsIndex] | None = None,
 ) -> Paths:
@@ -52,7 +53,7 @@ def carried_by(
         lin: a linearisation.
         scope: the question: `SemanticScope`, `RelevanceScope`, `DirectionScope`, `TemperatureScope`, `FisherScope`, a
             `JacobianScope` of your own with one score for each token, or one of these in a `FrozenAttentionScope` or
-            an `UnderRulesScope`.
+            an `UnderRulesScope`; by default `SemanticScope()`.
         by: what the cut of each layer is made of.
             "position": the residual stream at each position before every layer and after the last, [layer, position,
             token]. Nothing goes around it.

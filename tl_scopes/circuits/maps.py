@@ -15,6 +15,7 @@ from tl_scopes.jacobian.linearization import takes_a_model
 from tl_scopes.models import Model, Part, Prompt, Provenance, Rules, Target
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope, circumstances, require_scope, targets_of
+from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.views import component_map as card
 from tl_scopes.views.markup import in_short, saved
 
@@ -149,7 +150,7 @@ class ComponentMap:
 def layer_map(
     model: Model,
     prompt: Prompt,
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     position: int | SupportsIndex = -1,
     *,
     at: Literal["resid_pre", "attn_out", "mlp_out"] = "resid_pre",
@@ -166,7 +167,7 @@ def layer_map(
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
         prompt: text, token ids in a list or a tensor, or what a tokenizer returned for one text.
-        scope: the question, one whose scores are norms.
+        scope: the question, one whose scores are norms; by default `SemanticScope()`.
         position: where the prediction is read.
         at: what is perturbed.
         of: the hook where the value is read, as in `linearize`.
@@ -196,7 +197,7 @@ blocks.N.hook_resid_pre; logit of ' are' after '<|bos|>The keys to the old cabin
 def head_map(
     model: Model,
     prompt: Prompt,
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     position: int | SupportsIndex = -1,
     *,
     of: str = models.READOUT,

@@ -13,6 +13,7 @@ from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.scopes.scope import Scope, require_scope, warn
+from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.written import as_written
 
 _WINDOW = 16
@@ -22,7 +23,7 @@ _WINDOW = 16
 def attribute_many(
     model: Model,
     prompts: Iterable[Prompt],
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     *,
     answers: Iterable[Answer | None] | None = None,
     targets: Iterable[Any] | None = None,
@@ -45,7 +46,7 @@ def attribute_many(
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
         prompts: each as in `linearize`; or what a tokenizer returned for several texts.
-        scope: the question.
+        scope: the question; by default `SemanticScope()`.
         answers: what is said after each prompt, as `answer` in `linearize`: it is explained as a whole. For a prompt
             with None the scope's own target is, or the most likely next token.
         targets: what each prompt's question is about: as in `SemanticScope`. None as for answers. An answer or target

@@ -21,13 +21,14 @@ from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress, progress_bar
 from tl_scopes.scopes.fingerprint import identity
 from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.written import as_written
 
 
 def attribute_corpus(
     prompts: str | Path | Iterable[Prompt] | Iterable[Mapping[str, Any]],
     out: str | Path,
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     *,
     model: Model | str | Path | Loader | None = None,
     columns: Mapping[str, str | None] | None = None,
@@ -71,7 +72,7 @@ def attribute_corpus(
             and `versus` of the scope. A row that has no answer or target of its own, or null, is asked about the
             scope's target, or the most likely next token. Other columns are left alone.
         out: the folder. It belongs to one job: one scope, model, weights, settings and versions.
-        scope: the question.
+        scope: the question; by default `SemanticScope()`.
         model: a `HookedTransformer` or a `TransformerBridge`; or what `models.load` takes, a name or a folder; or a
             function without arguments that loads one; None is the bundled model.
         columns: what the columns are called, {"prompt": "question", "answer": "reply"} say; None for one that is there

@@ -18,6 +18,7 @@ from tl_scopes.models.arguments import as_flag
 from tl_scopes.models.wording import first_sentence
 from tl_scopes.rank_correlation import spearman
 from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.semantic import SemanticScope
 
 # Where "look" begins. These are conventions, unless it says otherwise.
 SINK = 0.3
@@ -47,7 +48,13 @@ CAPPED = 0.5
 """The part of a logit's slope that a soft-cap has to leave."""
 
 
-def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] = (), thorough: bool = False) -> Checks:
+def check(
+    lin: Linearization,
+    scope: Scope = SemanticScope(),
+    *,
+    without: Iterable[SupportsIndex] = (),
+    thorough: bool = False,
+) -> Checks:
     """Ask the question of a scope, and ask of its scores what a careful reviewer would, as cheaply as can be.
 
     "fine" says that nothing is out of the ordinary, "look" that the finding should be read before the scores, "not
@@ -78,7 +85,7 @@ def check(lin: Linearization, scope: Scope, *, without: Iterable[SupportsIndex] 
     Args:
         lin: a linearisation at the prompt; of an answer of several tokens too, about which all checks are made that are
             not about a single prediction.
-        scope: the question. `Checks.answer` is its answer.
+        scope: the question; by default `SemanticScope()`. `Checks.answer` is its answer.
         without: positions to set aside first, as by `Attribution.without`; shares are then of the other tokens.
         thorough: replace every token, and give the rank correlation; measure the radius, by `linearity`.
 

@@ -9,14 +9,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.diagnostics.linearity_report import KINDS, LinearityReport
-from tl_scopes.diagnostics.radius import (
-    curvature_radius,
-    first_passed,
-    nearest_rows,
-    radius,
-    relative_error,
-    row_distances,
-)
+from tl_scopes.diagnostics.radius import NearestRows, curvature_radius, first_passed, radius, relative_error
 from tl_scopes.jacobian.linearization import Linearization, require_linearization
 from tl_scopes.jacobian.metric import LocalMetric, Rays
 from tl_scopes.jacobian.randomness import require_generator
@@ -24,6 +17,7 @@ from tl_scopes.jacobian.replacement import substitute
 from tl_scopes.jacobian.softmax import left_open
 from tl_scopes.models.arguments import as_number
 from tl_scopes.scopes.scope import Scope, require_scope
+from tl_scopes.scopes.semantic import SemanticScope
 from tl_scopes.scopes.written import as_written
 
 _ROUNDING_DRAWS = 8
@@ -31,7 +25,7 @@ _ROUNDING_DRAWS = 8
 
 def linearity(
     lin: Linearization,
-    scope: Scope,
+    scope: Scope = SemanticScope(),
     *,
     positions: Sequence[int] | None = None,
     tolerance: float = 0.1,
@@ -64,7 +58,7 @@ def linearity(
 
     Args:
         lin: a linearisation. Where it does not begin at the embedding, the other tokens are those of the prompt.
-        scope: the question.
+        scope: the question; by default `SemanticScope()`.
         positions: the tokens to perturb; None is all of them.
         tolerance: the relative error that is still called linear.
         sizes: norms of the perturbations, increasing. None is 1/64 to 2 times the median norm of the embeddings, each
@@ -173,7 +167,7 @@ def nearest_others(
 ) -> tuple[Float[Tensor, "some near"], Int[Tensor, "some near"], Float[Tensor, "some near d_model"]]:
     """The nearest values that other tokens have at the `wrt` hook: how far away they are, whose, and the values.
 
-    At the embedding they are those of the vocabulary, which is gone through a batch at a time, and named by their ids;
+    At the embedding they are those of the vocabulary, of which a batch at a time is held, and named by their ids;
     elsewhere those of the prompt, by their positions.
 
     Raises:
@@ -182,13 +176,14 @@ def nearest_others(
     chosen = list(positions)
     x = lin.embeddings[chosen]
     if lin.wrt == models.EMBEDDING:
-        found: list[Tensor] = []
-        models.each_embedding(lin.model, lambda rows: found.append(row_distances(x, rows)))
-        distances, nearest = nearest_rows(torch.cat(found, dim=1), lin.tokens[chosen], count)
+        near = NearestRows(x, lin.tokens[chosen], count)
+        models.each_embedding(lin.model, near.see)
+        distances, nearest = near.found
         return distances, nearest, models.embedding_rows(lin.model, nearest)
     _require_others(lin)
-    own = torch.tensor(chosen, device=x.device)
-    distances, nearest = nearest_rows(row_distances(x, lin.embeddings), own, count)
+    near = NearestRows(x, torch.tensor(chosen, device=x.device), count)
+    near.see(lin.embeddings)
+    distances, nearest = near.found
     return distances, nearest, lin.embeddings[nearest]
 
 

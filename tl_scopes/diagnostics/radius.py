@@ -68,17 +68,38 @@ def curvature_radius(
     return (2 * tolerance * slope / bend).where((slope > 0) | (bend != 0), torch.inf)
 
 
-def row_distances(x: Float[Tensor, "token d_model"], rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "token row"]:
-    """The distance of each token from each row."""
-    dtype = models.sum_dtype(x)
-    return torch.cdist(x.to(dtype), rows.to(dtype), compute_mode="donot_use_mm_for_euclid_dist")
+class NearestRows:
+    """The rows nearest to each token, of a matrix that is seen some rows at a time.
 
+    A token's own row and rows that equal it do not count.
 
-def nearest_rows(
-    distances: Float[Tensor, "token row"], own: Int[Tensor, "token"], count: int
-) -> tuple[Float[Tensor, "token near"], Int[Tensor, "token near"]]:
-    """Distances and indices of each token's nearest rows, without its own row and rows equal to it."""
-    distances = distances.index_put((torch.arange(len(own), device=own.device), own), distances.new_tensor(torch.inf))
-    distances[distances == 0] = torch.inf
-    near = distances.topk(min(count, distances.shape[1] - 1), largest=False)
-    return near.values, near.indices
+    Args:
+        x: the tokens.
+        own: the row of the matrix that is each token's own.
+        count: how many rows to find; where the matrix has fewer others, all of these.
+    """
+
+    at_once = 2**22
+    """How many distances are held: 32 MiB in float64."""
+
+    def __init__(self, x: Float[Tensor, "token d_model"], own: Int[Tensor, "token"], count: int) -> None:
+        self.x, self.own, self.count, self.seen = x.to(models.sum_dtype(x)), own, count, 0
+        self._near = self.x.new_empty(len(x), 0), own.new_empty(len(x), 0)
+
+    def see(self, rows: Float[Tensor, "row d_model"]) -> None:
+        """Take the next rows of the matrix."""
+        for some in rows.split(max(1, self.at_once // max(1, len(self.x)))):
+            away = torch.cdist(self.x, some.to(self.x), compute_mode="donot_use_mm_for_euclid_dist")
+            numbers = torch.arange(self.seen, self.seen + len(some), device=away.device)
+            self.seen += len(some)
+            away = away.masked_fill((away == 0) | (numbers == self.own[:, None]), torch.inf)
+            away = torch.cat([self._near[0], away], dim=1)
+            numbers = torch.cat([self._near[1], numbers.expand(len(self.x), -1)], dim=1)
+            away, at = away.topk(min(self.count, away.shape[1]), largest=False)
+            self._near = away, numbers.gather(1, at)
+
+    @property
+    def found(self) -> tuple[Float[Tensor, "token near"], Int[Tensor, "token near"]]:
+        """The distances of the nearest rows, and which rows these are, the nearest first."""
+        others = self.seen - 1
+        return self._near[0][:, :others], self._near[1][:, :others]

@@ -60,18 +60,18 @@ class Removal:
         """The targets' log-probabilities and KL(p ‖ p'), in nats, of perturbed prompts, one per row of `kept`."""
         device = self.lin.tokens.device
         log_probs, divergences = effects(self.lin, self.instead, kept.to(device), torch.tensor(targets, device=device))
-        for column, target in enumerate(targets):
-            if target in self.others:
-                log_probs[:, column] = self._log_probs_of(self.others[target], kept.to(device))
         return log_probs.T.cpu(), divergences.cpu()
 
-    def _log_probs_of(self, other: Span, kept: Bool[Tensor, "row token #d_model"]) -> Float[Tensor, " row"]:
+    def log_probs_of_other(self, number: int, kept: Bool[Tensor, "row token #d_model"]) -> Float[Tensor, " row"]:
         """The log-probability of another answer, with the same replaced in the prompt."""
-        prompt = other.prompt_length
+        other = self.others[number]
+        prompt, kept = other.prompt_length, kept.to(other.tokens.device)
         stays = kept.new_ones(len(kept), len(other.tokens) - prompt, kept.shape[-1])
-        instead = self.instead if len(self.instead) == 1 else other.embeddings.clone()
-        instead[:prompt] = self.instead[:prompt]
-        return effects(other, instead, torch.cat([kept[:, :prompt], stays], dim=1), other.tokens[:1])[0][:, 0]
+        instead = self.instead
+        if len(instead) > 1:
+            instead = other.embeddings.clone()
+            instead[:prompt] = self.instead[:prompt]
+        return effects(other, instead, torch.cat([kept[:, :prompt], stays], dim=1), other.tokens[:1])[0][:, 0].cpu()
 
     def log_prob(self, target: int) -> float:
         """log p(target) at the prompt itself; of an answer of several tokens that of the answer."""
@@ -120,7 +120,7 @@ def hard_measures(
         left_out: KL(p ‖ p') with each token alone replaced, where it is known.
 
     Cost: a forward pass for each candidate where this is not known, and up to two per scope and point of its curves, in
-        batches.
+        batches; as many on its curves again for a scope that compares with another answer.
 
     Source: deletion and insertion, Petsiuk et al. 2018 (arXiv:1806.07421); comprehensiveness and sufficiency, DeYoung
         et al. 2020 (ERASER, arXiv:1911.03429), equations 1 and 2, averaged as their AOPC.
@@ -134,12 +134,17 @@ def hard_measures(
     kept = removal.kept([*removed, *(free[:, None] if left_out is None else ())])
     unique, where = torch.unique(kept, dim=0, return_inverse=True)
     against = {name: foil for name, foil in (foils or {}).items() if foil is not None}
-    ids = sorted({*targets.values(), *against.values()})
+    ids = sorted({*targets.values(), *against.values()} - set(removal.others))
     log_probs, divergences = removal.effects(unique[..., None], ids)
-    curves = (len(orders), len(counts), 2)
-    log_probs = log_probs[:, where[:on_curves]].view(len(ids), *curves)
     single = divergences[where[on_curves:]] if left_out is None else left_out[free].to(divergences)
-    divergences = divergences[where[:on_curves]].view(curves)
+    where = where[:on_curves].view(len(orders), len(counts), 2)
+    log_probs, divergences = log_probs[:, where], divergences[where]
+    other_answers: dict[str, Tensor] = {}
+    for number in set(against.values()) & set(removal.others):
+        names = [name for name in orders if against.get(name) == number]
+        rows, at = torch.unique(where[[i for i, name in enumerate(orders) if name in names]], return_inverse=True)
+        found = removal.log_probs_of_other(number, unique[rows, :, None])
+        other_answers |= dict(zip(names, found[at], strict=True))
 
     values = {}
     chosen = [grid.index(fraction) for fraction in perturbation.shares(n)]
@@ -151,7 +156,7 @@ def hard_measures(
         first = int((free == order[0]).nonzero())
         odds: list[Value] = []
         if name in against:
-            other = log_probs[ids.index(against[name]), i].T
+            other = (other_answers[name] if name in other_answers else log_probs[ids.index(against[name]), i]).T
             before = q - removal.log_prob(against[name])
             (odds_without, odds_alone) = (one - two for one, two in zip((without, alone), other, strict=True))
             odds += _curve("deletion", "log_odds", before - odds_without, counts, grid)
