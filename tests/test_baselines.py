@@ -215,6 +215,14 @@ def test_bad_input(no_type_checks: None) -> None:
     assert LeaveOneOut("zero")(late).scores.shape == lin.tokens.shape
 
 
+def test_what_is_no_slope_is_not_checked_as_one(tiny: Any) -> None:
+    """Neither the place nor the radius of scores that are no slopes."""
+    lin = tls.linearize(tiny, "The keys to the old cabinet near the door")
+    for scope in (LeaveOneOut(), LeaveOneOut(quantity="log_prob"), AttentionRollout(), RandomBaseline()):
+        found = tls.check(lin, scope)
+        assert (found["position"].verdict, found["linearity"].verdict) == ("not applicable", "not applicable")
+
+
 def test_a_product_is_checked_as_its_size_is(tiny: Any) -> None:
     """g · x is the slope of taking the input away, with its sign and without: it is asked how far that reaches."""
     lin = tls.linearize(tiny, "The keys to the old cabinet near the door")

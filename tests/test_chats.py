@@ -1,5 +1,6 @@
 """Chats, words and sentences, and tokens that are bytes: what people have on a real tokenizer."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -82,6 +83,9 @@ def test_chats_everywhere(chatty: Any) -> None:
     assert many.parts == alone.parts
     mapped = tls.attribution_map(chatty, CHAT, tls.SemanticScope())
     assert mapped[-1].parts == alone.parts
+    beginning = mapped[:2]  # where nothing but the template was read
+    assert not beginning.share.any()
+    assert 'alt="Heat map of 2 predictions by 2 tokens."' in beginning.to_html()
     rows = tls.answer_map(chatty, CHAT, tls.generate(chatty, CHAT, 3), tls.SemanticScope())
     assert rows[-1].parts[-2:] == ("answer", "answer")
     assert rows.traced().parts == alone.parts
@@ -213,6 +217,12 @@ def test_grouped_scores(tiny: Any, no_type_checks: None) -> None:
         answer.by([(1, 3), (2, 4)])
     with pytest.raises(ValueError, match=r"the scores of LeaveOneOut\(\) do not tell what several tokens have"):
         LeaveOneOut()(lin).by("word")
+    with pytest.raises(ValueError, match=r"the tokens of this answer were put together by word before: ask the answer"):
+        words.by("sentence")
+    chat = dataclasses.replace(answer, parts=("template", *["user"] * (len(answer.scores) - 1)))
+    assert len(chat.by([(1, 3)]).scores) == len(chat.scores) - 1
+    with pytest.raises(ValueError, match=r"the span \(0, 3\) goes over several parts of the chat, 'template', 'user'"):
+        chat.by([(0, 3)])
 
 
 def test_grouping_spans_by_number(no_type_checks: None, tiny: Any) -> None:

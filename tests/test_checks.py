@@ -1,5 +1,6 @@
 """The verdict beside the picture: each check beside a closed form or a slower way, and what the checks leave behind."""
 
+import dataclasses
 import gc
 import math
 import re
@@ -670,6 +671,24 @@ def test_rounding_cuts_no_radius_short() -> None:
         found.append(Evidence(lin, scope, scope(lin), thorough=False).reach)
     assert found[1].how == "predicted, and rounding hides the change there"
     assert torch.allclose(found[1].radius.float(), found[0].radius.float(), rtol=0.1)
+
+
+def test_an_answer_of_one_token(tiny: Any) -> None:
+    """It is checked as the target of a prompt is."""
+    text = "The keys to the old cabinet near the door"
+    for said in ("The", " are"):
+        answered = tls.check(tls.linearize(tiny, text, answer=said), tls.SemanticScope())
+        named = tls.check(tls.linearize(tiny, text), tls.SemanticScope(said))
+        assert [(one.name, one.verdict, one.finding) for one in answered] == [
+            (one.name, one.verdict, one.finding) for one in named
+        ]
+
+
+def test_where_nothing_counts(llama: Any) -> None:
+    """A chat without its messages has a template alone."""
+    lin = dataclasses.replace(tls.linearize(llama, PROMPT), parts=("template",) * 4 + ("user",) * 4)
+    with pytest.raises(ValueError, match=r"no token is left whose share counts: without \[4, 5, 6, 7\] there are"):
+        tls.check(lin, tls.SemanticScope(), without=range(4, 8))
 
 
 @pytest.mark.parametrize("aside", [[], [9]])

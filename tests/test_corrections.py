@@ -94,6 +94,22 @@ def test_standard_error_is_honest(toy: tls.Linearization) -> None:
     assert ((spread / said - 1).abs() < 0.25).all()
 
 
+@pytest.mark.parametrize("shuffles", [4, 6])
+def test_few_shuffles_tell_little_of_their_error(toy: tls.Linearization, shuffles: int) -> None:
+    """The deviation is 1 in units of the standard error (root mean square): few draws raise it."""
+    answers = [
+        tls.PositionCorrectedScope(OfPosition(own=True), shuffles, torch.Generator().manual_seed(seed))(toy)
+        for seed in range(200)
+    ]
+    exact = tls.PositionCorrectedScope(OfPosition(own=True), 400)(toy).expected
+    away = torch.stack([(one.expected - exact) / (one.standard_error / one.scores * one.expected) for one in answers])
+    # Its mean is heavy-tailed for few draws, so the middle is compared: that of Student's t over √((n − 1)/(n − 3)).
+    middle = {4: 0.765, 6: 0.727}[shuffles] / ((shuffles - 1) / (shuffles - 3)) ** 0.5
+    assert float(away.abs().median()) == pytest.approx(middle, rel=0.2)
+    few = tls.PositionCorrectedScope(OfPosition(own=True), 3)(toy)
+    assert few.standard_error.isinf().all()
+
+
 def test_expectation_over_all_orders(toy: tls.Linearization) -> None:
     """With many shuffles the correction of a product, position times token, leaves the token's factor."""
     answer = tls.PositionCorrectedScope(OfPosition(own=True), shuffles=300)(toy)
@@ -250,6 +266,12 @@ class TestBadInput:
     def test_no_scope(self, kind: Any) -> None:
         with pytest.raises(TypeError, match="SemanticScope"):
             kind(tls.SemanticScope)
+
+    def test_no_rules(self) -> None:
+        with pytest.raises(
+            ValueError, match="UnderRulesScope asks under rules, got rules=None: take the"
+        ):
+            tls.UnderRulesScope(tls.SemanticScope(), rules=None)
 
     def test_signs(self, toy: tls.Linearization) -> None:
         with pytest.raises(ValueError, match=r"Signed\(\) has negative scores, -0.484 for one token, and how many"):

@@ -88,6 +88,9 @@ def test_map() -> None:
     assert list(frame.columns[:3]) == ["prediction", "position", "token"]
     assert frame[frame.prediction == 3].score.tolist() == prompt_map[3].scores.tolist()
     rest = prompt_map.without([0])
+    assert [one.positions for one in prompt_map.without([-1])] == [
+        answer.without(set(answer.positions) & {prompt_map[-1].position}).positions for answer in prompt_map
+    ]
     assert (len(rest), rest.scores.shape, rest[-1].positions[0]) == (T - 1, (T - 1, T - 1), 1)
     assert repr(rest) == f"AttributionMap(SemanticScope(): {T - 1} predictions, {T - 1} tokens, {rest[-1].unit})"
 

@@ -30,6 +30,8 @@ def test_the_difference_of_a_token_and_itself_is_zero(tiny: Any, scope: tls.Scop
     assert (row.value, row.quantity) == (0.0, "the difference of ' cabinet' and itself")
     assert "where the prediction is ' cabinet' itself, the difference is zero, and so is each score" in row.notes
     assert not row.share.any()
+    numbers = {name for name, detail in found[4].details.items() if isinstance(detail, float)}
+    assert all(row.details[name] == 0 for name in numbers)  # what is missing from a difference of zero
     alone = tls.attribute(tiny, PROMPT, scope, 4, answer=" old")
     assert found[4].target == alone.target
     assert found[4].value == pytest.approx(alone.value, abs=1e-4)

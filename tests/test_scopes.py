@@ -1,6 +1,7 @@
 """What must hold of every scope on every kind of model. A new scope is one file and one row here."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.test_attention import HOLDABLE
 from tests.test_attribution import same
 from tests.test_left_as_found import unchanged
 from tests.zoo import PROMPT, Specimen
+from tl_scopes.scopes.baselines import AttentionRollout, LeaveOneOut
 
 POSITION, TARGET = 5, 7
 EXACT = {"rtol": 1e-8, "atol": 1e-11}
@@ -205,10 +207,22 @@ def test_the_spread_of_the_logits_that_can_come(species: str) -> None:
             assert not lin.log_probs.exp()[never].any()
             with pytest.raises(ValueError, match="'<11>' cannot come here: a hook gives it a logit of minus infinity"):
                 tls.SemanticScope(11)(lin)
+            with pytest.raises(ValueError, match="'<11>' cannot come here: a hook gives it a logit of minus infinity"):
+                LeaveOneOut(quantity="log_prob", target=11)(lin)
         for ids, logit in ((range(zoo.VOCAB), -math.inf), (never, math.inf), (never, math.nan)):
             with model.hooks(fwd_hooks=hook([*ids], logit)):
                 with pytest.raises(ValueError, match="NaN or infinite activations at 'the logits'"):
                     tls.linearize(model, PROMPT)
+
+
+def test_a_set_is_not_one_token(tiny: Any) -> None:
+    """A scope that explains one token refuses the set of a row; what has no target does not mind."""
+    rows: dict[str, Any] = {"targets": [{" are", " is"}], "on_error": "raise"}
+    for scope in (tls.HetaScope(probes=1), tls.FrozenAttentionScope(tls.HetaScope(probes=1))):
+        with pytest.raises(ValueError, match=r"HetaScope.* explains one token, got the set ' are\| is': ask once for"):
+            next(tls.attribute_many(tiny, ["The keys"], scope, **rows))
+    (found,) = tls.attribute_many(tiny, ["The keys"], AttentionRollout(), **rows)
+    assert found is not None
 
 
 def test_every_public_scope_is_here() -> None:

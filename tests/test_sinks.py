@@ -229,6 +229,18 @@ def test_scopes_as_they_come(model: Any) -> None:
     assert folded.notes[0].startswith("no TemperatureScope: the final norm has no gain")
 
 
+def test_an_answer_of_one_token(tiny: Any) -> None:
+    """The report is that of the prompt, and scopes explain the token that was said."""
+    text = "The keys to the old cabinet near the door"
+    said = tls.sink_report(tls.linearize(tiny, text, answer=" is"), tls.SemanticScope())
+    plain = tls.sink_report(tls.linearize(tiny, text), tls.SemanticScope(" is"))
+    assert said.prediction == plain.prediction
+    assert_close(said.kl, plain.kl)
+    assert said.likeliest == plain.likeliest
+    assert said.answers["SemanticScope()"].target.text == " is"
+    assert_close(said.answers["SemanticScope()"].scores, plain.answers["SemanticScope(target=' is')"].scores)
+
+
 def kl_of_plain(before: Tensor, after: Tensor) -> float:
     p, q = before.softmax(-1).tolist(), after.softmax(-1).tolist()
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))

@@ -96,8 +96,8 @@ def check(
     Raises:
         TypeError: for something that is not a Linearization, or not a scope; for positions that are not several
             integers; for a `thorough` that is not a bool.
-        ValueError: when the model's hooks or weights have changed since it was linearised, and for a linearisation that
-            `at` moved. Else as the scope does.
+        ValueError: when the model's hooks or weights have changed since it was linearised, for a linearisation that
+            `at` moved, and for a `without` that leaves nothing but the template of a chat. Else as the scope does.
 
     Source: sinks: Gu et al. 2024 (arXiv:2410.10781). Radius and saturation: see `linearity`. Leave-one-out: Li et al.
         2016 (arXiv:1612.08220).
@@ -115,6 +115,11 @@ def check(
     lin.require_repeatable()
     scope, lin = scope.about(lin)
     evidence = Evidence(lin, scope, scope(lin), thorough, aside)
+    if not any(evidence.answer.is_counted):
+        raise ValueError(
+            f"no token is left whose share counts: without {aside} there are those of {evidence.answer.uncounted} "
+            "alone. Leave another one in."
+        )
     return Checks(tuple(_made(name, ask, evidence) for name, ask in _CHECKS.items()), evidence.answer)
 
 
@@ -203,12 +208,13 @@ def _repetition(one: Evidence) -> Finding:
     _require_one(one)
     if target.any_of:
         raise NotApplicableError("any of several tokens is explained")
-    first, answered = one.answer.top(1)[0], one.lin.token()
-    if int(one.lin.tokens[first.position]) != target.id:
+    (lin,) = one.lin.single
+    first, answered = one.answer.top(1)[0], lin.token()
+    if int(lin.tokens[first.position]) != target.id:
         return Finding(False, f"the first token is not {target.text!r} itself", "none")
     if answered.id == target.id:
         return Finding(False, f"the first token is {target.text!r} itself, which the model answers", "none")
-    p = float(one.lin.log_probs[target.id].exp())
+    p = float(lin.log_probs[target.id].exp())
     said = (
         f"the first token is {target.text!r} itself at {first.position}, and the model answers {answered.text!r} "
         f"(p({target.text!r}) = {p:.1%}): scopes name a token's own earlier occurrence whether or not it was looked up"

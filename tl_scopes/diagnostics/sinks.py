@@ -136,6 +136,7 @@ def sink_report(
             f'sinks are looked for from the embedding on, not from {lin.wrt!r}: linearise with wrt="hook_embed".'
         )
     lin.require_repeatable()
+    asked, (lin,) = lin, lin.single  # scopes explain the token that an answer says
     model, tokens = lin.model, len(lin.tokens)
     if tokens < 2:
         raise ValueError(
@@ -152,7 +153,7 @@ def sink_report(
                 "no TemperatureScope: the final norm has no gain, so that the readout's norm is constant; name "
                 'TemperatureScope(norm="logits") among the scopes for the spread of the logits'
             )
-    answers = {name: scope(lin) for name, scope in named.items()}
+    answers = {name: scope(asked) for name, scope in named.items()}
     kl, likeliest, refusals = _interventions(lin, min(count, tokens - 1))
     best = lin.token()
     return SinkReport(

@@ -7,6 +7,8 @@ This is a file of its own since scopes, checks and evaluations draw from it.
 import zlib
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_scopes.jacobian.linearization import Linearization
 
@@ -36,6 +38,12 @@ def raised(draws: int) -> float:
     that factor it is honest: the deviation is 1 in units of it, root mean square.
     """
     return ((draws - 1) / (draws - 3)) ** 0.5
+
+
+def error_of_mean(draws: Float[Tensor, "_ *token"]) -> Float[Tensor, "*token"]:
+    """The standard error of the mean of independent draws; infinite for fewer than four, which do not tell it."""
+    n = len(draws)
+    return draws.std(0) / n**0.5 * raised(n) if n > 3 else torch.full_like(draws[0], torch.inf)
 
 
 def require_generator(generator: object, device: torch.device) -> None:

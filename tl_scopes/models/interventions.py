@@ -161,7 +161,8 @@ def held_attention(model: Model, keys: Sequence[SupportsIndex] | None = None) ->
 
     Args:
         model: a checked model. Layers without attention (Jamba) have nothing to hold.
-        keys: positions attended to, negative ones from the end; None holds the whole patterns.
+        keys: positions attended to, negative ones from the end of what is run: the whole text of a map, prompt and
+            answer where there is one; None holds the whole patterns.
 
     Raises:
         ValueError: at once for a model without attention patterns; in the forward pass for keys outside of the prompt,

@@ -302,13 +302,23 @@ class Attribution:
 
         Raises:
             TypeError: for spans that are neither ranges nor pairs of positions.
-            ValueError: for another unit; for spans that overlap or that the answer does not have; where the scores of
-                the scope do not tell what several tokens have together, such as leave-one-out.
+            ValueError: for another unit; for spans that overlap, that the answer does not have, or that go from one
+                part of a chat over into another; where the scores of the scope do not tell what several tokens have
+                together, such as leave-one-out; for an answer whose tokens were put together before.
         """
         self.require_grouping()
-        if not isinstance(unit, str):
-            return self.grouped(units.spanned(self.positions, unit), "span")
         parts = self.parts or ("",) * len(self.scores)
+        if not isinstance(unit, str):
+            groups = units.spanned(self.positions, unit)
+            for group in groups:
+                crossed = dict.fromkeys(parts[group.start : group.stop])
+                if len(crossed) > 1:
+                    ends = self.positions[group.start], self.positions[group.stop - 1] + 1
+                    raise ValueError(
+                        f"the span {ends} goes over several parts of the chat, {', '.join(map(repr, crossed))}, which "
+                        "are counted apart: give a span within one."
+                    )
+            return self.grouped(groups, "span")
         # Where tokens were set aside, what stood beside them does not belong together.
         apart = [(part, position - i) for i, (part, position) in enumerate(zip(parts, self.positions, strict=True))]
         return self.grouped(units.grouped(self.str_tokens, unit, apart), unit)
@@ -317,8 +327,13 @@ class Attribution:
         """Refuse to put tokens together where the scores do not tell what several have together.
 
         Raises:
-            ValueError: for scores that are neither norms nor parts of a sum.
+            ValueError: for scores that are neither norms nor parts of a sum; where that was done before.
         """
+        if "grouped_by" in self.details:
+            raise ValueError(
+                f"the tokens of this answer were put together by {self.details['grouped_by']} before: ask the answer "
+                "that has the tokens themselves."
+            )
         if self.grouping is None:
             raise ValueError(
                 f"the scores of {self.scope} do not tell what several tokens have together: they are neither norms of "
@@ -341,6 +356,7 @@ class Attribution:
         combined = torch.stack([part.double().norm() if self.grouping == "norm" else part.sum() for part in parts])
         if self.grouping == "signed":
             details["signed"], combined = combined, combined.abs()
+        details["grouped_by"] = how
         firsts = [group.start for group in groups]
         return replace(
             self,

@@ -112,13 +112,15 @@ class AttributionMap:
     def without(self, positions: Iterable[int | SupportsIndex]) -> "AttributionMap":
         """The same map without the tokens at these positions, and without the predictions that had no others.
 
-        `prompt_map.without([0])` sets aside the BOS token.
+        `prompt_map.without([0])` sets aside the BOS token. Negative positions count from the last prediction.
 
         Raises:
             ValueError: for a position that the map does not have, or where no token would be left.
         """
-        gone = {as_int(position, "positions must be integers") for position in positions}
-        self.answers[-1].without(gone)  # says what is wrong, if anything is
+        given = (as_int(position, "positions must be integers") for position in positions)
+        last = self.answers[-1]
+        gone = {position + last.position + 1 if position < 0 else position for position in given}
+        last.without(gone)  # says what is wrong, if anything is
         left = [answer for answer in self.answers if not set(answer.positions) <= gone]
         return AttributionMap(tuple(answer.without(gone & set(answer.positions)) for answer in left))
 

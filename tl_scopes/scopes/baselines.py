@@ -52,6 +52,10 @@ class RandomBaseline(Scope):
     def takes_spans(self) -> bool:
         return True
 
+    @property
+    def is_slope(self) -> bool:
+        return False  # of nothing
+
     def measure(self, lin: Linearization) -> Measurement:
         purpose = (self.seed,) if self.seed else ()  # published tables were drawn without a seed
         return Measurement(torch.rand(len(lin.tokens), device="cpu", generator=prompt_generator(lin, *purpose)))
@@ -176,6 +180,10 @@ class LeaveOneOut(Scope):
         return "point"
 
     @property
+    def is_slope(self) -> bool:
+        return False  # but the change itself
+
+    @property
     def asks_for_mean(self) -> bool:
         return self.replacement == "mean" and self.mean is None
 
@@ -200,6 +208,7 @@ class LeaveOneOut(Scope):
         target = target or (lin.answer if isinstance(lin, Span) else Target((lin.token(),)))
         if target.any_of:
             raise ValueError(f"LeaveOneOut takes one target, got the set {target.text!r}: ask once for each token.")
+        lin.require_possible(target)
         return target, None
 
     def quantity_explained(self, lin: Linearization) -> str | None:
@@ -241,6 +250,10 @@ class AttentionRollout(Scope):
     @property
     def runs_again(self) -> Literal["prompt"]:
         return "prompt"
+
+    @property
+    def is_slope(self) -> bool:
+        return False  # of the network, whose layers are more than attention
 
     @property
     def grouping(self) -> Literal["sum"]:

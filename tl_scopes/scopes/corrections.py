@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.jacobian.linearization import Linearization
-from tl_scopes.jacobian.randomness import source
+from tl_scopes.jacobian.randomness import error_of_mean, source
 from tl_scopes.models import Target
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.scopes.measurement import Estimate, Measurement
@@ -135,8 +135,8 @@ class PositionCorrectedScope(Around):
             its tokens.
 
     Unit: times the expected share. `answer.expected` is the expected share itself, `answer.uncorrected` the score of
-        the scope, `answer.standard_error` the error of the ratio, from the number of shuffles and from an estimate
-        within the scope.
+        the scope, `answer.standard_error` the error of the ratio, from the number of shuffles and from the
+        `standard_error` of the scope's own scores, where they have one; infinite for fewer than four shuffles.
     Cost: `shuffles` + 1 times that of the scope, and a forward pass per shuffle; memory as for one.
     Raises: ValueError for fewer than two shuffles, and for a scope with negative scores; TypeError for something that
         is not a scope, for a number of shuffles that is not an integer, and for a generator that is not a
@@ -174,7 +174,8 @@ class PositionCorrectedScope(Around):
         spread = torch.where(expected > 0, error / expected, 0)
         if "standard_error" in own.details:  # the scope's own score is an estimate
             spread = (spread.square() + (own.details["standard_error"] / own.scores).square().nan_to_num(0.0)).sqrt()
-        found = {"expected": expected, "uncorrected": own.scores, "standard_error": scores * spread}
+        error = torch.where(scores > 0, scores * spread, 0)
+        found = {"expected": expected, "uncorrected": own.scores, "standard_error": error}
         return Measurement(scores, {**own.details, **found})
 
     def shares(
@@ -205,7 +206,7 @@ class PositionCorrectedScope(Around):
         others = torch.stack(shuffled)
         # Where no shuffle gives a position anything, the prompt is counted as one of its own arrangements.
         expected = torch.where(others.mean(0) > 0, others.mean(0), share.to(others) / (self.shuffles + 1))
-        return share, expected, others.std(0) / self.shuffles**0.5
+        return share, expected, error_of_mean(others)
 
     def _share(self, scores: Tensor, scored: int, of_sizes: bool) -> Tensor:
         if scores.min() < 0 and not of_sizes:
@@ -312,9 +313,9 @@ class UnderRulesScope(Elsewhere):
 
     Unit: that of the scope.
     Cost: that of the scope, and a forward pass.
-    Raises: TypeError for something that is not a scope, or not names of rules; ValueError for unknown rules, for a
-        model that they do not cover, and where other rules are given to `linearize` or `attribute` as well; else as the
-        scope does.
+    Raises: TypeError for something that is not a scope, or not names of rules; ValueError for unknown rules and for
+        None, for a model that they do not cover, and where other rules are given to `linearize` or `attribute` as well;
+        else as the scope does.
     Source: as `linearize` says.
 
     Example:
@@ -328,7 +329,12 @@ class UnderRulesScope(Elsewhere):
     def __post_init__(self) -> None:
         super().__post_init__()
         read = models.LinearRules.read(self.rules)
-        object.__setattr__(self, "rules", self.rules if read is None or isinstance(self.rules, str) else read.names)
+        if read is None:
+            raise ValueError(
+                "UnderRulesScope asks under rules, got rules=None: take the scope itself, at lin.under(None) where the "
+                "linearisation is under rules."
+            )
+        object.__setattr__(self, "rules", self.rules if isinstance(self.rules, str) else read.names)
 
     @property
     def is_slope(self) -> bool:
@@ -336,12 +342,12 @@ class UnderRulesScope(Elsewhere):
 
     def rules_of(self, lin: Linearization) -> models.LinearRules | None:
         read = models.LinearRules.read(self.rules)
-        if None not in (read, lin.rules) and read != lin.rules:
+        if lin.rules is not None and read != lin.rules:
             raise ValueError(
                 f"{as_written(self)} asks under {read} rules, and {lin.rules} rules are given as well: leave one of "
                 "them out."
             )
-        return self.scope.rules_of(lin) if read is None else read
+        return read
 
     @contextmanager
     def other(self, lin: Linearization) -> Iterator[Linearization]:

@@ -14,7 +14,7 @@ from tl_scopes import models
 from tl_scopes.jacobian.curvature import block_norms
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.metric import Metric
-from tl_scopes.jacobian.randomness import source
+from tl_scopes.jacobian.randomness import error_of_mean, source
 from tl_scopes.jacobian.replacement import each_alone, effects, substitute
 from tl_scopes.jacobian.softmax import log_prob
 from tl_scopes.models import Target, Token
@@ -113,7 +113,7 @@ class HetaScope(Scope):
         scores = M * (beta * S + gamma * I)
         details = {"M": M}
         if self.beta:
-            details |= {"S": S, "standard_error": M * beta * _error_of_mean(bends)}
+            details |= {"S": S, "standard_error": M * beta * error_of_mean(bends)}
         if self.gamma:
             details |= {"I": I}
         return Measurement(scores, details)
@@ -276,7 +276,3 @@ def _first_layer(wrt: str) -> int:
             'wrt="hook_embed", the default, or wrt="blocks.3.hook_resid_pre", say.'
         )
     return int(stream[1])
-
-
-def _error_of_mean(draws: Float[Tensor, "probe token"]) -> Float[Tensor, "token"]:
-    return draws.std(0) / len(draws) ** 0.5 if len(draws) > 1 else torch.full_like(draws[0], torch.inf)

@@ -36,10 +36,11 @@ class Estimate(NamedTuple):
 
 
 def estimate_by(answer: Attribution, error: Float[Tensor, "token"], kind: str) -> Estimate | None:
-    """How well the largest score is known, from an error of this kind for each token; None where all of them are 0."""
-    if not error.any():
+    """How well the largest score is known, from an error of this kind for each token; None where all of them are 0, or
+    no token counts."""
+    if not error.any() or not any(answer.is_counted):
         return None
-    first = answer.top(1)[0]
+    (first,) = answer.top(1)
     relative = float(error[answer.positions.index(first.position)]) / (abs(first.score) or 1.0)
     if not math.isfinite(relative):
         return Estimate(relative, "how far off the scores are is not known: give the scope more probes")

@@ -3,8 +3,11 @@
 This is a file of its own since maps of one prompt and corpora both ask so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
 
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.span import Span
@@ -29,8 +32,9 @@ def ask_each(scope: Scope, lins: Sequence[Linearization]) -> list[Attribution]:
     others = [lin for lin in lins if not _predicted(lin).overlaps(versus)]
     if not others:
         return scope.ask(lins)  # which says what is wrong
-    asked = iter(scope.ask(others))
-    return [_zeros(scope, lin, versus) if _predicted(lin).overlaps(versus) else next(asked) for lin in lins]
+    asked = scope.ask(others)
+    details, answers = asked[0].details, iter(asked)
+    return [_zeros(scope, lin, versus, details) if _predicted(lin).overlaps(versus) else next(answers) for lin in lins]
 
 
 def _predicted(lin: Linearization) -> Target:
@@ -38,11 +42,13 @@ def _predicted(lin: Linearization) -> Target:
     return lin.answer if isinstance(lin, Span) else Target((lin.token(),))
 
 
-def _zeros(scope: Scope, lin: Linearization, versus: Target) -> Attribution:
-    """The answer about a token beside itself, or beside several of which it is one."""
+def _zeros(scope: Scope, lin: Linearization, versus: Target, like: Mapping[str, Any]) -> Attribution:
+    """The answer about a token beside itself, or beside several of which it is one, with details like another's."""
     target = _predicted(lin)
     zeros = lin.readout.new_zeros(len(lin.tokens))
-    details = {"signed": zeros} if scope.grouping == "signed" else {}
+    of_tokens = {name: detail for name, detail in like.items() if isinstance(detail, Tensor) and detail.ndim == 1}
+    details: dict[str, Any] = {name: detail.new_zeros(len(zeros)) for name, detail in of_tokens.items()}
+    details |= {name: 0.0 for name, detail in like.items() if isinstance(detail, float)}
     value: float | None = None
     name: str | None = None
     if target == versus:

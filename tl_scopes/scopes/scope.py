@@ -316,7 +316,12 @@ class Scope(ABC):
         """
         lin = self.with_answer(lin)
         if isinstance(lin, Span) and len(lin.rows) == 1 and not self.takes_spans:
-            return self.with_target(lin.single[0], lin.answer.tokens[0].id), lin.single[0]
+            aimed = self.with_target(lin.single[0], lin.answer.tokens[0].id)
+            if lin.answer.any_of and aimed != self:
+                raise ValueError(
+                    f"{as_written(self)} explains one token, got the set {lin.answer.text!r}: ask once for each token."
+                )
+            return aimed, lin.single[0]
         self._require_single(lin)
         return self, lin
 

@@ -121,6 +121,7 @@ class SpectralScope(Scope):
             >>> first.raises[0].token.text, first.lowers[0].token.text
             (' are', ' that')
         """
+        _, lin = self.about(lin)
         lin.require_readout()
         position = models.as_position(position, len(lin.tokens))
         count = models.as_count(count, "count must be at least 1")

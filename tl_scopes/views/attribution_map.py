@@ -122,12 +122,15 @@ def _framed(prompt_map: "AttributionMap", picture: Html, legend: str, width: str
 
 def _alt(prompt_map: "AttributionMap") -> str:
     last = prompt_map.answers[-1]
-    cells = [(row, answer) for answer in prompt_map for row in answer.top(1) if len(answer.scores) > 1]
-    row, answer = max(cells, key=lambda cell: abs(cell[0].share), default=(last.top(1)[0], last))
+    said = f"Heat map of {_count(prompt_map)} by {len(last.positions)} tokens."
+    cells = [(row, answer) for answer in prompt_map for row in answer.top(1)]
+    if not cells:
+        return said
+    # A token that stands alone has all of the share.
+    row, answer = max(cells, key=lambda cell: (len(cell[1].scores) > 1, abs(cell[0].share)))
     return (
-        f"Heat map of {_count(prompt_map)} by {len(last.positions)} tokens. The largest share, "
-        f"{row.share:.0%}, is that of {row.token!r} at position {row.position} in the prediction after position "
-        f"{answer.position}."
+        f"{said} The largest share, {row.share:.0%}, is that of {row.token!r} at position {row.position} in the "
+        f"prediction after position {answer.position}."
     )
 
 
@@ -199,7 +202,7 @@ def _scale(values: Float[Tensor, "position token"], colors: Colors = "root") -> 
     means = parts.nanmean(0).nan_to_num().sort(descending=True)
     rest = sizes[:, means.indices[sinks(means.values.tolist()) :]]
     rest = rest[rest.isfinite()].sort(descending=True).values
-    end = rest[len(rest) // 50].item()
+    end = rest[len(rest) // 50].item() if len(rest) else 0.0  # where no token counts
     most = values.abs().nan_to_num().max().item()
     if colors == "even" and end <= 1:  # nothing but sinks is above an even share
         end = most
