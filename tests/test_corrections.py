@@ -268,9 +268,7 @@ class TestBadInput:
             kind(tls.SemanticScope)
 
     def test_no_rules(self) -> None:
-        with pytest.raises(
-            ValueError, match="UnderRulesScope asks under rules, got rules=None: take the"
-        ):
+        with pytest.raises(ValueError, match="UnderRulesScope asks under rules, got rules=None: take the"):
             tls.UnderRulesScope(tls.SemanticScope(), rules=None)
 
     def test_signs(self, toy: tls.Linearization) -> None:
