@@ -94,6 +94,44 @@ def test_chats_everywhere(chatty: Any) -> None:
     assert "grey: template, not counted" in rows.to_html()
 
 
+@pytest.mark.parametrize("space", ["", " ", "\n", "\n\n ", "\t"])
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace(" | trim", "")], ids=["stripped", "as it is"])
+def test_blank_space_around_a_message_is_the_messages(chatty: Any, template: str, space: str) -> None:
+    """Where the template strips it, there is none; a message is never taken for the template's."""
+    chatty.tokenizer.chat_template = template
+    said = ["Where are the keys?", "<think>He asks for keys.</think>Near the door.", "Which door?"]
+    roles = ["user", "assistant", "user"]
+    chat = [{"role": role, "content": space + text + space} for role, text in zip(roles, said, strict=True)]
+    lin = tls.linearize(chatty, chat)
+    found: dict[str, str] = {}
+    for part, token in zip(lin.parts, lin.str_tokens, strict=True):
+        found[part] = found.get(part, "") + token
+    assert found["user 1"].strip() == said[0]
+    assert found["user 2"].strip() == said[2]
+    assert found["reasoning"].strip() == "<think>He asks for keys.</think>"
+    assert found["assistant"].strip() == "Near the door."
+    assert not set(found["template"].split()) & {"Where", "keys?", "Near", "Which"}
+
+
+def test_a_template_that_moves_what_was_thought(chatty: Any) -> None:
+    """One that writes thoughts of its own accord, and one that leaves them out of earlier answers."""
+    write = (
+        "{% if m.role == 'assistant' and '</think>' in m.content %}{{ THOUGHT }}{% else %}{{ m.content }}{% endif %}"
+    )
+    split = "m.content.split('</think>')"
+    kept = "<think>\n{{ " + split + "[0].split('<think>')[1] }}\n</think>\n\n{{ " + split + "[1] }}"
+    for thought, reasoning in ((kept, "<think>\nHe asks for keys.\n</think>\n\n"), ("{{ " + split + "[1] }}", "")):
+        chatty.tokenizer.chat_template = TEMPLATE.replace("{{ m.content | trim }}", write).replace(
+            "{{ THOUGHT }}", thought
+        )
+        lin = tls.linearize(chatty, CHAT)
+        texts = dict.fromkeys(lin.parts, "")
+        for part, token in zip(lin.parts, lin.str_tokens, strict=True):
+            texts[part] += token
+        assert texts["assistant"] == "Near the door."
+        assert texts.get("reasoning", "") == reasoning
+
+
 def test_turns_are_told_apart(chatty: Any) -> None:
     """A role that has the word once is called by its name, others by number; reasoning has that of its answer."""
     thought = {"role": "assistant", "content": "<think>Hm.</think>Yes."}

@@ -96,25 +96,38 @@ def _ranges(
 ) -> list[tuple[int, int, str]]:
     """Where in the text of a chat its messages stand, each found by writing the chat with a mark in its place.
 
-    Templates may strip messages, and leave out what was thought before an earlier answer.
+    Templates may strip messages, and leave out what was thought before an earlier answer. What a message has of blank
+    space, and the template writes, is the message's.
     """
     found = []
     for i, message in enumerate(messages):
-        content = message["content"].strip()
         marked = ""
         with suppress(Exception):  # a template may refuse the mark
             marked = written([*messages[:i], {**message, "content": _MARK}, *messages[i + 1 :]])
         start = marked.find(_MARK)
-        if start < 0 or not content:
+        end = start + len(_said(text, start, marked[start + len(_MARK) :], message["content"]))
+        if start < 0 or start == end:
             continue
-        thought = re.match(r"<think>.*?</think>\s*", content, re.DOTALL) if message["role"] == "assistant" else None
-        said = content[thought.end() :] if thought else content
-        if thought and text.startswith(content, start):
-            found.append((start, start + thought.end(), REASONING + turns[i]))
-            start += thought.end()
-        if text.startswith(said, start):
-            found.append((start, start + len(said), str(message["role"]) + turns[i]))
+        thought = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL).match(text, start, end)
+        if thought and message["role"] == "assistant":
+            found.append((start, thought.end(), REASONING + turns[i]))
+            start = thought.end()
+        found.append((start, end, str(message["role"]) + turns[i]))
     return found
+
+
+def _said(text: str, start: int, after: str, content: str) -> str:
+    """What the template made of a message that begins here; empty where that is not known.
+
+    It goes up to what comes after a mark in its place. Where the template writes something else there, the message is
+    looked for as it is, with and without blank space and what was thought.
+    """
+    end = len(text) - len(after)
+    answered = re.sub(r"^\s*<think>.*?</think>\s*", "", content, flags=re.DOTALL)
+    if start < end and text.endswith(after) and answered.strip() in text[start:end]:
+        return text[start:end]
+    ways = (content, content.lstrip(), content.rstrip(), content.strip(), answered, answered.strip())
+    return next((way for way in ways if way.strip() and text.startswith(way, start)), "")
 
 
 def _part(ranges: Sequence[tuple[int, int, str]], start: int, end: int) -> str:
