@@ -99,10 +99,9 @@ def _products(
     live = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
     if not live:  # the metric is linear in all of them
         return [value.new_zeros(len(steps[0]), *value.shape) for value in values]
-    outputs = [gradients[i] for i in live]
     given = [steps[i].to(gradients[i]) for i in live]
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    if together and len(steps[0]) > 1:
-        return list(torch.autograd.grad(outputs, values, given, is_grads_batched=True, **options))
-    rows = [torch.autograd.grad(outputs, values, list(one), **options) for one in zip(*given, strict=True)]
-    return [torch.stack(of_value) for of_value in zip(*rows, strict=True)]
+    found = pullback.gradients([gradients[i] for i in live], values, given, together=together)
+    return [
+        value.new_zeros(len(steps[0]), *value.shape) if one is None else one
+        for value, one in zip(values, found, strict=True)
+    ]

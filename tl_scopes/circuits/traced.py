@@ -245,7 +245,8 @@ class Tangents:
         """
         with pullback.differentiated_twice(), models.undisturbed(self.of.trace):
             together = models.goes_back_together(self.of.lin.model, self.of.trace)
-            found = pullback.gradients(self.pulled, self.dummies, steps[:, None].to(self.pulled), together=together)
+            given = [steps[:, None].to(self.pulled)]
+            found = pullback.gradients([self.pulled], self.dummies, given, together=together)
         arrived = iter(found)
         tangents = []
         for site in self.of.sites:
