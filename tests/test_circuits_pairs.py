@@ -377,10 +377,26 @@ def test_estimates_of_the_second_order_are_unbiased() -> None:
             if seed == 0:
                 again = pair.attribution_patching(order=2, products=6, generator=torch.Generator().manual_seed(seed))
                 assert torch.equal(again.values, found.values)
-        assert pair.attribution_patching(order=2, products=1).standard_error.isinf().all()  # type: ignore[union-attr]
     z = torch.stack(off)
     assert z.mean().abs() < 0.2
     assert 0.7 < z.square().mean().sqrt() < 1.6  # of six draws a standard error is known to a third
+
+
+def test_few_products_do_not_say_how_good_they_are() -> None:
+    """From four draws on the error allows for its own uncertainty; below nothing is said."""
+    with zoo.Float64():
+        model = zoo.specimen("bridge llama").model
+        pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+        exact = pair.attribution_patching(order=2, products=8).values
+
+        def found(products: int, seed: int = 0) -> tls.Effects:
+            random = torch.Generator().manual_seed(seed)
+            return pair.attribution_patching(order=2, products=products, generator=random)
+
+        for products in (1, 2, 3):
+            assert found(products).standard_error.isinf().all()  # type: ignore[union-attr]
+        z = torch.stack([(one.values - exact) / one.standard_error for seed in range(60) if (one := found(4, seed))])
+    assert 0.7 < z.square().mean().sqrt() < 1.3
 
 
 def test_batches_change_no_second_order(monkeypatch: pytest.MonkeyPatch) -> None:

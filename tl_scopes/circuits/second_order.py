@@ -10,6 +10,10 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.circuits.traced import ComponentTrace
 from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.randomness import raised
+
+_LEAST_DRAWS = 4
+"""The fewest draws that say how good their mean is: `raised` takes no fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +25,7 @@ class Curvature:
     bend: Float[Tensor, "layer component"]
     """Δ_kᵀ H_kk Δ_k, with H_kk = ∂²m/∂k²: exact, or estimated."""
     error: Float[Tensor, "layer component"] | None
-    """The standard error of `bend`; None where it is exact."""
+    """The standard error of `bend`; None where it is exact, infinite where too few draws tell."""
 
 
 def curvature(
@@ -88,8 +92,9 @@ def curvature(
     found = torch.cat(of_products) * scale
     if exact:
         return Curvature(slope, found.sum(0), None)
-    error = found.std(0) / products**0.5 if products > 1 else torch.full_like(slope, torch.inf)
-    return Curvature(slope, found.mean(0), error)
+    if products < _LEAST_DRAWS:
+        return Curvature(slope, found.mean(0), torch.full_like(slope, torch.inf))
+    return Curvature(slope, found.mean(0), found.std(0) / products**0.5 * raised(products))
 
 
 def _products(
