@@ -443,6 +443,32 @@ def test_between_inner_hooks(llama: Any) -> None:
         tls.carried_by(tls.linearize(llama, PROMPT, wrt="blocks.1.hook_resid_post"), SEMANTIC, "head")
 
 
+@pytest.mark.parametrize("wrt", ["blocks.0.attn.hook_z", "blocks.0.attn.hook_k"])
+def test_from_behind_the_queries_on(llama: Any, wrt: str) -> None:
+    """The layer's heads lie behind that hook and its queries do not: the model has them all the same."""
+    lin = tls.linearize(llama, PROMPT, wrt=wrt)
+    match = f"'blocks.0.attn.hook_q' does not lie between '{wrt}' and 'ln_final'.*: linearise from an earlier hook"
+    with pytest.raises(ValueError, match=match):
+        tls.carried_by(lin, SEMANTIC, "qkv")
+    assert tls.carried_by(lin, SEMANTIC, "head").layers == (0, 1)
+
+
+@of_species("bridge pythia")
+def test_what_runs_beside_the_ends(specimen: Specimen) -> None:
+    """Attention and MLP of a layer side by side: neither reads the other, and it is not the model that lacks hooks."""
+    of = "blocks.1.hook_mlp_out"
+    scope = tls.DirectionScope(torch.arange(16.0) - 5, of)
+    lin = tls.linearize(specimen.model, PROMPT, of=of)
+    with pytest.raises(ValueError, match=f"the value at '{of}' does not depend on 'blocks.1.attn.hook_z'"):
+        tls.carried_by(lin, scope, "head", SOURCES)
+    of = "blocks.1.hook_resid_pre"
+    scope = tls.DirectionScope(torch.arange(16.0) - 5, of)
+    lin = tls.linearize(specimen.model, PROMPT, wrt="blocks.0.attn.hook_z", of=of)
+    paths = tls.carried_by(lin, scope, "neuron", SOURCES)
+    assert not paths.values.any()
+    assert_close(paths.around[0], scope(lin).scores[SOURCES], **EXACT)
+
+
 def test_at_another_point(llama: Any) -> None:
     """`at` moves the point, and the parts are those of the point."""
     lin = tls.linearize(llama, PROMPT)

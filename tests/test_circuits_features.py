@@ -151,6 +151,37 @@ def test_the_model_is_left_as_found(llama: Any, features: tls.Features) -> None:
         tls.feature_map(llama, PROMPT, features, SEMANTIC)
 
 
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_rules_hold_what_features_write(llama: Any, part: str) -> None:
+    """Under held patterns queries and keys do nothing: features there fire, and have no effect."""
+    hook, width = f"blocks.1.attn.hook_{part}", 32 if part == "q" else 16
+    found = tls.feature_map(llama, PROMPT, whole(width, hook), SEMANTIC, rules="linear")
+    assert found.scores.any()
+    assert found.effects is not None
+    assert found.carried is not None
+    assert found.around is not None
+    assert not found.effects.any()
+    assert not found.carried.any()
+    assert_close(found.around, SEMANTIC(tls.linearize(llama, PROMPT, rules="linear")).scores, **EXACT)
+
+
+@pytest.mark.parametrize("rules", [None, "linear"])
+def test_features_on_a_side_branch(llama: Any, rules: str | None) -> None:
+    """What nothing reads can be asked about by itself, and gives nothing to the prediction."""
+    features = whole(hook="ln_final.hook_normalized")
+    assert tls.feature_map(llama, PROMPT, features, rules=rules).scores.any()
+    with pytest.raises(ValueError, match="'ln_final' does not depend on 'ln_final.hook_normalized': it is a side bran"):
+        tls.feature_map(llama, PROMPT, features, SEMANTIC, rules=rules)
+
+
+def test_features_of_what_does_not_follow_from_the_tokens(llama: Any) -> None:
+    hook = "blocks.0.attn.hook_z"
+    with llama.hooks(fwd_hooks=[(hook, lambda value, hook: value.detach())]):
+        for scope in (None, SEMANTIC):
+            with pytest.raises(ValueError, match=f"the value at '{hook}' does not depend on 'hook_embed'"):
+                tls.feature_map(llama, PROMPT, whole(32, hook), scope)
+
+
 # -- forms ------------------------------------------------------------------------------------------------------------
 
 
@@ -278,14 +309,54 @@ def test_bad_questions(llama: Any, features: tls.Features, no_type_checks: None)
         ask(tls.Features(features.encoder, HOOK, bias=torch.full((40,), -1e6)))
     with pytest.raises(ValueError, match="does not lie between 'blocks.1.hook_resid_post' and the prediction"):
         ask(features, wrt="blocks.1.hook_resid_post")
-    with pytest.raises(TypeError, match="asks with .* cotangents, and a feature's effect is on one number"):
-        ask(features, tls.FisherScope(exact=True))
+    for scope in (tls.FisherScope(exact=True), tls.FisherScope(rtol=0.1)):
+        with pytest.raises(TypeError, match="asks with .* cotangents, and a feature's effect is on one number"):
+            ask(features, scope)
+    with pytest.raises(TypeError, match="take SemanticScope, DirectionScope, TemperatureScope, MetricScope, or a Jac"):
+        ask(features, tls.RelevanceScope(7))
+    with pytest.raises(ValueError, match="is 2 tokens, .* and a feature's effect is on one prediction: name one token"):
+        ask(features, tls.SemanticScope([7, 3]))
     with pytest.raises(ValueError, match="the model has no hook 'blocks.9"):
         ask(tls.Features(features.encoder, "blocks.9.hook_resid_post"))
     with pytest.raises(ValueError, match="there are 40 features, from 0 on, got 40"):
         features.scope(40)
     with pytest.raises(TypeError, match="a feature is a number"):
         features.scope("3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("encode", "error", "match"),
+    [
+        (
+            lambda h: h.detach().relu(),
+            ValueError,
+            "cannot be differentiated with respect to what they read: let encode",
+        ),
+        (lambda h: (h > 0).to(h), ValueError, "cannot be differentiated with respect to what they read: let encode"),
+        (
+            lambda h: h[:, :12].relu(),
+            ValueError,
+            r"what encode gives must have the shape .* = \[8, 16\], got \[8, 12\]",
+        ),
+        (lambda h: h.repeat(1, 2), ValueError, r"what encode gives must have the shape .* = \[8, 16\], got \[8, 32\]"),
+        (lambda h: h * float("nan"), ValueError, "what encode gives must be finite"),
+        (lambda h: (h.relu(), h), TypeError, "what encode gives must be a tensor .*, got tuple"),
+    ],
+)
+def test_encoders_that_do_not_fit(llama: Any, encode: Any, error: Any, match: str, no_type_checks: None) -> None:
+    features = tls.Features(torch.eye(WIDTH), HOOK, decoder=torch.eye(WIDTH), encode=encode)
+    for scope in (None, SEMANTIC):
+        with pytest.raises(error, match=match):
+            tls.feature_map(llama, PROMPT, features, scope)
+
+
+def test_an_encoder_that_stops_gradients(llama: Any) -> None:
+    """Also where it has weights that could be trained, so that something of it can be differentiated."""
+    weight = torch.eye(WIDTH, requires_grad=True)
+    for encode in (torch.no_grad()(torch.relu), lambda h: h.detach() @ weight.to(h)):
+        features = tls.Features(torch.eye(WIDTH), HOOK, encode=encode)
+        with pytest.raises(ValueError, match="without torch.no_grad, detach or item"):
+            tls.feature_map(llama, PROMPT, features)
 
 
 # -- Jacobian lenses --------------------------------------------------------------------------------------------------

@@ -186,6 +186,8 @@ def test_bad_pairs(tiny: Any) -> None:
         tls.PromptPair(tiny, CLEAN, CORRUPTED, answer=" is", wrong=" is")
     with pytest.raises(ValueError, match="'quite unknown' is 8 tokens, which are predicted at several positions"):
         tls.PromptPair(tiny, CLEAN, CORRUPTED, answer="quite unknown", wrong=" is")
+    with pytest.raises(ValueError, match="' not' .* the metric of a pair is about one prediction: name one token"):
+        tls.PromptPair(tiny, CLEAN, CORRUPTED, answer=" are", wrong=" not")
 
 
 def test_a_pair_that_differs_in_nothing_that_matters() -> None:
@@ -209,6 +211,49 @@ def test_a_sure_answer_is_a_number_like_any_other() -> None:
         left = torch.cat([lin.logits[:answer], lin.logits[answer + 1 :]]).double() - lin.logits[answer].double()
         assert 0 > value == pytest.approx(-left.logsumexp(0).exp().log1p().item(), rel=1e-9)
     assert abs(pair.clean_value - pair.corrupted_value) < 1e-6
+
+
+def test_a_pair_belongs_to_the_model_that_it_was_made_with() -> None:
+    """Inside hooks it is made and asked there; a metric of one model is never compared with runs of another."""
+
+    def halve(value: Tensor, hook: Any) -> Tensor:
+        return value / 2
+
+    with zoo.Float64():
+        model = zoo.SPECIES["bridge llama"]().model
+
+        def make() -> tls.PromptPair:
+            return tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+
+        def values(of: tls.PromptPair) -> list[Tensor]:
+            asked = (of.activation_patching, of.attribution_patching, of.carried)
+            return [ask("mlp_out").values for ask in asked]
+
+        def hooked() -> Any:
+            return model.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", halve)])
+
+        def refused(pair: tls.PromptPair, changed: str) -> None:
+            asked = (pair.activation_patching, pair.attribution_patching, pair.carried, lambda: tls.agreement([pair]))
+            for ask in asked:
+                with pytest.raises(ValueError, match=f"so make another PromptPair: {changed}"):
+                    ask()
+
+        before = make()
+        with hooked():
+            refused(before, "the hooks at .*blocks.0.hook_mlp_out.* inside the same model.hooks")
+            inside = make()
+            expected = values(inside)
+        refused(inside, "the hooks at")
+        with hooked():
+            for one, other in zip(values(inside), expected, strict=True):
+                assert_close(one, other, **EXACT)
+        values(before)
+        with torch.no_grad():
+            model.original_model.lm_head.weight.mul_(2)
+        refused(before, "the weights have changed")
+        model.train()
+        with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+            before.activation_patching()
 
 
 class Scaled(tls.PromptPair):
@@ -377,10 +422,26 @@ def test_estimates_of_the_second_order_are_unbiased() -> None:
             if seed == 0:
                 again = pair.attribution_patching(order=2, products=6, generator=torch.Generator().manual_seed(seed))
                 assert torch.equal(again.values, found.values)
-        assert pair.attribution_patching(order=2, products=1).standard_error.isinf().all()  # type: ignore[union-attr]
     z = torch.stack(off)
     assert z.mean().abs() < 0.2
     assert 0.7 < z.square().mean().sqrt() < 1.6  # of six draws a standard error is known to a third
+
+
+def test_few_products_do_not_say_how_good_they_are() -> None:
+    """From four draws on the error allows for its own uncertainty; below nothing is said."""
+    with zoo.Float64():
+        model = zoo.specimen("bridge llama").model
+        pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3)
+        exact = pair.attribution_patching(order=2, products=8).values
+
+        def found(products: int, seed: int = 0) -> tls.Effects:
+            random = torch.Generator().manual_seed(seed)
+            return pair.attribution_patching(order=2, products=products, generator=random)
+
+        for products in (1, 2, 3):
+            assert found(products).standard_error.isinf().all()  # type: ignore[union-attr]
+        z = torch.stack([(one.values - exact) / one.standard_error for seed in range(60) if (one := found(4, seed))])
+    assert 0.7 < z.square().mean().sqrt() < 1.3
 
 
 def test_batches_change_no_second_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +518,33 @@ def test_carried_of_a_pair(pairs: list[tls.PromptPair], tiny: Any) -> None:
     assert_close(pairs[0].carried("mlp_out").values.sum(-1), branches.values[:, 1, 0])
     frame = pairs[0].carried("mlp_out").to_dataframe()
     assert frame["name"].tolist()[:2] == ["L0 at '<|bos|>'", "L0 at 'The'"]
+
+
+def test_methods_call_components_the_same(pairs: list[tls.PromptPair]) -> None:
+    """By the tokens of the corrupted prompt, so that their tables can be joined."""
+    asked = (pairs[0].activation_patching, pairs[0].attribution_patching, pairs[0].carried)
+    names = [ask("mlp_out").names for ask in asked]
+    assert names[0] == names[1] == names[2]
+    assert names[0][2] == "L0 at ' key'"
+
+
+@pytest.mark.parametrize("site", ["head_out", "mlp_out"])
+@pytest.mark.parametrize(
+    "scope",
+    [
+        tls.SemanticScope(" are old"),
+        tls.SemanticScope(versus=" are old"),
+        tls.FrozenAttentionScope(tls.SemanticScope(" are old")),
+    ],
+    ids=repr,
+)
+def test_carried_of_several_tokens(pairs: list[tls.PromptPair], scope: tls.Scope, site: Any) -> None:
+    """Their influence runs through positions behind the prompt, which no patching has."""
+    match = "' are old' is 2 tokens, .* patching, which this is compared with, is about one prediction: name one token"
+    with pytest.raises(ValueError, match=match):
+        pairs[0].carried(site, scope)
+    with pytest.raises(ValueError, match=match):
+        tls.agreement(pairs[:1], scope, [site])
 
 
 def test_bad_sites(pairs: list[tls.PromptPair], no_type_checks: None) -> None:
@@ -549,6 +637,24 @@ def test_nothing_to_compare(pairs: list[tls.PromptPair], no_type_checks: None) -
         tls.agreement(pairs[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top is a number of components, 1 at least, got 0"):
         tls.agreement(pairs, top=0)
+
+
+def test_nothing_counts_twice(pairs: list[tls.PromptPair]) -> None:
+    """A site or a pair that is given twice would make intervals narrow."""
+    with pytest.raises(ValueError, match="'head_out' is given 2 times, and would count as often in the means"):
+        tls.agreement(pairs, sites=["head_out", "mlp_out", "head_out"])
+    with pytest.raises(ValueError, match=r"PromptPair\(.* is given 3 times, .*: give it once"):
+        tls.agreement([pairs[0], *pairs, pairs[0]])
+
+
+def test_pairs_of_two_models() -> None:
+    """One model would have been patched for both."""
+    pairs = []
+    for species in ("bridge llama", "bridge gpt2"):
+        model = zoo.specimen(species).model
+        pairs.append(tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=7, wrong=3))
+    with pytest.raises(ValueError, match=r"pair 1, PromptPair\(.*\), is of another model than pair 0"):
+        tls.agreement(pairs)
 
 
 def test_a_patching_metric_keeps_no_graph() -> None:

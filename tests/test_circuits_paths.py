@@ -427,6 +427,8 @@ def test_bad_maps(tiny: Any, no_type_checks: None) -> None:
         tls.head_map(tiny, TEXT, tls.SpectralScope())
     with pytest.raises(TypeError, match="expected a scope such as SemanticScope"):
         tls.head_map(tiny, TEXT, "are")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="' are old' is 2 tokens, .* a map is about one prediction: name one token"):
+        tls.layer_map(tiny, TEXT, tls.SemanticScope(" are old"))
     with pytest.raises(ValueError, match="count must be at least 1"):
         tls.head_map(tiny, TEXT, SCOPE).top(0)
     with zoo.Float64():

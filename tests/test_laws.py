@@ -4,7 +4,7 @@ The oracle (`zoo.oracle`) differentiates a copy of the model directly: no hooks 
 whole prompt, one backward pass per number.
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import tl_scopes as tls
 from tests import zoo
 from tests.zoo import PROMPT, Specimen
+from tl_scopes.circuits.cut import By
 from tl_scopes.jacobian.fisher_information import fisher_information, leading_part, remainder_probes
 from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.jacobian.pullback import near_one, power_of_two, pull, summed_over_vocabulary
@@ -382,7 +383,12 @@ def test_under_detect_anomaly(check_nan: bool) -> None:
         checks = [tls.check(lin, scope) for scope in scopes[:2]]
         made = ("linearity", "saturation", "weights")
         assert all(found[name].verdict != "not applicable" for found in checks for name in made)
-        return [*(scope(lin).scores for scope in scopes), *maps, *radii]
+        pair = tls.PromptPair(model, PROMPT, [*PROMPT[:2], 20, *PROMPT[3:]], answer=TARGET, wrong=3)
+        patched = [pair.attribution_patching("mlp_out", order=order).values for order in (1, 2)]
+        paths = [tls.carried_by(lin, scopes[0], by, tokens=[1, 2]).values for by in get_args(By)]
+        features = tls.Features(torch.eye(16), "blocks.0.hook_resid_post", decoder=torch.eye(16))
+        fired = tls.feature_map(model, PROMPT, features, scopes[0]).scores
+        return [*(scope(lin).scores for scope in scopes), *maps, *radii, *patched, *paths, fired]
 
     with zoo.Float64():
         expected = ask()

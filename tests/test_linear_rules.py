@@ -253,6 +253,13 @@ def test_pairs_under_rules(tiny: Any) -> None:
     assert set(agreement.summary()["method"]) == {
         "carried", "attribution patching", "carried under linear rules", "attribution patching under linear rules",
     }  # fmt: skip
+    scope = tls.UnderRulesScope(pair.scope)
+    ruled = pair.carried("head_out", scope)
+    assert ruled.method == "carried under linear rules"
+    assert_close(ruled.values, heads.values)
+    assert set(tls.agreement([pair], scope, rules="linear").summary()["method"]) == {
+        "attribution patching", "carried under linear rules", "attribution patching under linear rules",
+    }  # fmt: skip
     with pytest.raises(ValueError, match=r"under rules='linear' what curves the network is constant: take order=1"):
         pair.attribution_patching(order=2, rules="linear")
 

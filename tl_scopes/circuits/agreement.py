@@ -125,7 +125,8 @@ def agreement(
         thirteen for the second order.
 
     Raises:
-        ValueError: for no pairs or no sites, for another site or order, for a `top` below 1, and as `carried_by` does.
+        ValueError: for no pairs or no sites, for one that is given twice, for pairs of several models, for another site
+            or order, for a `top` below 1, and as `carried_by` does.
         TypeError: for something that is not a PromptPair, for one pair or one site that is not in a list, and for a
             `top` that is not an integer.
 
@@ -142,23 +143,32 @@ def agreement(
         raise TypeError("pairs are several PromptPairs, got one: put it into a list.")
     if not pairs:
         raise ValueError("there are no pairs to compare at: give one PromptPair at least.")
-    for pair in pairs:
+    for i, pair in enumerate(pairs):
         if not isinstance(pair, PromptPair):
             raise TypeError(
                 f"expected PromptPairs, got {type(pair).__name__}: write PromptPair(model, clean, corrupted)."
             )
+        if pair.model is not pairs[0].model:
+            raise ValueError(
+                f"pair {i}, {pair!r}, is of another model than pair 0: compare the pairs of one model at a time."
+            )
+    given: list[object] = [*sites, *pairs]
+    for one in given:
+        if given.count(one) > 1:
+            raise ValueError(
+                f"{one!r} is given {given.count(one)} times, and would count as often in the means and intervals: give "
+                "it once."
+            )
     effects: dict[tuple[str, str], tuple[Effects, ...]] = {}
     for site in sites:
-        effects[site, _TRUTH] = tuple(patched(pairs, site))
-        effects[site, "carried"] = tuple(pair.carried(site, scope) for pair in pairs)
-        effects[site, "attribution patching"] = tuple(pair.attribution_patching(site) for pair in pairs)
+        found = [patched(pairs, site), [pair.carried(site, scope) for pair in pairs]]
+        found.append([pair.attribution_patching(site) for pair in pairs])
         if order == 2:
-            effects[site, "second order"] = tuple(pair.attribution_patching(site, order=2) for pair in pairs)
+            found.append([pair.attribution_patching(site, order=2) for pair in pairs])
         if rules is not None:
-            carried = tuple(pair.carried(site, scope, rules=rules) for pair in pairs)
-            ruled = tuple(pair.attribution_patching(site, rules=rules) for pair in pairs)
-            effects[site, carried[0].method] = carried
-            effects[site, ruled[0].method] = ruled
+            found.append([pair.carried(site, scope, rules=rules) for pair in pairs])
+            found.append([pair.attribution_patching(site, rules=rules) for pair in pairs])
+        effects |= {(site, of_pairs[0].method): tuple(of_pairs) for of_pairs in found}
     return Agreement(effects, tuple(map(repr, pairs)), tuple(sites), count)
 
 

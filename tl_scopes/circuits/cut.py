@@ -1,6 +1,6 @@
 """Cuts of a network, and the parts of a score that pass the pieces of one: by forward and by backward mode."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, TypeAlias
@@ -77,12 +77,11 @@ def _of_each_head(of: ComponentTrace, z: Site, known: dict[Site, Tensor], sites:
     pass within the layer's attention for every head of a group but the last tells them apart.
 
     Raises:
-        ValueError: for a layer without hooks on its queries, keys or values.
+        ValueError: for a layer without hooks on its queries, keys or values; for one where J begins behind them.
     """
     through = z.as_heads(known[z])
     heads = through.shape[-2]
-    if len(sites) < 3:
-        raise models.absent(of.lin.model, "q", [z.component.layer])
+    _require_qkv(of, z.component.layer, {site.component.part for site in sites})
     found = []
     shared = {site: heads // site.as_heads(site.value).shape[-2] for site in sites}
     parted = [site for site in sites if shared[site] > 1 and site.value.requires_grad and z.value.requires_grad]
@@ -103,6 +102,26 @@ def _of_each_head(of: ComponentTrace, z: Site, known: dict[Site, Tensor], sites:
             whole = torch.stack([*some, whole - sum(some)], dim=-2).flatten(-3, -2)  # [token (group head) d_head]
         found.append(Piece(site, whole))
     return found
+
+
+def _require_qkv(of: ComponentTrace, layer: int, found: Collection[Part]) -> None:
+    """Refuse a layer of which the graph does not have the queries, keys and values.
+
+    Raises:
+        ValueError: with the hook.
+    """
+    parts: tuple[Part, ...] = ("q", "k", "v")
+    for part in parts:
+        if part in found:
+            continue
+        there = [one.hook for one in models.components(of.lin.model, part) if one.layer == layer]
+        if there and of.lin.wrt != models.EMBEDDING:  # from there on a hook that is not met does not run at all
+            raise ValueError(
+                f"{there[0]!r} does not lie between {of.lin.wrt!r} and {of.lin.of!r}, where this linearisation begins "
+                "and ends, but what the heads of its layer give out does: linearise from an earlier hook, or ask "
+                'by="head".'
+            )
+        raise models.absent(of.lin.model, part, [layer])
 
 
 @dataclass(frozen=True, eq=False)

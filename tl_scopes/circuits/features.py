@@ -11,15 +11,16 @@ from torch import Tensor
 
 from tl_scopes import models
 from tl_scopes.circuits.cut import steepest
-from tl_scopes.circuits.question import question_of
+from tl_scopes.circuits.question import question_of, require_one_prediction
 from tl_scopes.circuits.source_tokens import Sources, as_positions
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.linearization import Linearization, linearize_prompt, takes_a_model
-from tl_scopes.jacobian.tensor_arguments import require_finite, require_real
+from tl_scopes.jacobian.tensor_arguments import require_finite, require_real, require_shape
 from tl_scopes.models import Model, Prompt, Provenance, Rules, Work
 from tl_scopes.models.arguments import require_name
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.direction import DirectionScope
+from tl_scopes.scopes.fisher import FisherScope
 from tl_scopes.scopes.scope import Scope, require_scope
 from tl_scopes.scopes.written import as_written
 from tl_scopes.views import feature_map as card
@@ -47,7 +48,8 @@ class Features:
         hook: where h stands, "blocks.3.hook_resid_post" say.
         bias: b, [feature]; None is zero. Where an autoencoder takes its decoder's bias off first, b holds −E b_dec too.
         decoder: [feature d], the rows d_f; None where it is not known what features write.
-        encode: from h [token ...] to the activations, where these are not max(0, E h + b).
+        encode: from h [token ...] to the activations [token feature], where these are not max(0, E h + b). It gives one
+            for each row of the encoder, and torch must be able to differentiate it.
         name: what the features are called together.
 
     Raises:
@@ -157,7 +159,8 @@ class Features:
         """a, for what stands at the hook.
 
         Raises:
-            ValueError: for a value of another width.
+            ValueError: for a value of another width; for an `encode` that gives another shape, or NaN and infinities.
+            TypeError: for one that does not give a tensor.
         """
         width, found = self.encoder.shape[1], value.flatten(1).shape[1]
         if width != found:
@@ -166,7 +169,10 @@ class Features:
                 "where they were found."
             )
         if self.encode is not None:
-            return self.encode(value)
+            encoded = self.encode(value)
+            require_shape(encoded, "what encode gives", (len(value), len(self.encoder)), "[token feature]")
+            require_finite(encoded, "what encode gives")
+            return encoded
         before = value.flatten(1) @ self.encoder.to(value).T
         return (before if self.bias is None else before + self.bias.to(value)).relu()
 
@@ -326,12 +332,15 @@ def feature_map(
 
     Unit: of the scores, activation per unit of embedding norm.
     Cost: one forward pass, a backward pass for the question, and for every feature that fires a backward pass from its
-        hook to the tokens, in batches.
+        hook to the tokens, in batches. Where rules hold what comes of the features' hook, so that their effects are
+        zero, another forward pass makes sure of it.
 
     Raises:
         TypeError: for something that is not `Features`; for a scope that is not one number's slope.
         ValueError: for features of another width than the value at their hook, without a decoder where there is a
-            question; where none fires; for a hook that is not between `wrt` and the prediction. Else as `linearize`.
+            question; where none fires; for a hook that is not between `wrt` and the prediction, or does not lead to it
+            where there is a question; for an `encode` that cannot be differentiated, or does not fit the encoder. Else
+            as `linearize`.
 
     Source: gradient times activation against a zero baseline is that of Marks et al. 2024 (arXiv:2403.19647).
 
@@ -365,6 +374,7 @@ def feature_map(
     value = lin.trace.kept[hook]
     with torch.enable_grad():
         activations = features.activations(value[0])
+        _require_derivative(lin, features, value, activations)
     firing = [(p, f) for p in where for f in _strongest(activations[p])]
     if not firing:
         raise ValueError(f"no feature of {features!r} fires at {', '.join(repr(texts[p]) for p in where[:10])}.")
@@ -391,6 +401,26 @@ def feature_map(
         notes=lin.notes if scope is None else (*lin.notes, *scope.notes(lin)),
         provenance=Provenance.of(model, lin.trace.state.weights),
     )
+
+
+def _require_derivative(
+    lin: Linearization, features: Features, value: Tensor, activations: Float[Tensor, "token feature"]
+) -> None:
+    """Refuse features without a derivative with respect to what they read, and what does not follow from the tokens.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if not value.requires_grad:
+        raise models.independence([lin.wrt], features.hook)
+    seen = None
+    if activations.requires_grad:
+        (seen,) = torch.autograd.grad(activations.sum(), value, retain_graph=True, allow_unused=True)
+    if seen is None:
+        raise ValueError(
+            f"the activations of {features!r} cannot be differentiated with respect to what they read: let encode "
+            "compute them from its argument, without torch.no_grad, detach or item."
+        )
 
 
 def _strongest(activations: Float[Tensor, " feature"]) -> list[int]:
@@ -422,22 +452,43 @@ def _of_prediction(
     pulled: Float[Tensor, "firing token d_model"],
 ) -> dict[str, Tensor | None]:
     """What the features that fire give to the question."""
-    question = question_of(scope, lin, "feature_map")
-    if question.squared or len(question.cotangents) != 1:
+    require_one_prediction(scope, lin, "a feature's effect is on")
+    question = None if isinstance(scope, FisherScope) else question_of(scope, lin, "feature_map", of_one=True)
+    count = "many" if question is None else len(question.cotangents)
+    if question is None or count != 1:
         raise TypeError(
-            f"{as_written(scope)} asks with {len(question.cotangents)} cotangents, and a feature's effect is on one "
-            "number: take SemanticScope, DirectionScope or MetricScope."
+            f"{as_written(scope)} asks with {count} cotangents, and a feature's effect is on one number: take "
+            "SemanticScope, DirectionScope or MetricScope."
         )
     assert features.decoder is not None
     leaf, output = lin.trace.perturbations[lin.wrt], lin.trace.output
     unit, (scale,) = pullback.near_one(question.cotangents)
     with models.undisturbed(lin.trace):
-        g, G = torch.autograd.grad(output, [leaf, value], unit.to(output).reshape(output.shape), retain_graph=True)
+        seed = unit.to(output).reshape(output.shape)
+        g, G = torch.autograd.grad(output, [leaf, value], seed, retain_graph=True, allow_unused=True)
+    if g is None:
+        raise models.independence([lin.wrt], lin.of)
+    if G is None:
+        if not _is_held(lin, features.hook):
+            raise models.independence([features.hook], lin.of)
+        G = torch.zeros_like(value)
     written = models.precise(features.decoder[numbers].to(value.device))
     slope = (written * models.precise(G[0].flatten(1))[rows]).sum(-1) * scale  # dᵀG
     carried = slope[:, None] * (pulled * steepest(g[0])).sum(-1)
     around = models.precise(g[0]).norm(dim=-1) * scale - carried.sum(0)
     return {"effects": models.precise(fired) * slope, "carried": carried, "around": around}
+
+
+def _is_held(lin: Linearization, hook: str) -> bool:
+    """Whether it is for the rules alone that nothing comes of a hook: they hold the pattern that it makes, say.
+
+    Cost: one forward pass under rules; else none.
+    """
+    if lin.rules is None:
+        return False
+    free = linearize_prompt(lin.model, models.ReadPrompt(lin.tokens, ()), lin.wrt, lin.of, keep=[hook]).trace
+    (seen,) = torch.autograd.grad(free.output.sum(), free.kept[hook], allow_unused=True)
+    return seen is not None
 
 
 def lens_direction(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_scopes import models
-from tl_scopes.circuits.question import question_of
+from tl_scopes.circuits.question import question_of, require_one_prediction
 from tl_scopes.circuits.traced import linearize_with
 from tl_scopes.jacobian.linearization import takes_a_model
 from tl_scopes.models import Model, Part, Prompt, Provenance, Rules, Target
@@ -234,6 +234,7 @@ def _map(
     require_scope(scope)
     traced = linearize_with(model, prompt, position, [at], of=of, prepend_bos=prepend_bos, rules=rules)
     lin = traced.lin
+    require_one_prediction(scope, lin, "a map is about")
     question = question_of(scope, lin, "a map")
     found = []
     for cotangent in question.cotangents:

@@ -13,12 +13,13 @@ from tl_scopes import models
 from tl_scopes.circuits.carried import carried_by
 from tl_scopes.circuits.effects import Effects
 from tl_scopes.circuits.paths import Paths
+from tl_scopes.circuits.question import require_one_prediction
 from tl_scopes.circuits.second_order import curvature
 from tl_scopes.circuits.traced import ComponentTrace, linearize_with
 from tl_scopes.jacobian.linearization import Linearization, linearize_prompt
 from tl_scopes.jacobian.metric import LocalMetric
 from tl_scopes.jacobian.randomness import source
-from tl_scopes.models import LinearRules, Model, Part, PatchingSite, Prompt, ReadPrompt, Rules, Target
+from tl_scopes.models import LinearRules, Model, ModelState, Part, PatchingSite, Prompt, ReadPrompt, Rules, Target
 from tl_scopes.models.linear_rules import under
 from tl_scopes.scopes.scope import Scope, require_scope
 from tl_scopes.scopes.semantic import SemanticScope
@@ -38,6 +39,8 @@ class _Run:
     target: Target | None
     versus: Target | None
     metric: Callable[[Float[Tensor, "batch token vocab"]], Tensor]
+    state: ModelState
+    """The hooks and weights that the model ran with."""
     rounding: float
     """How far the metric moves when one of the numbers that it reads is rounded."""
 
@@ -47,7 +50,8 @@ class PromptPair:
     """A clean and a corrupted prompt of the same length, whose answers differ.
 
     The metric is the difference of the logits of both answers after the last token: large at the clean prompt, small at
-    the corrupted one.
+    the corrupted one. A pair belongs to the model with the hooks and weights that it was made with, and is asked inside
+    the same `model.hooks(...)`.
 
     Args:
         model: a `HookedTransformer` or a `TransformerBridge`, in evaluation mode.
@@ -59,7 +63,8 @@ class PromptPair:
 
     Raises:
         ValueError: for prompts of different lengths, with what differs; for equal prompts, or such that the metric is
-            the same; for answers that are not tokens. Else as `linearize` does.
+            the same; for answers that are not one token each. What asks a pair refuses a model whose hooks or weights
+            have changed since. Else as `linearize` does.
 
     Example:
         >>> clean, corrupted = "The keys to the old cabinet near the door", "The key to the old cabinet near the door"
@@ -132,9 +137,11 @@ class PromptPair:
 
     def _run(self, lin: Linearization) -> "_Run":
         scope = self.scope
+        require_one_prediction(scope, lin, "the metric of a pair is about")
         target, versus = scope.explained(lin)
         rounding = LocalMetric(lin, scope.metric(lin)).rounding_unit
-        return _Run(lin.tokens, lin.str_tokens, lin.logits, target, versus, patching_metric(scope, lin), rounding)
+        metric, state = patching_metric(scope, lin), lin.trace.state
+        return _Run(lin.tokens, lin.str_tokens, lin.logits, target, versus, metric, state, rounding)
 
     @property
     def scope(self) -> SemanticScope:
@@ -190,7 +197,7 @@ class PromptPair:
             site: what kind of part.
             order: 1, or 2 for the second order too, with `first_order`, `reliability` and `standard_error`.
             products: how many Hessian products are averaged. From as many on as there are components they are exact,
-                and `standard_error` is None.
+                and `standard_error` is None; of fewer than four it is infinite, since they do not tell.
             generator: the source of the signs, on the model's device; by default one that is seeded by the prompts.
             rules: what differentiates the model, as in `linearize`; with "linear" this is RelP.
 
@@ -214,6 +221,7 @@ class PromptPair:
         count = models.as_count(products, "products is a number of Hessian products, 1 at least")
         if order == 2 and rules is not None:
             raise ValueError(f"under rules={rules!r} what curves the network is constant: take order=1, or no rules.")
+        self._require_unchanged()
         clean, corrupted = (linearize_with(self.model, run.tokens, -1, [part], rules=rules) for run in self._runs)
         both = list(zip(clean.sites, corrupted.sites, strict=True))
         changes = torch.stack(
@@ -248,21 +256,40 @@ class PromptPair:
 
         Args:
             site: what kind of part.
-            scope: the question; None is the pair's own.
+            scope: the question, about the same prediction; None is the pair's own.
             rules: what differentiates the model, as in `linearize`.
 
         Cost: one forward pass, and that of `carried_by` for the tokens that differ.
 
-        Raises: as `carried_by` does; ValueError for another site.
+        Raises: as `carried_by` does; ValueError for another site, and for a target of several tokens, whose influence
+            runs through positions that patching does not have.
         """
         part, asked = self._part(site), self.scope if scope is None else scope
+        require_scope(asked)
+        self._require_unchanged()
         by = {"z": "head", "resid_pre": "position"}.get(part, "layer")
         lin = self._linearized(models.read_prompt(self.model, self._runs[0].tokens), rules)
+        require_one_prediction(asked, lin, "patching, which this is compared with, is about")
         paths = carried_by(lin, asked, by, list(self.differing))  # type: ignore[arg-type]
-        method = under("carried", lin.rules)
-        return Effects(_along(paths, part), site, method, _layers(paths), self._runs[0].str_tokens, self._scale)
+        method = under("carried", paths.rules)
+        return Effects(_along(paths, part), site, method, _layers(paths), self._runs[1].str_tokens, self._scale)
 
     # -- private ------------------------------------------------------------------------------------------------------
+
+    def _require_unchanged(self) -> None:
+        """Refuse a model that is not the one whose metric, at both prompts, the pair has kept.
+
+        Raises:
+            ValueError: when hooks or weights have changed since.
+            TypeError, RuntimeError: when the model can no longer be linearised: see `models.check_model`.
+        """
+        models.check_model(self.model)
+        try:
+            self._runs[0].state.require_unchanged(self.model)
+        except ValueError as error:
+            raise ValueError(
+                f"{self!r} keeps what the model gave when the pair was made, so make another PromptPair: {error}"
+            ) from error
 
     def _effects(
         self,
@@ -318,6 +345,7 @@ def patched(pairs: Sequence[PromptPair], site: PatchingSite) -> list[Effects]:
     lengths: dict[int, list[int]] = {}
     for i, pair in enumerate(pairs):
         pair._part(site)
+        pair._require_unchanged()
         lengths.setdefault(len(pair._runs[0].tokens), []).append(i)
     for of_one_length in lengths.values():
         some = [pairs[i] for i in of_one_length]

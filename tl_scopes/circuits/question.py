@@ -55,7 +55,9 @@ class Question:
         return drawn.std(0) / n**0.5 * raised(n)
 
 
-def question_of(scope: Scope, lin: Linearization, asking: str, or_slopes: bool = False) -> Question:
+def question_of(
+    scope: Scope, lin: Linearization, asking: str, or_slopes: bool = False, of_one: bool = False
+) -> Question:
     """What a scope asks a linearisation.
 
     Args:
@@ -63,11 +65,12 @@ def question_of(scope: Scope, lin: Linearization, asking: str, or_slopes: bool =
         lin: the linearisation.
         asking: the name of the function that wants to know.
         or_slopes: whether scores may be slopes as well, those of a RelevanceScope.
+        of_one: whether they must be about one number, so that errors name no FisherScope.
 
     Raises:
         TypeError: for a scope whose scores are something else than norms.
     """
-    require_norms(scope, asking, or_slopes)
+    require_norms(scope, asking, or_slopes, of_one)
     if isinstance(scope, RelevanceScope):
         return Question(scope.cotangents(lin), 1, squared=False, moves=scope.moves(lin))
     if isinstance(scope, FisherScope):
@@ -78,7 +81,26 @@ def question_of(scope: Scope, lin: Linearization, asking: str, or_slopes: bool =
     return Question(cotangents, len(cotangents), squared=False)
 
 
-def require_norms(scope: Scope, asking: str, or_slopes: bool = False) -> None:
+def require_one_prediction(scope: Scope, lin: Linearization, reader: str) -> None:
+    """Refuse targets of several tokens where one prediction is read.
+
+    Args:
+        scope: the scope.
+        lin: the linearisation of the prompt.
+        reader: what reads one prediction, as the error says it: "a map is about".
+
+    Raises:
+        ValueError: with the target.
+    """
+    for target in scope.named_targets(lin.model, lin.vocab):
+        if target is not None and target.is_span:
+            raise ValueError(
+                f"{target.text!r} is {len(target)} tokens, which are predicted at several positions, and {reader} one "
+                "prediction: name one token, or ask carried_by of the prompt, which takes a target of several."
+            )
+
+
+def require_norms(scope: Scope, asking: str, or_slopes: bool = False, of_one: bool = False) -> None:
     """Refuse a scope whose scores are not made of the norms of gradients, of cotangents that are known before; or of
     their slopes, where these may be asked about too.
 
@@ -95,9 +117,10 @@ def require_norms(scope: Scope, asking: str, or_slopes: bool = False) -> None:
             methods = [name for name in ("measure", "measure_many", "combine") if hasattr(kind, name)]
             own = [name for name in methods if getattr(type(scope), name) is not getattr(kind, name)]
     if own:
+        fisher = "" if of_one else "FisherScope, "
         raise TypeError(
             f"{asking} takes scopes whose scores are norms of cᵀJ{' or slopes of one number' if or_slopes else ''}, "
             f"and those of {as_written(scope)} are not (it has its own `{own[0]}`): take SemanticScope, "
-            f"{'RelevanceScope, ' if or_slopes else ''}DirectionScope, TemperatureScope, MetricScope, FisherScope, or "
+            f"{'RelevanceScope, ' if or_slopes else ''}DirectionScope, TemperatureScope, MetricScope, {fisher}or "
             "a JacobianScope of your own."
         )

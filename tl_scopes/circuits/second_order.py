@@ -10,6 +10,10 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.circuits.traced import ComponentTrace
 from tl_scopes.jacobian import pullback
+from tl_scopes.jacobian.randomness import raised
+
+_LEAST_DRAWS = 4
+"""The fewest draws that say how good their mean is: `raised` takes no fewer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +25,7 @@ class Curvature:
     bend: Float[Tensor, "layer component"]
     """Δ_kᵀ H_kk Δ_k, with H_kk = ∂²m/∂k²: exact, or estimated."""
     error: Float[Tensor, "layer component"] | None
-    """The standard error of `bend`; None where it is exact."""
+    """The standard error of `bend`; None where it is exact, infinite where too few draws tell."""
 
 
 def curvature(
@@ -88,8 +92,9 @@ def curvature(
     found = torch.cat(of_products) * scale
     if exact:
         return Curvature(slope, found.sum(0), None)
-    error = found.std(0) / products**0.5 if products > 1 else torch.full_like(slope, torch.inf)
-    return Curvature(slope, found.mean(0), error)
+    if products < _LEAST_DRAWS:
+        return Curvature(slope, found.mean(0), torch.full_like(slope, torch.inf))
+    return Curvature(slope, found.mean(0), found.std(0) / products**0.5 * raised(products))
 
 
 def _products(
@@ -99,10 +104,9 @@ def _products(
     live = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
     if not live:  # the metric is linear in all of them
         return [value.new_zeros(len(steps[0]), *value.shape) for value in values]
-    outputs = [gradients[i] for i in live]
     given = [steps[i].to(gradients[i]) for i in live]
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    if together and len(steps[0]) > 1:
-        return list(torch.autograd.grad(outputs, values, given, is_grads_batched=True, **options))
-    rows = [torch.autograd.grad(outputs, values, list(one), **options) for one in zip(*given, strict=True)]
-    return [torch.stack(of_value) for of_value in zip(*rows, strict=True)]
+    found = pullback.gradients([gradients[i] for i in live], values, given, together=together)
+    return [
+        value.new_zeros(len(steps[0]), *value.shape) if one is None else one
+        for value, one in zip(values, found, strict=True)
+    ]

@@ -74,7 +74,7 @@ class ComponentTrace:
         Cost: one backward pass.
 
         Raises:
-            ValueError: for a component that does not lead to y, since its hook is on a side branch.
+            ValueError: for a component that does not lead to y, which runs beside it or is seen on a side branch only.
         """
         values = [site.value for site in self.sites]
         live = [value for value in values if value.requires_grad]
@@ -90,8 +90,10 @@ class ComponentTrace:
         outer = [s for s in self.sites if s.value.requires_grad and s.component.part not in ("q", "k", "v")]
         lost = [s.component for s in outer if of_live[id(s.value)] is None]
         if lost:
-            same = [component.layer for component in lost if component.part == lost[0].part]
-            raise models.absent(self.lin.model, lost[0].part, same)
+            same = [component for component in lost if component.part == lost[0].part]
+            if self.lin.of != models.READOUT:  # it may end in an MLP, say, beside which the attention runs
+                raise models.independence([component.hook for component in same], self.lin.of)
+            raise models.absent(self.lin.model, lost[0].part, [component.layer for component in same])
         known = (of_live.get(id(value)) for value in values)
         gradients = (torch.zeros_like(v) if g is None else g for v, g in zip(values, known, strict=True))
         return Gradients(found[0][0], list(gradients), scale)
@@ -245,7 +247,8 @@ class Tangents:
         """
         with pullback.differentiated_twice(), models.undisturbed(self.of.trace):
             together = models.goes_back_together(self.of.lin.model, self.of.trace)
-            found = pullback.gradients(self.pulled, self.dummies, steps[:, None].to(self.pulled), together=together)
+            given = [steps[:, None].to(self.pulled)]
+            found = pullback.gradients([self.pulled], self.dummies, given, together=together)
         arrived = iter(found)
         tangents = []
         for site in self.of.sites:

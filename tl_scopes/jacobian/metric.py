@@ -283,7 +283,7 @@ def _derivatives(output: Tensor, inputs: list[Tensor], cotangents: Tensor, *, to
     """∂(cᵀ output)/∂x for every cotangent c and each input x; zeros where the output is linear in another one alone."""
     found: list[Tensor | None] = [None] * len(inputs)
     if output.requires_grad:
-        found = pullback.gradients(output, inputs, cotangents, together=together)
+        found = pullback.gradients([output], inputs, [cotangents], together=together)
     return [
         x.new_zeros(len(cotangents), *x.shape) if of_one is None else of_one
         for x, of_one in zip(inputs, found, strict=True)

@@ -129,7 +129,7 @@ def pull(
         values = torch.cat([dealt[i].cotangent.reshape(-1, output.shape[1]) for i in batch])
         whole[[slot for slot, _ in starts], [row for _, row in starts]] = values.to(output)
         with models.undisturbed(trace):
-            (pulled,) = gradients(output, [leaf], whole, together=size > 1)
+            (pulled,) = gradients([output], [leaf], [whole], together=size > 1)
         if pulled is None:  # the value depends on something else that is trainable, such as a tensor in a hook
             raise models.independence([wrt], "the end of the Jacobian")
         yield [(i, dealt[i].ends.gathered(pulled[slot]), dealt[i].scale) for i, slot in zip(batch, slots, strict=True)]
@@ -252,20 +252,30 @@ def summed_over_vocabulary(
 
 def products(output: Tensor, leaf: Tensor, cotangents: Tensor, *, together: bool) -> Tensor:
     """∂(cᵀ output)/∂leaf for every cotangent c; zeros where the output does not depend on the leaf."""
-    (found,) = gradients(output, [leaf], cotangents, together=together)
+    (found,) = gradients([output], [leaf], [cotangents], together=together)
     return leaf.new_zeros(len(cotangents), *leaf.shape) if found is None else found
 
 
-def gradients(output: Tensor, inputs: Sequence[Tensor], cotangents: Tensor, *, together: bool) -> list[Tensor | None]:
-    """∂(cᵀ output)/∂x for every cotangent c, for each of the inputs x: in one batch, or one after another.
+def gradients(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Float[Tensor, "probe ..."]],
+    *,
+    together: bool,
+) -> list[Float[Tensor, "probe ..."] | None]:
+    """Σ_k ∂(c_kᵀ y_k)/∂x over the outputs y_k, for every cotangent c and each of the inputs x: in one batch, or one
+    after another.
 
-    It is None for an input that the output does not depend on. A single cotangent is faster without torch's batching
-    rules, and under `torch.autograd.detect_anomaly` there are none.
+    It is None for an input that no output depends on. A single cotangent is faster without torch's batching rules, and
+    under `torch.autograd.detect_anomaly` there are none.
     """
-    if together and len(cotangents) > 1 and not torch.is_anomaly_enabled():
-        batched = {"is_grads_batched": True, "retain_graph": True, "allow_unused": True}
-        return list(torch.autograd.grad(output, inputs, cotangents, **batched))
-    one_by_one = [torch.autograd.grad(output, inputs, c, retain_graph=True, allow_unused=True) for c in cotangents]
+    if not inputs:
+        return []
+    options = {"retain_graph": True, "allow_unused": True}
+    if together and len(cotangents[0]) > 1 and not torch.is_anomaly_enabled():
+        return list(torch.autograd.grad(outputs, inputs, cotangents, is_grads_batched=True, **options))
+    each = zip(*cotangents, strict=True)
+    one_by_one = [torch.autograd.grad(outputs, inputs, one, **options) for one in each]
     of_inputs = zip(*one_by_one, strict=True) if one_by_one else [(None,)] * len(inputs)
     return [None if of_one[0] is None else torch.stack(of_one) for of_one in of_inputs]
 
