@@ -12,6 +12,7 @@ from tests import zoo
 from tl_scopes.models import readable
 from tl_scopes.results.units import grouped, offsets, shown
 from tl_scopes.scopes.baselines import GradientTimesInput, LeaveOneOut
+from tl_scopes.views.terminal import report
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
@@ -89,6 +90,9 @@ def test_chats_everywhere(chatty: Any) -> None:
     rows = tls.answer_map(chatty, CHAT, tls.generate(chatty, CHAT, 3), tls.SemanticScope())
     assert rows[-1].parts[-2:] == ("answer", "answer")
     assert rows.traced().parts == alone.parts
+    short = tls.answer_map(chatty, CHAT[1:2], " a b", tls.SemanticScope())
+    lone = dataclasses.replace(short, answers=tuple(map(_without_messages, short.answers)))
+    assert "no token that is counted; " in repr(lone.traced())
     cells = rows.plot().axes[0].images[0].get_array()
     assert [bool(cell) for cell in cells.mask[-1]] == [part == "template" for part in rows[-1].parts]
     assert "grey: template, not counted" in rows.to_html()
@@ -130,6 +134,19 @@ def test_a_template_that_moves_what_was_thought(chatty: Any) -> None:
             texts[part] += token
         assert texts["assistant"] == "Near the door."
         assert texts.get("reasoning", "") == reasoning
+
+
+def _without_messages(answer: tls.Attribution) -> tls.Attribution:
+    """Every token of the prompt as if the template had written it."""
+    return dataclasses.replace(
+        answer, parts=tuple("answer" if part == "answer" else "template" for part in answer.parts)
+    )
+
+
+def test_a_report_where_no_token_counts(chatty: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = _without_messages(tls.attribute(chatty, CHAT[1:2], tls.SemanticScope()))
+    report(answer, "the logit", "how steeply {what} can change", 5, None)
+    assert "no token counts: up to here there is nothing but template" in capsys.readouterr().out
 
 
 def test_turns_are_told_apart(chatty: Any) -> None:
@@ -247,7 +264,7 @@ def test_grouped_scores(tiny: Any, no_type_checks: None) -> None:
     assert_close(spans.scores[1], answer.scores[1:3].norm())
     with pytest.raises(ValueError, match='grouped by "word", "sentence", "number", or a list of spans, got \'line\''):
         answer.by("line")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"the span \(2, 99\) is not in the answer, which has positions 0 to"):
+    with pytest.raises(ValueError, match=r"the span \(2, 99\) is not in the answer, whose positions are 0 to"):
         answer.by([(2, 99)])
     with pytest.raises(TypeError, match=r"a span is a range of positions or a pair \(start, stop\), got \(1, 2, 3\)"):
         answer.by([(1, 2, 3)])  # type: ignore[list-item]

@@ -687,8 +687,10 @@ def test_an_answer_of_one_token(tiny: Any) -> None:
 def test_where_nothing_counts(llama: Any) -> None:
     """A chat without its messages has a template alone."""
     lin = dataclasses.replace(tls.linearize(llama, PROMPT), parts=("template",) * 4 + ("user",) * 4)
-    with pytest.raises(ValueError, match=r"no token is left whose share counts: without \[4, 5, 6, 7\] there are"):
+    with pytest.raises(ValueError, match=r"without \[4, 5, 6, 7\] the prompt has nothing but template"):
         tls.check(lin, tls.SemanticScope(), without=range(4, 8))
+    with pytest.raises(ValueError, match="up to this position the prompt has nothing but template"):
+        tls.check(dataclasses.replace(lin, parts=("template",) * 8), tls.SemanticScope())
 
 
 @pytest.mark.parametrize("aside", [[], [9]])

@@ -193,6 +193,24 @@ def test_broken_json(paths: tls.Paths, no_type_checks: None) -> None:
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
+def test_a_hook_that_is_random(tiny: Any) -> None:
+    """The parts would be those of another run."""
+
+    def noise(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        return value + torch.randn_like(value)
+
+    with tiny.hooks(fwd_hooks=[("blocks.2.hook_resid_pre", noise)]):
+        lin = tls.linearize(tiny, "The keys to the old cabinet near the door")
+        with pytest.raises(ValueError, match="the model gave another value at 'ln_final' when it was run again"):
+            tls.carried_by(lin, tls.SemanticScope())
+
+
+def test_places_have_a_column_where_there_are_any(tiny: Any) -> None:
+    lin = tls.linearize(tiny, "The keys to the old cabinet near the door")
+    placed, whole = (tls.carried_by(lin, tls.SemanticScope(), by).to_html() for by in ("head", "neuron"))
+    assert [">at<" in html for html in (placed, whole)] == [True, False]
+
+
 def test_the_flow_picture(paths: tls.Paths, tmp_path: Any) -> None:
     """A row for each depth, a column for each position that matters, and the heads that move the influence."""
     html = paths.flow(tmp_path / "flow.html", token=" keys")

@@ -78,6 +78,19 @@ def test_finite_differences(lin: tls.Linearization) -> None:
     assert_close((forward.readout - backward.readout) / (2 * h), lin.jvp(tangent[None])[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("species", ["bridge llama", *(["hooked layer norm"] if zoo.HookedTransformer else [])])
+def test_written_to_in_place(species: str) -> None:
+    """A graph whose weights were written to is refused with what to do, and not in torch's words."""
+    model = zoo.SPECIES[species]().model
+    lin = tls.linearize(model, PROMPT, POSITION)
+    c = randn(2, len(lin.readout)).to(lin.readout)
+    with torch.no_grad():
+        max(model.blocks[0].parameters(), key=torch.numel).mul_(1.01)
+    for ask in (lambda: lin.vjp(c), lambda: lin.vjp(c[:1]), lambda: lin.jvp(lin.embeddings[None])):
+        with pytest.raises(ValueError, match="a weight, or a tensor that a hook holds, was written to in place since"):
+            ask()
+
+
 def test_at_the_same_point(lin: tls.Linearization) -> None:
     """at(x) is the same linearisation."""
     again = lin.at(lin.embeddings)

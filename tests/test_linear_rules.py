@@ -240,6 +240,15 @@ def test_the_model_is_left_as_found(specimen: Specimen) -> None:
     assert after.rules is None
 
 
+@pytest.mark.parametrize("part", ["q", "k"])
+def test_what_rules_hold_says_so(tiny: Any, part: str) -> None:
+    """From queries and keys nothing leads on under constant patterns."""
+    lin: dict[str, Any] = {"wrt": f"blocks.3.attn.hook_{part}"}
+    with pytest.raises(ValueError, match="or the linear rules hold constant what leads from there, .*: ask without"):
+        tls.attribute(tiny, "The keys to the old cabinet", rules="linear", **lin)
+    assert tls.attribute(tiny, "The keys to the old cabinet", **lin).scores.any()
+
+
 def test_pairs_under_rules(tiny: Any) -> None:
     """RelP: Δ·G under rules. At the stream before the first block the parts are those of the embeddings."""
     pair = tls.PromptPair(tiny, KEYS, KEYS.replace("keys", "key"), answer=" are", wrong=" is")

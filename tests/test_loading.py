@@ -87,6 +87,11 @@ def test_no_precision(load: Any, dtype: Any, error: type[Exception], got: str) -
         load("/no/such/folder", dtype=dtype)
 
 
+def test_no_name(no_type_checks: None) -> None:
+    with pytest.raises(TypeError, match="loaded by its name, a folder or a GGUF file, as text or a path, got 3"):
+        models.load(3)  # type: ignore[arg-type]
+
+
 def test_other_names_stay() -> None:
     """A name that is not a folder is the hub's, or the user's own."""
     model = zoo.SPECIES["bridge llama"]().model

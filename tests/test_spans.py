@@ -421,6 +421,11 @@ def test_traced_by_hand(tiny: Any, no_type_checks: None) -> None:
     assert_close(found.total, torch.full((3,), 1 / 3, dtype=torch.float64) @ torch.linalg.inv(torch.eye(3) - Q) @ R)
     assert "shares, not derivatives" in repr(found)
     assert found.to_dataframe().total.sum() == pytest.approx(1)
+    signed = tls.answer_map(tiny, KEYS, " are new.", tls.RelevanceScope(), rules="linear")
+    assert signed.share[1].min() < 0
+    assert_close(signed.traced(1, span=slice(1, 2)).total, signed.share[1, :10].abs().double())
+    assert signed.traced().answer.notes[-1].endswith("; of shares with a sign the sizes")
+    assert "of shares with a sign" not in found.answer.notes[-1]
     with pytest.raises(ValueError, match="hops must be at least 1, got 0"):
         rows.traced(0)
     with pytest.raises(ValueError, match="holds no token of the answer, which has 3"):

@@ -321,7 +321,8 @@ class AnswerMap:
 
         The sum is finite, since nothing moves what stands before it, so that after as many hops as the answer has
         tokens all weight has come to the prompt. What is multiplied here are shares, not derivatives: a statement about
-        how much each step is moved by what, and not the derivative of anything.
+        how much each step is moved by what, and not the derivative of anything. Shares with a sign (`RelevanceScope`)
+        count by their sizes: what spoke against a token of the answer moved it too.
 
         Args:
             hops: how many steps weight takes: 1 is straight to the prompt, 2 also through one token of the answer, and

@@ -324,7 +324,8 @@ def feature_map(
             one after its last token.
         features: where they are read and written.
         scope: the question about the prediction, one with one cotangent; None asks about the features alone.
-        at: where features are read, as a position or a text that stands in the prompt once, or several; None is all.
+        at: where features are read, as a position or a text that stands in the prompt once, or several; None is all,
+            and by default it is the last token.
         wrt: the hook where the tokens are perturbed, before the features' hook.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         rules: what differentiates the model, as in `linearize`. The features themselves are read by their own
@@ -412,7 +413,7 @@ def _require_derivative(
         ValueError: with what to do.
     """
     if not value.requires_grad:
-        raise models.independence([lin.wrt], features.hook)
+        raise models.independence([lin.wrt], features.hook, lin.rules)
     seen = None
     if activations.requires_grad:
         (seen,) = torch.autograd.grad(activations.sum(), value, retain_graph=True, allow_unused=True)
@@ -467,7 +468,7 @@ def _of_prediction(
         seed = unit.to(output).reshape(output.shape)
         g, G = torch.autograd.grad(output, [leaf, value], seed, retain_graph=True, allow_unused=True)
     if g is None:
-        raise models.independence([lin.wrt], lin.of)
+        raise models.independence([lin.wrt], lin.of, lin.rules)
     if G is None:
         if not _is_held(lin, features.hook):
             raise models.independence([features.hook], lin.of)

@@ -10,10 +10,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.circuits.traced import ComponentTrace
 from tl_scopes.jacobian import pullback
-from tl_scopes.jacobian.randomness import raised
-
-_LEAST_DRAWS = 4
-"""The fewest draws that say how good their mean is: `raised` takes no fewer."""
+from tl_scopes.jacobian.randomness import error_of_mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +89,7 @@ def curvature(
     found = torch.cat(of_products) * scale
     if exact:
         return Curvature(slope, found.sum(0), None)
-    if products < _LEAST_DRAWS:
-        return Curvature(slope, found.mean(0), torch.full_like(slope, torch.inf))
-    return Curvature(slope, found.mean(0), found.std(0) / products**0.5 * raised(products))
+    return Curvature(slope, found.mean(0), error_of_mean(found))
 
 
 def _products(

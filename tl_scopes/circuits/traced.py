@@ -84,7 +84,7 @@ class ComponentTrace:
                 self.trace.output, [self.leaf, *live], seed, retain_graph=True, allow_unused=True
             )
         if found[0] is None:
-            raise models.independence([self.lin.wrt], self.lin.of)
+            raise models.independence([self.lin.wrt], self.lin.of, self.lin.rules)
         of_live = dict(zip(map(id, live), found[1:], strict=True))
         # Queries and keys lead nowhere under held patterns. Whether they tell what a head does is seen by their parts.
         outer = [s for s in self.sites if s.value.requires_grad and s.component.part not in ("q", "k", "v")]
@@ -110,8 +110,8 @@ def traced(lin: Linearization, *parts: Part) -> ComponentTrace:
     Cost: one forward pass.
 
     Raises:
-        ValueError: when the model has changed since it was linearised; for two answers that are compared; for a model
-            without these components, in the layers that J spans.
+        ValueError: when the model has changed since it was linearised, or computes something else each time; for two
+            answers that are compared; for a model without these components, in the layers that J spans.
     """
     lin.require_unchanged()
     if len(lin.ends.entries) > 1:
@@ -131,6 +131,12 @@ def traced(lin: Linearization, *parts: Part) -> ComponentTrace:
         rules=lin.trace.rules,
         keep=list(wanted),
     )
+    first, again = lin.trace.output[list(lin.ends.rows)].detach(), trace.output.detach()
+    if not (again - first).norm() <= torch.finfo(first.dtype).eps ** 0.5 * first.norm():
+        raise ValueError(
+            f"the model gave another value at {lin.of!r} when it was run again, so that a hook must be random, or "
+            "change from run to run: parts would sum to the scores of another run. Let it do the same each time."
+        )
     return _traced(lin, trace, wanted, parts)
 
 

@@ -116,9 +116,9 @@ def check(
     scope, lin = scope.about(lin)
     evidence = Evidence(lin, scope, scope(lin), thorough, aside)
     if not any(evidence.answer.is_counted):
+        where = f"without {aside} the prompt has" if aside else "up to this position the prompt has"
         raise ValueError(
-            f"no token is left whose share counts: without {aside} there are those of {evidence.answer.uncounted} "
-            "alone. Leave another one in."
+            f"there is no token whose share counts: {where} nothing but {' and '.join(evidence.answer.uncounted)}."
         )
     return Checks(tuple(_made(name, ask, evidence) for name, ask in _CHECKS.items()), evidence.answer)
 

@@ -445,7 +445,8 @@ class Linearization:
         units, scales = pullback.near_one(tangents)
         units = units.reshape(-1, *readout.shape)
         cotangent = torch.zeros_like(logits, requires_grad=True)
-        (pulled,) = torch.autograd.grad(logits, readout, cotangent, create_graph=True)
+        with models.unwritten():
+            (pulled,) = torch.autograd.grad(logits, readout, cotangent, create_graph=True)
         together = self.unembeds_together
         pushed = pullback.products(pulled, cotangent, units.to(readout), together=together)
         pushed = models.precise(pushed) * units.new_tensor(scales)[:, None, None]

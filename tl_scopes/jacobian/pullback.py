@@ -131,7 +131,7 @@ def pull(
         with models.undisturbed(trace):
             (pulled,) = gradients([output], [leaf], [whole], together=size > 1)
         if pulled is None:  # the value depends on something else that is trainable, such as a tensor in a hook
-            raise models.independence([wrt], "the end of the Jacobian")
+            raise models.independence([wrt], "the end of the Jacobian", lins[0].rules)
         yield [(i, dealt[i].ends.gathered(pulled[slot]), dealt[i].scale) for i, slot in zip(batch, slots, strict=True)]
 
 
@@ -256,6 +256,7 @@ def products(output: Tensor, leaf: Tensor, cotangents: Tensor, *, together: bool
     return leaf.new_zeros(len(cotangents), *leaf.shape) if found is None else found
 
 
+@models.unwritten()
 def gradients(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -268,6 +269,9 @@ def gradients(
 
     It is None for an input that no output depends on. A single cotangent is faster without torch's batching rules, and
     under `torch.autograd.detect_anomaly` there are none.
+
+    Raises:
+        ValueError: when a tensor of the graph was written to in place since the forward pass.
     """
     if not inputs:
         return []

@@ -46,7 +46,7 @@ from tl_scopes.models.prompts import (
 from tl_scopes.models.provenance import Provenance
 from tl_scopes.models.readout import has_constant_readout_norm, is_centered, readout_graph, rows_are_apart, unembedding
 from tl_scopes.models.spacing import SpacingNote, missing_spaces
-from tl_scopes.models.state import ModelState
+from tl_scopes.models.state import ModelState, unwritten
 from tl_scopes.models.supported import FOLDER_PREFIX, Model, architecture, autocast_of, model_name
 from tl_scopes.models.tokens import (
     Target,
@@ -158,6 +158,7 @@ __all__ = [
     "trace",
     "undisturbed",
     "unembedding",
+    "unwritten",
     "user_hooks",
     "vocabulary_size",
     "warn",

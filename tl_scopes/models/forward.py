@@ -27,7 +27,7 @@ from tl_scopes.models.hooks import (
 )
 from tl_scopes.models.linear_rules import LinearRules, within
 from tl_scopes.models.memory import require_memory, told
-from tl_scopes.models.state import ModelState
+from tl_scopes.models.state import ModelState, unwritten
 from tl_scopes.models.substitution import frozen
 from tl_scopes.models.supported import (
     Model,
@@ -102,7 +102,8 @@ class Trace:
         assert self.unembedded is not None
         with torch.enable_grad():
             total = self.logits.sum()
-        return torch.autograd.grad(total, self.unembedded, retain_graph=True)[0][:, 0]
+        with unwritten():
+            return torch.autograd.grad(total, self.unembedded, retain_graph=True)[0][:, 0]
 
     @cached_property
     def bend(self) -> Float[Tensor, "row vocab"] | None:
@@ -111,7 +112,7 @@ class Trace:
         assert self.unembedded is not None
         if torch.equal(self.logits.detach(), self.unembedded[:, 0].detach()):
             return None
-        with torch.enable_grad():
+        with torch.enable_grad(), unwritten():
             (slope,) = torch.autograd.grad(self.logits.sum(), self.unembedded, create_graph=True)
         if not slope.requires_grad:  # a scale
             return None
@@ -131,7 +132,8 @@ class Trace:
         cotangent = torch.empty_like(self.logits)
         for row, of_row in enumerate(cotangent):
             of_row.copy_(self.probe(row))
-        return torch.autograd.grad(self.logits, self.readout, cotangent, retain_graph=True)[0]
+        with unwritten():
+            return torch.autograd.grad(self.logits, self.readout, cotangent, retain_graph=True)[0]
 
 
 def trace(
@@ -245,7 +247,7 @@ def _trace(
             f"the hook {silent[0]!r} did not fire before {of!r}: wrt must come before of, and not be switched off."
         )
     if not output.requires_grad:
-        raise independence(wrt, of)
+        raise independence(wrt, of, rules)
     found = Trace(
         tuple(places),
         met.inputs,
@@ -359,20 +361,24 @@ def undisturbed(trace: Trace) -> Iterator[None]:
 
     Raises:
         MemoryError: when memory runs out inside.
+        ValueError: when a tensor of the graph was written to in place since the forward pass.
     """
     shape = tuple(next(iter(trace.inputs.values())).shape)
     with (
+        unwritten(),
         told(trace.output.device, trace.output.dtype, shape, trace.checkpointed),
         one_at_a_time if trace.checkpointed else nullcontext(),
     ):
         yield
 
 
-def independence(wrt: Sequence[str], of: str) -> ValueError:
-    """The error to raise when `of` does not depend on `wrt`."""
+def independence(wrt: Sequence[str], of: str, rules: LinearRules | None = None) -> ValueError:
+    """The error to raise when `of` does not depend on `wrt`, under rules where there are some."""
+    held = f", or the {rules} rules hold constant what leads from there, as they do queries and keys" if rules else ""
+    instead = ": ask without rules" if rules else ""
     return ValueError(
-        f"the value at {of!r} does not depend on {', '.join(map(repr, wrt))}: it is a side branch, "
-        "or a hook of yours replaces everything in between."
+        f"the value at {of!r} does not depend on {', '.join(map(repr, wrt))}: it is a side branch, or a hook of yours "
+        f"replaces everything in between{held}{instead}."
     )
 
 

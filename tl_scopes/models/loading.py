@@ -35,12 +35,14 @@ def load(
     Raises:
         ValueError: a name, folder or file that cannot be loaded, such as a GGUF file without a tokenizer; or a device
             or a precision that cannot be used.
-        TypeError: for a precision that is neither a name nor torch's.
+        TypeError: for a name that is neither text nor a path, and a precision that is neither a name nor torch's.
         ImportError: for a GGUF file where the package gguf is not installed.
     """
     dtype = _read_dtype(dtype)
     if device is not None:
         _require_usable(device)
+    if not isinstance(name, str | Path):
+        raise TypeError(f"a model is loaded by its name, a folder or a GGUF file, as text or a path, got {name!r}.")
     path = Path(name).expanduser()
     gguf = _gguf_file(path)
     model = _load_folder(name, path, device, dtype) if gguf is None else _load_gguf(gguf, device, dtype)

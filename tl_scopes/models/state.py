@@ -3,7 +3,8 @@
 This is a file of its own since everything that runs a model again asks it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,3 +87,21 @@ def _same(before: tuple[object, ...], now: tuple[object, ...]) -> bool:
     if len(before) != len(now):
         return False
     return all(a is b or (isinstance(a, str) and a == b) for a, b in zip(before, now, strict=True))
+
+
+@contextmanager
+def unwritten() -> Iterator[None]:
+    """Inside, torch's error about a tensor of the graph that was written to in place says what to do.
+
+    Raises:
+        ValueError: in the place of that error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise ValueError(
+            "a weight, or a tensor that a hook holds, was written to in place since the model was linearised, so that "
+            "no derivative can be taken through that pass any more: linearise again."
+        ) from error

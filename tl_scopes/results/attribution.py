@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attribution:
-    """How much each input token moves one prediction. It never changes: `without` returns another one.
+    """How much each input token moves one prediction. No method changes it: `without` returns another one.
 
     What else the scope found is reached by its name: `answer.standard_error` is short for
     `answer.details["standard_error"]`.

@@ -83,8 +83,8 @@ class AttributionMap:
         found = tuple(answer for answer in self.answers if answer.position in wanted)
         if not found:
             raise IndexError(
-                f"there is no prediction at position {position}: the map has those from {first} to {last}. Positions "
-                "are those of the prompt: map.answers[0] is the first prediction there is."
+                f"there is no prediction at position {_shown(position)}: the map has those from {first} to {last}. "
+                "Positions are those of the prompt: map.answers[0] is the first prediction there is."
             )
         return AttributionMap(found) if isinstance(position, slice) else found[0]
 
@@ -177,6 +177,13 @@ class AttributionMap:
 
     def _repr_html_(self) -> str:
         return card.fragment(self)
+
+
+def _shown(position: object) -> str:
+    """A position, or a slice of them, as it is written in brackets."""
+    if not isinstance(position, slice):
+        return str(position)
+    return ":".join("" if one is None else str(one) for one in (position.start, position.stop))
 
 
 # -- several answers as JSON ------------------------------------------------------------------------------------------

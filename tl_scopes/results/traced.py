@@ -50,7 +50,7 @@ class Traced:
             w R,  w Q R,  w Q² R  and so on
 
         with the shares R [answer, token] of the prompt's tokens and Q [answer, answer] of the answer's earlier tokens,
-        and the same weight w for each row that is explained.
+        and the same weight w for each row that is explained. Shares with a sign count by their sizes.
 
         Args:
             rows: the Attribution of each token of the answer.
@@ -60,7 +60,7 @@ class Traced:
         """
         first, last = rows[0], rows[-1]
         n = len(first.scores)
-        share = share.abs().double()
+        signed, share = bool((share < 0).any()), share.abs().double()
         R, Q = share[:, :n], share.new_zeros(len(rows), len(rows))
         Q[:, : share.shape[1] - n] = share[:, n:]
         weight = share.new_zeros(len(rows))
@@ -73,6 +73,7 @@ class Traced:
             arrived.pop()
         left = float(weight.sum())
         note = "shares passed on through earlier tokens of the answer are multiplied: they are not derivatives"
+        note += "; of shares with a sign the sizes" if signed else ""
         unexplained = f"; {left:.1%} of the weight is still in the answer" if left else ""
         answer = replace(
             last.without(last.positions[n:]),
@@ -118,6 +119,7 @@ class Traced:
     def __repr__(self) -> str:
         place = self.answer.place
         shown = ", ".join(f"{row.token!r}{place(row.position)} {row.score:.0%}" for row in self.top(3))
+        shown = shown or "no token that is counted"
         question = under(self.answer.scope.removesuffix(", traced"), self.answer.rules)
         hops = counted(len(self.hops), "hop")
         return f"Traced({question}: {shown}; {hops}, {self.left:.0%} left; shares, not derivatives)"

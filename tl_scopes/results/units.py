@@ -83,7 +83,10 @@ def spanned(positions: Sequence[int], spans: Any) -> list[range]:
     for start, stop in sorted(pairs):
         begin, end = positions[0], positions[-1] + 1
         if not begin <= start < stop <= end:
-            raise ValueError(f"the span ({start}, {stop}) is not in the answer, which has positions {begin} to {end}.")
+            raise ValueError(
+                f"the span ({start}, {stop}) is not in the answer, whose positions are {begin} to {end - 1}: a span is "
+                "its first position, and the one after its last."
+            )
         inside = [i for i, position in enumerate(positions) if start <= position < stop]
         if not inside or inside[0] < done:
             raise ValueError(f"the span ({start}, {stop}) overlaps another one, or holds no token of the answer.")

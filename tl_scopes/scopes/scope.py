@@ -339,7 +339,8 @@ class Scope(ABC):
         if isinstance(lin, Span) and not self.takes_spans:
             raise ValueError(
                 f"{as_written(self)} is about one prediction at a time, and this is the answer {lin.answer.text!r} of "
-                f"{len(lin.answer)} tokens: ask it of each, [scope(one) for one in lin.single]."
+                f"{len(lin.answer)} tokens: ask it of each, by answer_map (in a terminal --rows) or as [scope(one) for "
+                "one in lin.single]."
             )
 
     def _answer(

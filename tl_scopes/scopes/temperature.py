@@ -64,8 +64,8 @@ class TemperatureScope(JacobianScope):
             raise ValueError(
                 f"the final norm of {models.model_name(lin.model)!r} has no gain (folded, untrained, or by "
                 "design), so the readout's norm is constant and its Temperature Scope identically zero. Load a folded "
-                "model unprocessed (HookedTransformer.from_pretrained_no_processing, or a TransformerBridge without "
-                'enable_compatibility_mode), or ask TemperatureScope(norm="logits").'
+                "model unprocessed (a TransformerBridge without enable_compatibility_mode; on TransformerLens 3.9 by "
+                'HookedTransformer.from_pretrained_no_processing), or ask TemperatureScope(norm="logits").'
             )
         d_of = len(lin.single[0].readout)
         return lambda readout, logits: readout.reshape(-1, d_of).norm(dim=-1).sum()

@@ -33,6 +33,7 @@ _CARD = (
 _TITLE = "font:600 15px ui-monospace,SFMono-Regular,Menlo,Consolas,DejaVu Sans Mono,monospace"
 # A token keeps its place in the text, whichever way its letters and those beside it are written.
 _TOKEN = "unicode-bidi:isolate;border-radius:3px"
+_EACH_LINE = "-webkit-box-decoration-break:clone;box-decoration-break:clone"  # a frame that goes on is closed
 _TABLE = f"{_PAPER};margin:0;border-collapse:collapse;table-layout:auto;font-size:inherit"
 # Numbers and names stay on one line; a narrow card wraps tokens and sentences.
 _CELL = (
@@ -245,7 +246,7 @@ def chip_style(strength: float | None, outlined: bool = False, underlined: bool 
 
 def boxed(text: str, title: str = "", line: str = "solid", arrow: str = "") -> Html:
     """A token that is predicted, in a frame."""
-    style = f"color:{INK};border:1.5px {line} {INK};padding:1px 4px;{_TOKEN}"
+    style = f"color:{INK};border:1.5px {line} {INK};padding:1px 4px;{_TOKEN};{_EACH_LINE}"
     return joined(arrow and f"\u2002{arrow}\u2002", tag("span", style, _told(text), title=title))
 
 

@@ -224,9 +224,12 @@ def _movers(paths: "Paths", column: int, layer: int) -> Html:
 def _first(paths: "Paths", column: int) -> Html:
     """The components that carry most, as a table."""
     rows = paths.top(8, token=paths.positions[column])
-    lines = [((row.name, "" if row.at is None else visible(row.at), f"{row.value:.3g}"), row.share) for row in rows]
     heading = "Where most of it stands" if paths.by == "position" else "Carried most"
-    return markup.table(heading, ("component", "at", "value", "share"), lines, color(1.0))
+    names = ("component", "value", "share") if rows[0].at is None else ("component", "at", "value", "share")
+    lines = [
+        ([row.name, *([] if row.at is None else [visible(row.at)]), f"{row.value:.3g}"], row.share) for row in rows
+    ]
+    return markup.table(heading, names, lines, color(1.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
     prompt.append(" → ", "dim").append(name((answer.target or answer.predictions[0].token).text))
 
     rows = answer.top(top)
-    number = _number_format(rows[0].score)
+    number = _number_format(rows[0].score) if rows else ""
     named = dict(zip(answer.positions, answer.labels, strict=True))
     influences = _table("right", "left", "right", "right", "left")
     influences.add_row("position", "token", "score", "share", style="dim")
@@ -89,7 +89,8 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
     console.print(Padding(predictions, (0, 0, 1, 2), expand=False))
     console.print(Text.assemble("What moves ", asked, "?"))
     console.print(Padding(prompt, (0, 0, 1, 2), expand=False))
-    console.print(Padding(influences, (0, 0, 1, 2), expand=False))
+    alone = f"no token counts: up to here there is nothing but {' and '.join(answer.uncounted)}"
+    console.print(Padding(influences if rows else alone, (0, 0, 1, 2), expand=False))
     console.print(legend)
     if checks is not None:
         console.print("\nCan it be trusted?")
