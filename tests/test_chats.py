@@ -90,6 +90,8 @@ def test_chats_everywhere(chatty: Any) -> None:
     rows = tls.answer_map(chatty, CHAT, tls.generate(chatty, CHAT, 3), tls.SemanticScope())
     assert rows[-1].parts[-2:] == ("answer", "answer")
     assert rows.traced().parts == alone.parts
+    with pytest.raises(ValueError, match="goes over several parts of the chat, 'template', 'system', which are"):
+        rows.by([(0, alone.parts.index("system") + 1)])
     short = tls.answer_map(chatty, CHAT[1:2], " a b", tls.SemanticScope())
     lone = dataclasses.replace(short, answers=tuple(map(_without_messages, short.answers)))
     assert "no token that is counted; " in repr(lone.traced())
@@ -115,6 +117,22 @@ def test_blank_space_around_a_message_is_the_messages(chatty: Any, template: str
     assert found["reasoning"].strip() == "<think>He asks for keys.</think>"
     assert found["assistant"].strip() == "Near the door."
     assert not set(found["template"].split()) & {"Where", "keys?", "Near", "Which"}
+
+
+@pytest.mark.parametrize(
+    ("write", "said", "expected"),
+    [
+        ("[INST] {{ m.content }} [/INST]", "A keys", " A keys"),
+        ("{{ m.content | upper }}", "a key", "A KEY"),
+        ("{{ m.content | replace('keys', 'old keys') }}", "the keys", "the old keys"),
+    ],
+)
+def test_what_the_template_makes_of_a_message(chatty: Any, write: str, said: str, expected: str) -> None:
+    """The first word too, whose token begins with the template's space; and a message that it writes otherwise."""
+    chatty.tokenizer.chat_template = "{% for m in messages %}" + write + "{% endfor %}\n"
+    lin = tls.linearize(chatty, [{"role": "user", "content": said}])
+    found = "".join(token for token, part in zip(lin.str_tokens, lin.parts, strict=True) if part == "user")
+    assert found == expected
 
 
 def test_a_template_that_moves_what_was_thought(chatty: Any) -> None:

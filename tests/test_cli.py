@@ -196,6 +196,7 @@ def test_without_a_model_the_bundled_one_answers() -> None:
                 " + gap ",
             ],
         ),
+        (["--scope", "fisher", "--answer", " the old"], ["What moves the whole prediction over the answer ·the·old?"]),
         (
             ["--scope", "relevance", "--answer", " the old"],
             ["score  the derivative times the embedding; the parts of a log-probability do not add up"],

@@ -113,6 +113,24 @@ def test_an_answer(tiny: Any) -> None:
         assert shown["explained"][10:] == ["·are", "·old", "."]
 
 
+def test_layers_of_an_answer(tiny: Any) -> None:
+    """Where the influence on a whole answer stands, and what it is about."""
+    lin = tls.linearize(tiny, PROMPT, answer=" are old.")
+    paths = tls.carried_by(lin, tls.SemanticScope(), by="position")
+    carried = held(tls.explore(tiny, PROMPT, answer=" are old.", carried=paths).to_html())["carried"]
+    assert carried["answer"] == "·are·old."
+    assert len(carried["values"][0]) == len(lin.tokens)
+    plain = tls.carried_by(tls.linearize(tiny, PROMPT), tls.SemanticScope(), by="position")
+    assert held(tls.explore(tiny, PROMPT, carried=plain).to_html())["carried"]["answer"] is None
+
+
+def test_the_token_explained_is_framed_beside_another(tiny: Any) -> None:
+    """The page compares the likeliest tokens with the target alone, whatever it is compared with."""
+    shown = held(tls.explore(tiny, PROMPT, tls.SemanticScope(versus=" is")).to_html())["maps"][0]
+    assert shown["targets"][-1] == "·are"
+    assert shown["explained"][-1] == "·are against ·is"
+
+
 def test_self_contained(tmp_path: Path) -> None:
     """One script, at most 20 KB; no address; the policy allows nothing else."""
     html = TWO.to_html(tmp_path / "page.html")

@@ -160,7 +160,7 @@ def test_colors_of_a_map(shown: tls.AttributionMap, colors: Any) -> None:
     bar = labels(figure.axes[1].yaxis)
     assert figure.axes[1].get_ylabel() == ("times an even share" if colors == "even" else "share of the scores")
     for place, text in bar.items():
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        value = float(text.lstrip("±").removesuffix("%")) / (100 if text.endswith("%") else 1)
         assert scale.strength(value) == pytest.approx(place, abs=1e-6)
     told = {"linear": "colour: in proportion to the share", "even": "colour: the share above an even one"}[colors]
     assert told in Reader(shown.to_html(colors=colors)).text
@@ -197,6 +197,16 @@ def test_color_bar(shown: tls.AttributionMap) -> None:
         assert scale.strength(float(text.removesuffix("%")) / 100) == pytest.approx(place, abs=1e-6)
     assert min(bar) == (0 if shown is MAP else pytest.approx(-max(bar)))
     assert figure.axes[1].get_ylabel() == "share of the scores"
+
+
+def test_the_color_bar_of_even_shares() -> None:
+    """In the middle of a scale with two sides are all up to an even share; every side has a number."""
+    for shown, low in ((MAP, "1"), (SIGNED, "±1")):
+        bar = labels(shown.plot(colors="even").axes[1].yaxis)
+        assert bar[0.0] == low
+        assert len(bar) >= (2 if shown is MAP else 3)
+        sizes = [float(text.lstrip("±-")) for text in bar.values()]
+        assert min(sizes) == 1 < max(sizes)
 
 
 @pytest.mark.parametrize("tokens", [["$x$", "$\\frac{$"], ["日本", "𐎠"], NASTY[:2], ["one"]], ids=repr)

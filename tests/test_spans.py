@@ -421,6 +421,9 @@ def test_traced_by_hand(tiny: Any, no_type_checks: None) -> None:
     assert_close(found.total, torch.full((3,), 1 / 3, dtype=torch.float64) @ torch.linalg.inv(torch.eye(3) - Q) @ R)
     assert "shares, not derivatives" in repr(found)
     assert found.to_dataframe().total.sum() == pytest.approx(1)
+    assert last.answer.predictions == ()  # those of the first token of the answer are not of this one
+    assert "; explained are the tokens 3 to 3 of 3 of the answer" in last.answer.notes[-1]
+    assert found.answer.predictions == rows[0].predictions
     signed = tls.answer_map(tiny, KEYS, " are new.", tls.RelevanceScope(), rules="linear")
     assert signed.share[1].min() < 0
     assert_close(signed.traced(1, span=slice(1, 2)).total, signed.share[1, :10].abs().double())

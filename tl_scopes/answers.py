@@ -211,12 +211,12 @@ class AnswerMap:
         scope, lin = self._source
         self.answers[0].require_grouping()
         n, last = lin.prompt_length, lin.answer.tokens[-1].text
+        parts = (*lin.parts[:n], *["answer"] * lin.answer.steps) if lin.parts else ("",) * (n + lin.answer.steps)
         if isinstance(unit, str):
-            parts = (*(lin.parts or ("",) * n), *["answer"] * lin.answer.steps)
             apart = [(part, i >= n) for i, part in enumerate(parts)]
             groups, how = units.grouped((*lin.str_tokens, last), unit, apart), str(unit)
         else:
-            groups, how = units.spanned(range(n + lin.answer.steps), unit), "span"
+            groups, how = units.spanned(range(len(parts)), unit, parts), "span"
         over = [group for group in groups if group.start < n < group.stop]
         if over:
             raise ValueError(

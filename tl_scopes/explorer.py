@@ -58,7 +58,7 @@ class Explorer:
                     f"carried is by {self.carried.by!r}, and the slider of layers needs positions: give "
                     'carried_by(lin, scope, by="position").'
                 )
-            if self.carried.tokens.tolist() != tokens[: self.carried.position + 1]:
+            if self.carried.tokens.tolist() != tokens[: len(self.carried.tokens)]:
                 raise ValueError(
                     f"carried is about {len(self.carried.tokens)} tokens with which the prompt of {len(tokens)} does "
                     "not begin: linearise the same prompt."

@@ -65,7 +65,7 @@ def read_chat(model: Model, messages: Any) -> tuple[list[int], tuple[str, ...]]:
     ranges = _ranges(text, messages, written, _turns(roles))
     if not tokenizer.is_fast:  # it does not say where its tokens stand
         return ids, ()
-    return ids, tuple(_part(ranges, start, end) for start, end in encoded["offset_mapping"])
+    return ids, tuple(_part(text, ranges, start, end) for start, end in encoded["offset_mapping"])
 
 
 def _role(message: Mapping[str, Any], number: int) -> str:
@@ -104,9 +104,9 @@ def _ranges(
         marked = ""
         with suppress(Exception):  # a template may refuse the mark
             marked = written([*messages[:i], {**message, "content": _MARK}, *messages[i + 1 :]])
-        start = marked.find(_MARK)
-        end = start + len(_said(text, start, marked[start + len(_MARK) :], message["content"]))
-        if start < 0 or start == end:
+        before, mark, after = marked.partition(_MARK)
+        start, end = len(before), len(before) + len(_said(text, before, after, message["content"]))
+        if not mark or start == end:
             continue
         thought = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL).match(text, start, end)
         if thought and message["role"] == "assistant":
@@ -116,22 +116,25 @@ def _ranges(
     return found
 
 
-def _said(text: str, start: int, after: str, content: str) -> str:
-    """What the template made of a message that begins here; empty where that is not known.
+def _said(text: str, before: str, after: str, content: str) -> str:
+    """What the template made of a message; empty where that is not known.
 
-    It goes up to what comes after a mark in its place. Where the template writes something else there, the message is
-    looked for as it is, with and without blank space and what was thought.
+    It is what stands between the text before and after a mark in its place. Where the template writes something else
+    after it, the message is looked for as it is, with and without blank space and what was thought.
     """
-    end = len(text) - len(after)
-    answered = re.sub(r"^\s*<think>.*?</think>\s*", "", content, flags=re.DOTALL)
-    if start < end and text.endswith(after) and answered.strip() in text[start:end]:
+    start, end = len(before), len(text) - len(after)
+    if start <= end and text.startswith(before) and text.endswith(after):
         return text[start:end]
+    answered = re.sub(r"^\s*<think>.*?</think>\s*", "", content, flags=re.DOTALL)
     ways = (content, content.lstrip(), content.rstrip(), content.strip(), answered, answered.strip())
     return next((way for way in ways if way.strip() and text.startswith(way, start)), "")
 
 
-def _part(ranges: Sequence[tuple[int, int, str]], start: int, end: int) -> str:
-    """The part in which most of a token stands."""
+def _part(text: str, ranges: Sequence[tuple[int, int, str]], start: int, end: int) -> str:
+    """The part in which most of a token stands; blank space around its letters does not count."""
+    if letters := text[start:end].strip():
+        start = text.index(letters, start)
+        end = start + len(letters)
     shares = [(min(end, stop) - max(start, begin), part) for begin, stop, part in ranges]
     most, part = max(shares, default=(0, TEMPLATE))
-    return part if 2 * most > end - start else TEMPLATE
+    return part if 2 * most >= max(1, end - start) else TEMPLATE

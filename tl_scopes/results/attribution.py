@@ -65,7 +65,7 @@ class Attribution:
         positions: where each token stands in the prompt, counted from 0.
         position: the position after which the prediction was read.
         target: what is explained, a token or several, with ids and text; None where the scope asks about the whole
-            prediction.
+            prediction. Of an answer that was said it is that answer, whose predictions such a scope explains.
         versus: what the target is compared with, for a difference; else None.
         scope: the question, as it is written in Python.
         unit: the unit of a score, in words.
@@ -309,16 +309,7 @@ class Attribution:
         self.require_grouping()
         parts = self.parts or ("",) * len(self.scores)
         if not isinstance(unit, str):
-            groups = units.spanned(self.positions, unit)
-            for group in groups:
-                crossed = dict.fromkeys(parts[group.start : group.stop])
-                if len(crossed) > 1:
-                    ends = self.positions[group.start], self.positions[group.stop - 1] + 1
-                    raise ValueError(
-                        f"the span {ends} goes over several parts of the chat, {', '.join(map(repr, crossed))}, which "
-                        "are counted apart: give a span within one."
-                    )
-            return self.grouped(groups, "span")
+            return self.grouped(units.spanned(self.positions, unit, parts), "span")
         # Where tokens were set aside, what stood beside them does not belong together.
         apart = [(part, position - i) for i, (part, position) in enumerate(zip(parts, self.positions, strict=True))]
         return self.grouped(units.grouped(self.str_tokens, unit, apart), unit)

@@ -74,6 +74,8 @@ class Traced:
         left = float(weight.sum())
         note = "shares passed on through earlier tokens of the answer are multiplied: they are not derivatives"
         note += "; of shares with a sign the sizes" if signed else ""
+        if len(chosen) < len(rows):
+            note += f"; explained are the tokens {chosen[0] + 1} to {chosen[-1] + 1} of {len(rows)} of the answer"
         unexplained = f"; {left:.1%} of the weight is still in the answer" if left else ""
         answer = replace(
             last.without(last.positions[n:]),
@@ -83,7 +85,7 @@ class Traced:
             versus=None,
             scope=f"{last.scope}, traced",
             unit="share of the answer",
-            predictions=first.predictions,
+            predictions=() if chosen[0] else first.predictions,
             details={},
             value=None,
             quantity=None,

@@ -68,12 +68,18 @@ def grouped(texts: Sequence[str], unit: Unit, apart: Sequence[object]) -> list[r
     return [range(a, b) for a, b in zip(starts, [*starts[1:], len(texts)], strict=True)]
 
 
-def spanned(positions: Sequence[int], spans: Any) -> list[range]:
+def spanned(positions: Sequence[int], spans: Any, parts: Sequence[str]) -> list[range]:
     """Which tokens stand together in spans of positions; those in none of them stand by themselves.
+
+    Args:
+        positions: of the tokens, in their order.
+        spans: each a range of positions or a pair (start, stop).
+        parts: the part of a chat that each token belongs to.
 
     Raises:
         TypeError: for spans that are neither ranges nor pairs of positions.
-        ValueError: for what is not a list of spans, and for spans that overlap or that hold no token.
+        ValueError: for what is not a list of spans, and for spans that overlap, that hold no token, or tokens of
+            several parts.
     """
     if not isinstance(spans, Iterable) or isinstance(spans, Tensor):
         raise ValueError(f'tokens are grouped by "word", "sentence", "number", or a list of spans, got {spans!r}.')
@@ -90,6 +96,12 @@ def spanned(positions: Sequence[int], spans: Any) -> list[range]:
         inside = [i for i, position in enumerate(positions) if start <= position < stop]
         if not inside or inside[0] < done:
             raise ValueError(f"the span ({start}, {stop}) overlaps another one, or holds no token of the answer.")
+        crossed = dict.fromkeys(parts[i] for i in inside)
+        if len(crossed) > 1:
+            raise ValueError(
+                f"the span ({start}, {stop}) goes over several parts of the chat, {', '.join(map(repr, crossed))}, "
+                "which are counted apart: give a span within one."
+            )
         groups += [range(i, i + 1) for i in range(done, inside[0])]
         groups.append(range(inside[0], inside[-1] + 1))
         done = inside[-1] + 1

@@ -173,8 +173,9 @@ const draw = () => {
 
   const explained = map.explained[focus], after = focus < 0 ? "" : named(focus);
   $("what").textContent = layered
-    ? `Where the influence of ${carried.tokens.includes(focus) ? named(focus) : "all tokens"} on the prediction after ` +
-      `${named(carried.position)} stands ${carried.names[view.layer]}, by ${carried.scope}`
+    ? `Where the influence of ${carried.tokens.includes(focus) ? named(focus) : "all tokens"} on ` +
+      (carried.answer == null ? `the prediction after ${named(carried.position)}` : `the answer ${carried.answer}`) +
+      ` stands ${carried.names[view.layer]}, by ${carried.scope}`
     : column ? `What ${after} moves: the predictions ${said ? "of" : "after"} these tokens`
     : said ? `What moves the prediction of ${after}` +
       (explained == null || explained === tokens[focus][0] ? "" : `, explaining ${explained}`)
@@ -195,7 +196,7 @@ const draw = () => {
   $("after").textContent = !next.length ? "" : said ? `Likeliest in the place of ${named(place)}`
     : `Next tokens after ${named(place)}`;
   table($("next"), ["", "token", ""],
-    next.map(([text, p], i) => [i + 1, [text, text === map.explained[place] ? "focus" : "boxed"], percent(p)]),
+    next.map(([text, p], i) => [i + 1, [text, text === map.targets[place] ? "focus" : "boxed"], percent(p)]),
     next.map(([, p]) => p));
 
   $("scope").value = view.scope;

@@ -151,10 +151,12 @@ def _map(one: "AttributionMap", size: int, said: bool) -> dict[str, Any]:
     last = one.answers[-1]
     rows: list[Any] = [None] * size
     explained: list[Any] = [None] * size
+    targets: list[Any] = [None] * size
     for answer in one:
         rows[answer.position + said] = [_short(score) for score in answer.scores.tolist()]
         if answer.target is not None:
             against = f" against {visible(answer.versus.text)}" if answer.versus is not None else ""
+            targets[answer.position + said] = visible(answer.target.text)
             explained[answer.position + said] = visible(answer.target.text) + against
     notes = [f"Note: {note}" for note in distinct(note for answer in one for note in answer.notes)]
     notes += [f"Made with {last.provenance}"] if last.provenance is not None else []
@@ -163,6 +165,7 @@ def _map(one: "AttributionMap", size: int, said: bool) -> dict[str, Any]:
         "unit": last.unit,
         "rows": rows,
         "explained": explained,
+        "targets": targets,
         "notes": notes,
     }
 
@@ -173,6 +176,7 @@ def _carried(paths: "Paths") -> dict[str, Any]:
         "scope": paths.question,
         "unit": paths.unit,
         "position": paths.position,
+        "answer": visible(paths.target.text) if paths.target is not None and paths.target.is_span else None,
         "tokens": list(paths.positions),
         "values": [[[_short(v) for v in of] for of in layer] for layer in paths.values.tolist()],
         "names": [f"before layer {n}" if n < last else "behind the last layer" for n in paths.layers],

@@ -126,8 +126,10 @@ def _color_bar(figure: "Figure", axes: "Axes", image: "AxesImage", scale: Scale,
     extend = ("both" if is_signed else "max") if is_cut else "neither"
     bar = figure.colorbar(image, cax=axes, extend=extend)
     scores = _ticks(scale, 0.36 if is_signed else 0.18)
-    scores = [*(-score for score in scores if score and is_signed), *scores]
     labels = [f"{100 * score:.3g}%" if percent else f"{score:.3g}" for score in scores]
+    if is_signed:  # in the middle are all up to the floor
+        labels = [*(f"-{label}" for label in labels[1:]), f"{'±' * (scale.floor > 0)}{labels[0]}", *labels[1:]]
+        scores = [*(-score for score in scores[1:]), *scores]
     bar.set_ticks([scale.strength(score) for score in scores], labels=labels, fontsize=8, color=INK)
     bar.set_label(name, fontsize=8, color=MUTED, parse_math=False)
     bar.outline.set(edgecolor=_RIM, linewidth=0.8)
@@ -145,6 +147,8 @@ def _ticks(scale: Scale, apart: float) -> list[float]:
         if score <= scale.end and apart * scale.top <= strength <= above:
             ticks.append(score)
             above = strength - apart * scale.top
+    if len(ticks) == 1 and scale.floor > 0:  # no round number lies between its ends
+        ticks.append(scale.end)
     return sorted(ticks)
 
 

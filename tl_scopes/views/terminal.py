@@ -52,7 +52,8 @@ def report(answer: "Attribution", subject: str, score: str, top: int, checks: "C
     asked = Text(subject.replace("the logit", "the log-probability") if logs else subject)
     what = "the difference" if answer.versus else "this log-probability" if logs else "this logit"
     if answer.target is not None:
-        asked.append(" ").append(name(answer.target.text))
+        over = " " if subject.endswith(" of") else " over the answer "  # whose predictions a scope takes as wholes
+        asked.append(over).append(name(answer.target.text))
     if answer.versus is not None:
         asked.append(" against ").append(name(answer.versus.text))
     asked.append(_under(answer.rules))
