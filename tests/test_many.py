@@ -95,6 +95,34 @@ def test_map() -> None:
     assert repr(rest) == f"AttributionMap(SemanticScope(): {T - 1} predictions, {T - 1} tokens, {rest[-1].unit})"
 
 
+def test_a_map_by_word(tiny: Any) -> None:
+    """Rows and columns are words: each row is the prediction after a word, with its tokens put together."""
+    text = "The unheard keys near the cabinet"
+    prompt_map = tls.attribution_map(tiny, text, tls.SemanticScope())
+    words = prompt_map.by("word")
+    assert words.str_tokens == ("<|bos|>", "The", " unheard", " keys", " near", " the", " cabinet")
+    assert repr(words).endswith("7 predictions, 7 words, logit per unit of embedding norm)")
+    ends = [prompt_map.str_tokens.index(end) for end in ("<|bos|>", "The", "d", " keys", " near", " the", " cabinet")]
+    for number, (row, end) in enumerate(zip(words, ends, strict=True)):
+        whole = prompt_map[end].by("word")
+        assert (row.position, row.positions) == (number, tuple(range(number + 1)))
+        assert_close(row.scores, whole.scores)
+        assert (row.target, row.str_tokens, row.predictions) == (whole.target, whole.str_tokens, whole.predictions)
+    assert words[2] is words.answers[2]
+    assert repr(words.show()).startswith("LiveView(AttentionPattern")  # a square
+    assert words.plot().axes[0].get_xlabel() == "word"
+    assert "Heat map of 7 predictions by 7 words." in words.to_html()
+    assert tls.AttributionMap.from_json(words.to_json()).str_tokens == words.str_tokens
+    assert [len(row.scores) for row in prompt_map.without([0]).by("word")] == [1, 2, 3, 4, 5, 6]
+    spans = prompt_map.by([(1, 3)])
+    assert spans.str_tokens[:2] == ("<|bos|>", "The un")
+    assert len(spans) == len(prompt_map) - 1
+    with pytest.raises(ValueError, match="no prediction of this map is read after the last token of a word: take the"):
+        prompt_map[3:4].without([3]).by("word")
+    with pytest.raises(ValueError, match="the tokens of this answer were put together by word before"):
+        words.by("sentence")
+
+
 def test_a_part_of_a_map() -> None:
     """A slice takes predictions by their positions in the prompt, and is a map like any other."""
     prompt_map = tls.attribution_map(zoo.specimen("bridge llama").model, PROMPT, tls.SemanticScope())

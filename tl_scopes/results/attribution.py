@@ -147,7 +147,12 @@ class Attribution:
         rows = self.top(3)
         shown = ", ".join(f"{row.token!r}{self.place(row.position)} {row.share:.0%}" for row in rows)
         shown = shown or "no token that is counted"
-        return f"Attribution({self.question}: {shown}; {counted(len(self.scores), 'token')}, {self.unit})"
+        return f"Attribution({self.question}: {shown}; {counted(len(self.scores), self.column)}, {self.unit})"
+
+    @property
+    def column(self) -> str:
+        """What a score is of: a token, or what `by` has put together, a word say."""
+        return str(self.details.get("grouped_by", "token"))
 
     @property
     def question(self) -> str:
@@ -307,12 +312,19 @@ class Attribution:
                 together, such as leave-one-out; for an answer whose tokens were put together before.
         """
         self.require_grouping()
+        return self.grouped(*self.groups_of(unit))
+
+    def groups_of(self, unit: Unit | Iterable[tuple[int, int] | range]) -> tuple[list[range], str]:
+        """Which tokens `by` puts together, each group a range of their numbers, and what a group is called.
+
+        Raises: as `by` does.
+        """
         parts = self.parts or ("",) * len(self.scores)
         if not isinstance(unit, str):
-            return self.grouped(units.spanned(self.positions, unit, parts), "span")
+            return units.spanned(self.positions, unit, parts), "span"
         # Where tokens were set aside, what stood beside them does not belong together.
         apart = [(part, position - i) for i, (part, position) in enumerate(zip(parts, self.positions, strict=True))]
-        return self.grouped(units.grouped(self.str_tokens, unit, apart), unit)
+        return units.grouped(self.str_tokens, unit, apart), unit
 
     def require_grouping(self) -> None:
         """Refuse to put tokens together where the scores do not tell what several have together.

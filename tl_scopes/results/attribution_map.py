@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsIndex, overload
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from tl_scopes.models import as_int, counted
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.json_text import parsed, text_of
+from tl_scopes.results.units import Unit
 from tl_scopes.views import attribution_map as card
 from tl_scopes.views.live import LiveView, LiveViews
 from tl_scopes.views.markup import saved
@@ -29,7 +30,8 @@ VERSION = 1
 class AttributionMap:
     """How much each token of a prompt moves each prediction in it.
 
-    `prompt_map[position]` is the `Attribution` of one prediction, `prompt_map[2:5]` the map of three.
+    `prompt_map[position]` is the `Attribution` of one prediction, `prompt_map[2:5]` the map of three, and
+    `prompt_map.by("word")` that of the words.
 
     Attributes:
         answers: one answer for each prediction, in the order of their positions; each has the scores of the tokens up
@@ -51,7 +53,7 @@ class AttributionMap:
 
     def __repr__(self) -> str:
         last = self.answers[-1]
-        size = f"{counted(len(self), 'prediction')}, {counted(len(last.tokens), 'token')}"
+        size = f"{counted(len(self), 'prediction')}, {counted(len(last.tokens), last.column)}"
         return f"AttributionMap({last.question}: {size}, {last.unit})"
 
     def __len__(self) -> int:
@@ -123,6 +125,38 @@ class AttributionMap:
         last.without(gone)  # says what is wrong, if anything is
         left = [answer for answer in self.answers if not set(answer.positions) <= gone]
         return AttributionMap(tuple(answer.without(gone & set(answer.positions)) for answer in left))
+
+    def by(self, unit: Unit | Iterable[tuple[int, int] | range]) -> "AttributionMap":
+        """The same map with tokens put together to words, sentences or numbers, or to spans of your own, in rows and
+        columns.
+
+        The score of a column is what its tokens have together, as in `Attribution.by`. The rows are the predictions
+        after the last token of each unit; those within a unit are left out. Positions of what is returned count units:
+        `prompt_map.by("word")[3]` is the prediction after the fourth one.
+
+        Args:
+            unit: "word", "sentence", "number", or spans of positions.
+
+        Raises: as `Attribution.by` does. ValueError where no prediction is read at the end of a unit.
+
+        Example:
+            >>> words = tls.attribution_map(model, "The unheard keys near the cabinet", tls.SemanticScope()).by("word")
+            >>> words[-2].top(1)[0].token, words.scores.shape
+            (' keys', torch.Size([7, 7]))
+        """
+        last = self.answers[-1]
+        last.require_grouping()
+        groups, how = last.groups_of(unit)
+        ends = {last.positions[group.stop - 1]: number for number, group in enumerate(groups)}
+        rows = [(ends[answer.position], answer) for answer in self.answers if answer.position in ends]
+        if not rows:
+            raise ValueError(f"no prediction of this map is read after the last token of a {how}: take the whole map.")
+        return AttributionMap(
+            tuple(
+                replace(answer.grouped(groups[: n + 1], how), positions=tuple(range(n + 1)), position=n)
+                for n, answer in rows
+            )
+        )
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for each prediction and token: its position, and the columns of `Attribution.to_dataframe`."""

@@ -122,7 +122,7 @@ def _framed(prompt_map: "AttributionMap", picture: Html, legend: str, width: str
 
 def _alt(prompt_map: "AttributionMap") -> str:
     last = prompt_map.answers[-1]
-    said = f"Heat map of {_count(prompt_map)} by {len(last.positions)} tokens."
+    said = f"Heat map of {_count(prompt_map)} by {len(last.positions)} {last.column}s."
     cells = [(row, answer) for answer in prompt_map for row in answer.top(1)]
     if not cells:
         return said
@@ -139,7 +139,7 @@ def figure(
     title: str = "",
     *,
     rows: Sequence[str] | None = None,
-    names: tuple[str, str, str] = ("after token → prediction", "token", "share of the scores"),
+    names: tuple[str, str, str] | None = None,
     colors: Colors = "root",
 ) -> "Figure":
     """A heat map of the shares.
@@ -148,11 +148,14 @@ def figure(
         prompt_map: the map.
         title: what is written over it.
         rows: the label of each row; None is the token read and what is explained after it.
-        names: what rows, columns and values are.
+        names: what rows, columns and values are; by default tokens (or what was put together), and shares.
         colors: how shares become colours. By "even" the values are how many times an even share they are.
     """
     require_colors(colors)
     values, texts = _values(prompt_map, colors), _texts(prompt_map)
+    if names is None:
+        column = prompt_map.answers[-1].column
+        names = f"after {column} → prediction", column, "share of the scores"
     if rows is None:
         rows = [
             arrowed(
