@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -452,6 +453,24 @@ def test_batches_change_no_second_order(monkeypatch: pytest.MonkeyPatch) -> None
         with monkeypatch.context() as patch:
             zoo.batches_of(patch, 1)
             assert_close(pair.attribution_patching("mlp_out", order=2).values, whole.values, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("site", ["head_out", "mlp_out"])
+def test_what_stands_out(pairs: list[tls.PromptPair], site: Any, tmp_path: Path) -> None:
+    """The largest effects by name, and the picture of all of them."""
+    found = pairs[0].attribution_patching(site)
+    frame = found.to_dataframe()
+    best = frame.reindex(frame.effect.abs().sort_values(ascending=False, kind="stable").index)[:3]
+    assert [tuple(row) for row in found.top(3)] == list(zip(best.name, best.effect, best.normalized, strict=True))
+    axes = found.plot().axes[0]
+    assert_close(torch.tensor(axes.images[0].get_array().shape), torch.tensor(found.values.shape))
+    assert axes.get_xlabel() == ("head" if site == "head_out" else "token of the corrupted prompt")
+    html = found.to_html(tmp_path / "effects.html")
+    assert f"{best.normalized.iloc[0]:.0%} of the whole, " in html
+    assert found._repr_html_() in html
+    assert "<script" not in html
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+        found.top(0)
 
 
 def test_reliability(pairs: list[tls.PromptPair]) -> None:

@@ -1,14 +1,31 @@
 """What each part of a network does to the difference between two prompts: the result of every kind of patching."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_scopes.models import as_count
+from tl_scopes.views import effects as card
+from tl_scopes.views.markup import saved
+
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class Effect(NamedTuple):
+    """One row of `Effects.top`."""
+
+    name: str
+    """What the component is called, "L9H9" or "L9 at ' door'"."""
+    value: float
+    """The change of the metric."""
+    part: float
+    """The change as a part of the whole difference between the two prompts."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -71,6 +88,28 @@ class Effects:
         if self.site == "head_out":
             return [f"L{layer}H{head}" for layer in self.layers for head in range(self.values.shape[1])]
         return [f"L{layer} at {text!r}" for layer in self.layers for text in self.str_tokens]
+
+    def top(self, count: int | SupportsIndex = 5) -> tuple[Effect, ...]:
+        """The components with the largest effects, by size; where two are equal, the earlier one first.
+
+        Raises:
+            TypeError: for a count that is not an integer.
+            ValueError: for a count below 1.
+        """
+        values, names = self.values.flatten(), self.names
+        order = values.abs().sort(descending=True, stable=True).indices[: as_count(count, "count must be at least 1")]
+        return tuple(Effect(names[i], float(values[i]), float(values[i]) / self.scale) for i in order.tolist())
+
+    def plot(self) -> "Figure":
+        """A heat map of `normalized`: layers from top to bottom, heads or positions from left to right."""
+        return card.plot(self)
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A static page of the heat map. It has no script and needs no network; `path` is where to write it."""
+        return saved(card.page(self), path)
+
+    def _repr_html_(self) -> str:
+        return card.fragment(self)
 
     def to_dataframe(self) -> "pd.DataFrame":
         """One row for each component: its name, its effect, and the effect as a part of the whole; of the second order
