@@ -137,7 +137,7 @@ def compare(answers: Attribution | Iterable[Attribution] | Mapping[str, Attribut
         alike = [other for other in listed if other.question == answer.question]
         text = _free(answer.question + _apart(answer, alike), named) if name is None else str(name)
         if text in named:
-            raise ValueError(f"the name {name!r} is that of an earlier answer, as text: give each another one.")
+            raise ValueError(f"the name {name!r} is that of an earlier answer, as text: give each its own.")
         named[text] = answer
     for name, answer in named.items():
         _require_comparable(next(iter(named.items())), (name, answer))
