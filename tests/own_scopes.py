@@ -115,6 +115,24 @@ def uses_helper(x: float) -> float:
     return sum([helper(y) for y in (x,)])
 
 
+TABLE = {"a": 1, "b": [2, (3, {"x", "y", 4.0})]}
+FUNCTIONS = {helper, uses_helper, abs}
+"""A set of which two parts refer to one another, in another order in each process."""
+
+
+class Settings:
+    step = 2
+
+
+@functools.cache
+def cached(x: float) -> float:
+    return helper(x)
+
+
+def looks_up(x: float) -> float:
+    return float(TABLE["a"]) * Settings.step + len(FUNCTIONS) + cached(x)  # type: ignore[arg-type]
+
+
 def scaled(alpha: float) -> Callable[[float], float]:
     return lambda x: alpha * x
 
@@ -174,7 +192,8 @@ ALL_DIFFERENT: tuple[Callable[[], Any], ...] = (
     lambda: OrderedDict(a=1), lambda: defaultdict(list, a=1), lambda: Counter(a=1), lambda: deque([1]),
     lambda: {1: {2}}, lambda: {1: {3}},
     # Functions and classes
-    lambda: helper, lambda: uses_helper, lambda: torch.relu, lambda: torch.tanh, lambda: torch.vmap(helper),
+    lambda: helper, lambda: uses_helper, lambda: looks_up, lambda: cached, lambda: FUNCTIONS, lambda: {helper, abs},
+    lambda: torch.relu, lambda: torch.tanh, lambda: torch.vmap(helper),
     lambda: (lambda x: x), lambda: (lambda x: -x), lambda: (lambda x, y=1: x), lambda: (lambda x, y=2: x),
     lambda: scaled(1.0), lambda: scaled(2.0), lambda: functools.partial(helper, 1),
     lambda: functools.partial(helper, 2),

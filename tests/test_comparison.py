@@ -140,6 +140,7 @@ def test_too_much_to_draw() -> None:
             ValueError,
             "same positions: a has 6, b 6, from 1 and 0 on. Use `without` on all",
         ),
+        ({1: SENTENCE, "1": SECOND, 2: SECOND}, ValueError, "the name '1' is that of an earlier answer, as text: give"),
     ],
 )
 def test_bad_input(answers: Any, error: type[Exception], message: str) -> None:

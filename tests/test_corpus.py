@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,30 @@ def test_foils_that_nothing_is_compared_with(tiny: Any, out: Path, options: dict
         assert not list(out.glob("*.parquet"))
 
 
+@pytest.mark.parametrize(("first", "part_size"), [(0, 3), (2, 3), (0, 1)])
+def test_a_foil_before_any_target(tiny: Any, tmp_path: Path, first: int, part_size: int) -> None:
+    """It is the error of its row, of an iterator as of a list, unless the first part of an iterator has no target."""
+    rows: list[Any] = [{"prompt": text, "target": " are" if i else None} for i, text in enumerate(TEXTS)]
+    rows[first] = {"prompt": TEXTS[first], "foil": " is"}
+    with pytest.warns(UserWarning, match="1 of 4 prompts have no answer"):
+        listed = ask(rows, tmp_path / "list", model=tiny, part_size=part_size)
+    assert listed.errors[first].startswith("it has the foil ' is', and no answer or target that is compared with it")
+    if part_size == 1:
+        with pytest.raises(ValueError, match="the prompt 0 has the foil ' is', and no answer or target that is"):
+            ask(iter(rows), tmp_path / "stream", model=tiny, part_size=part_size)
+    else:
+        with pytest.warns(UserWarning, match="1 of 4 prompts have no answer"):
+            ask(iter(rows), tmp_path / "stream", model=tiny, part_size=part_size)
+        assert files(tmp_path / "list") == files(tmp_path / "stream")
+
+
+def test_foils_alone_behind_the_first_part(tiny: Any, out: Path) -> None:
+    """What an iterator has given is computed and kept, and nothing ends it."""
+    rows = ({"prompt": text, "foil": " is" if i == 3 else None} for i, text in enumerate(TEXTS))
+    with pytest.warns(UserWarning, match="1 of 4 prompts have no answer"):
+        assert list(ask(rows, out, model=tiny).errors) == [3]
+
+
 @pytest.mark.parametrize(
     ("scope", "why"),
     [
@@ -245,6 +270,28 @@ def test_every_prediction_of_one_answer(tiny: Any, out: Path) -> None:
     with pytest.warns(UserWarning, match="none of the 2 prompts has an answer"):
         corpus = ask(rows, out, tls.SemanticScope(versus=" is"), model=tiny, predictions="every")
     assert "every prediction is asked about one answer: leave foils and `versus` out" in corpus.errors[0]
+
+
+def test_every_prediction_of_a_set(tiny: Any, out: Path) -> None:
+    """A set is no answer with a prediction for each of its tokens: it is an error of its row, which costs no other."""
+    rows = [{"prompt": TEXTS[0]}, {"prompt": TEXTS[0], "target": {" are", " is"}}, {"prompt": TEXTS[1]}]
+    with pytest.warns(UserWarning, match="1 of 3 prompts have no answer"):
+        corpus = ask(rows, out, model=tiny, predictions="every")
+    assert list(corpus.errors) == [1]
+    assert "is a set, of which any token is meant, and every prediction is asked about one answer" in corpus.errors[1]
+    assert [type(found) for found in corpus] == [tls.AttributionMap, type(None), tls.AttributionMap]
+
+
+@pytest.mark.parametrize(
+    "scope", [tls.HetaScope(probes=2), tls.PositionCorrectedScope(tls.HetaScope(probes=2))], ids=str
+)
+def test_a_set_where_one_token_is_asked_about(tiny: Any, scope: tls.Scope) -> None:
+    """Its first token was taken for it."""
+    asked = tls.attribute_many(tiny, TEXTS[:1], scope, targets=[{" are", " is"}], on_error="raise")
+    with pytest.raises(
+        ValueError, match=r"its target ' (are\| is|is\| are)' is a set, .* is about one token: give one"
+    ):
+        list(asked)
 
 
 def test_other_readers(tiny: Any, out: Path, tmp_path: Path) -> None:
@@ -470,7 +517,15 @@ def as_iterator(folder: Path) -> Iterator[Any]:
     return ({"id": f"p{i}", "prompt": text} for i, text in enumerate(TEXTS))
 
 
-SOURCES = [as_jsonl, as_csv, as_parquet, as_folder, as_dataset, as_iterator]
+def as_pandas(folder: Path) -> pd.DataFrame:
+    return pd.DataFrame({"id": [f"p{i}" for i in range(4)], "prompt": TEXTS})
+
+
+def as_polars(folder: Path) -> Any:
+    return pytest.importorskip("polars").DataFrame({"id": [f"p{i}" for i in range(4)], "prompt": TEXTS})
+
+
+SOURCES = [as_jsonl, as_csv, as_parquet, as_folder, as_dataset, as_iterator, as_pandas, as_polars]
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -494,6 +549,31 @@ def test_lines_that_are_prompts(tiny: Any, out: Path, tmp_path: Path) -> None:
     """A line of JSON may be a text or a list of ids."""
     path = write(tmp_path / "p.jsonl", json.dumps(TEXTS[0]), "[0, 5, 6]")
     assert len(ask(path, out, model=tiny)) == 2
+
+
+@pytest.mark.parametrize("dtype", [None, "Int64"])
+def test_gaps_in_a_table(tiny: Any, out: Path, dtype: Any) -> None:
+    """What pandas writes for a gap is one, and what becomes of the integers beside it is an id."""
+    are, old = (tls.SemanticScope(text)(tls.linearize(tiny, TEXTS[0])).target for text in (" are", " old"))
+    assert are is not None
+    assert old is not None
+    table = pd.DataFrame(
+        {
+            "id": pd.array([4, 3, 2, 1], dtype=dtype),
+            "prompt": [*TEXTS[:3], None],
+            "target": pd.array([are.id, None, None, None], dtype=dtype),
+            "answer": [None, " are", np.array([*are.ids, *old.ids]), None],
+            "foil": pd.array([None, float("nan"), None, None]),
+        }
+    )
+    for given in (table, table.to_dict("records")):
+        with pytest.warns(UserWarning, match="1 of 4 prompts have no answer.*null in its column 'prompt'"):
+            corpus = ask(given, out.with_name(type(given).__name__), model=tiny)
+        assert [id for id, _ in corpus.items()] == [4, 3, 2, 1]
+        targets = [found and found.target and found.target.text for found in corpus]
+        assert targets == [" are", " are", " are old", None]
+    with pytest.raises(ValueError, match="prompt 1 has no id in its column 'id': give every prompt one"):
+        ask(table.assign(id=[1, None, 2, 3]), out, model=tiny)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +610,7 @@ def test_text_that_is_not_utf8(out: Path, tmp_path: Path) -> None:
 def test_prompts_that_are_none(tiny: Any, out: Path, no_type_checks: None) -> None:
     for prompts, options, error, message in [
         ("The keys near the door", {}, ValueError, "there is no file 'The keys near the door': prompts are the"),
-        (pd.DataFrame({"prompt": TEXTS}), {}, TypeError, r"got a DataFrame: give its rows, with pandas prompts\.to"),
+        (SimpleNamespace(columns=["prompt"]), {}, TypeError, "got a SimpleNamespace: give its rows, each as a dict"),
         (7, {}, TypeError, "prompts must be an iterable of prompts, got one int"),
         (TEXTS, {"columns": {"prompt": "x"}}, ValueError, "prompt 0 is a str without columns, so that columns="),
         ([{"prompt": "a"}], {"columns": {"prompt": "x"}}, ValueError, "prompt 0 has no column 'x': it has 'prompt'"),

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig
 
 import tl_scopes as tls
 from tests import own_scopes, zoo
@@ -85,6 +86,107 @@ def test_edited_code_is_noticed() -> None:
         "K = 1\ndef f(x): return x\n" + own.format("f(K * x)") + "    alpha = 2\n",
     ):
         assert written(source) != first
+
+
+VARIABLES = [
+    ('T = {"a": 602}', 'T = {"a": 601}', 'T["a"]'),
+    ("T = [602, [1]]", "T = [602, [2]]", "T[0]"),
+    ("T = (602, 1)", "T = (602, 2)", "T[0]"),
+    ('T = {"a", "b"}', 'T = {"a", "c"}', "len(T)"),
+    ("class T:\n    a = 602", "class T:\n    a = 601", "T.a"),
+    ("class T:\n    def a(): return 602", "class T:\n    def a(): return 601", "T.a()"),
+    (
+        "class T:\n    def __init__(self): self.a = 602\nT = T()",
+        "class T:\n    def __init__(self): self.a = 6\nT = T()",
+        "T.a",
+    ),
+    ("T = SimpleNamespace(a=602)", "T = SimpleNamespace(a=601)", "T.a"),
+    ("T = linear(0)", "T = linear(1)", "T(l)"),
+    ("T = partial(max, 602)", "T = partial(max, 601)", "T(l)"),
+    ("@cache\ndef T(l): return 602", "@cache\ndef T(l): return 601", "T(l)"),
+    ('T = [{"a": 602}]\ndef g(): return T', 'T = [{"a": 601}]\ndef g(): return T', "[g() for _ in l]"),
+    ('T = {"a": 602}', 'T = {"a": 601}', '(lambda: T["a"])()'),
+    ("own.a = 602", "own.a = 601", "own.a"),
+    ("own.a = {'b': 602}", "own.a = {'b': 601}", "own.a['b']"),
+    (
+        "own.inner = ModuleType('inner'); own.inner.a = 602",
+        "own.inner = ModuleType('inner'); own.inner.a = 601",
+        "own.inner.a",
+    ),
+    ("own.a = scaled(602)", "own.a = scaled(601)", "own.a(l)"),
+    ("from tests.own_scopes import helper as T", "from tests.own_scopes import uses_helper as T", "T(l)"),
+]
+
+
+@pytest.mark.parametrize(("one", "other", "read"), VARIABLES)
+def test_what_a_function_reads_of_its_module_is_noticed(one: str, other: str, read: str) -> None:
+    """Containers, objects, classes and what stands in modules of one's own; what it does not read is not."""
+
+    def written(source: str, read: str = read) -> Any:
+        module = ModuleType("notebook")
+        before = "from functools import cache, partial\nfrom types import ModuleType, SimpleNamespace\n"
+        before += "from tests.own_scopes import linear, scaled\nown = ModuleType('own')\n"
+        exec(f"{before}{source}\ndef f(l): return {read}", vars(module))
+        return contents(module.f)
+
+    assert written(one) == written(one)
+    assert written(one) != written(other)
+    assert written(one, "l.T + l.own.a") == written(other, "l.T + l.own.a")
+
+
+def test_a_table_that_changes_is_another_scope(model: Any, tmp_path: Path) -> None:
+    """Its results were handed back from the file."""
+    module, path = ModuleType("notebook"), tmp_path / "results.jsonl"
+    exec('T = {"a": 5, "b": 7}\ndef diff(l): return l[0, -1, T["a"]] - l[0, -1, T["b"]]', vars(module))
+    scope = tls.MetricScope(module.diff)
+    evaluate(model, [PROMPT], {"own": scope}, ZERO, path=path)
+    evaluate(model, [PROMPT], {"own": scope}, ZERO, path=path)
+    module.T["b"] = 9
+    with pytest.raises(ValueError, match=r"holds results of other settings \(scopes was"):
+        evaluate(model, [PROMPT], {"own": scope}, ZERO, path=path)
+    module.T["b"] = threading.Lock()
+    with pytest.raises(TypeError, match=r"the scope 'own'.* \(the variable 'T'\)\['b'\] is a lock, which cannot be"):
+        evaluate(model, [PROMPT], {"own": scope}, ZERO, path=path)
+
+
+def test_a_model_counts_by_its_weights(model: Any) -> None:
+    """Also where a function reads it, before it was used and after."""
+    other = zoo.specimen("bridge gpt2").model
+    found = contents(Plain(model).unit)
+    tls.attribute(model, PROMPT, tls.SemanticScope())
+    assert contents(Plain(model).unit) == found
+    assert contents(Plain(other).unit) != found
+    with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: value)]):
+        with pytest.raises(TypeError, match=r"alpha is a \w+, which has hooks of yours, and cannot be told from one"):
+            contents(Plain(model), "own")
+
+
+def test_a_linearisation_counts_by_what_it_is_of(model: Any) -> None:
+    """In another process too, where its pass has other ids."""
+    lin = tls.linearize(model, PROMPT)
+    found = contents(lin)
+    tls.SemanticScope()(lin)
+    tls.FisherScope(4)(lin)
+    assert contents(lin) == contents(tls.linearize(model, PROMPT)) == found
+    code = """
+import json
+import tl_scopes as tls
+from tests import zoo
+from tl_scopes.scopes.fingerprint import contents
+print(json.dumps(contents(tls.linearize(zoo.specimen("bridge llama").model, zoo.PROMPT))))
+"""
+    assert json.loads(in_another_process(code)) == found
+    different = [lin.at(2 * lin.embeddings), tls.linearize(model, PROMPT[:-1]), tls.linearize(model, PROMPT, 1)]
+    different += [tls.linearize(model, PROMPT, rules="linear"), tls.linearize(model, PROMPT, answer=[5])]
+    assert all(contents(other) != found for other in different)
+
+
+def test_a_configuration_of_transformers_counts_without_its_hash() -> None:
+    """Which is another in each process; a model of Hugging Face's holds it."""
+    found, again = (GenerationConfig.from_model_config(LlamaConfig()) for _ in range(2))
+    again._original_object_hash = 1
+    assert contents(found) == contents(again)
+    assert contents(found) != contents(GenerationConfig.from_model_config(LlamaConfig(bos_token_id=7)))
 
 
 UNREADABLE = [threading.Lock(), (i for i in range(3)), torch.ones(2, device="meta"), sys.__stdin__]

@@ -269,6 +269,32 @@ def test_each_cause_is_confirmed_by_itself(tiny: Any) -> None:
     assert found.lead_without == pytest.approx(lead, abs=1e-4)
 
 
+def test_hooks_meet_no_filling(tiny: Any) -> None:
+    """A hook that counts positions from the end finds the same whatever else is confirmed beside an example."""
+
+    def last_is_zero(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        value = value.clone()
+        value[:, -1] = 0
+        return value
+
+    own = [
+        KnownCause.marked("The [keys|key] to the old cabinet near the door", " are", " is"),
+        KnownCause.marked("The [keys|key]", " are", " is"),
+        KnownCause.marked("The [keys|key] near the door", " are old", " is"),
+    ]
+    held = list(examples("association", 30))
+    assert any(len({len(tiny.to_tokens(one.prompt)[0]) for one in counterfactuals(example)}) > 1 for example in held)
+    with tiny.hooks(fwd_hooks=[("blocks.3.hook_resid_pre", last_is_zero)]):
+        for found, example in zip(confirm(tiny, own), own, strict=True):
+            (alone,) = confirm(tiny, [example])
+            assert (found.said, found.is_confirmed) == (alone.said, alone.is_confirmed)
+            assert [found.lead, found.lead_without] == pytest.approx([alone.lead, alone.lead_without], abs=1e-4)
+        for example in held:
+            texts = [(example.prompt, example.target), *((one.prompt, one.answer) for one in counterfactuals(example))]
+            said = [tls.linearize(tiny, prompt).token().text == answer for prompt, answer in texts]
+            assert is_confirmed(tiny, example) == all(said)
+
+
 def test_confirmation_of_longer_answers(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of several tokens, of different lengths, and in batches of any size: the log-probability of the whole text."""
     long = replace(KEYS, answer=" are old", foil=" is")

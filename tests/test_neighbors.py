@@ -151,6 +151,8 @@ def test_answers_in_place_of_scores(tiny: object) -> None:
     short = series.influence(tls.attribute(tiny, numbers[0][:20].text, tls.TemperatureScope()))
     with pytest.raises(ValueError, match=r"of one length, so that lags match, got \[20, 30\]"):
         series.neighbor_test([*answers, short], generator=generator)
+    with pytest.raises(ValueError, match="answers hold their own numbers: leave `series` out"):
+        series.neighbor_test(answers, torch.rand(6, 30), generator=generator)
 
 
 def test_bad_input() -> None:
@@ -175,9 +177,33 @@ def test_bad_input() -> None:
         ask(given=("lag",))
     with pytest.raises(ValueError, match='given="next" needs `following`'):
         ask(given=("next",))
+    with pytest.raises(ValueError, match=r"there is no p, .* too large for a float: they go up to \d\S+e\+201"):
+        ask(numbers=values * 1e200)
     with pytest.raises(ValueError, match=r"both \[series number\]"):
         ask(numbers=values[:, :5])
     with pytest.raises(ValueError, match="dimension and neighbors are 1 or more, got 0"):
         ask(dimension=0)
     with pytest.raises(ValueError, match="permutations must be at least 1, got 0"):
         ask(permutations=0)
+
+
+def test_what_came_next_is_one_number_for_each_series(no_type_checks: None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = drawn("logistic", generator)
+    scores = torch.rand(values.shape, generator=generator)
+    for following, got in (
+        ([float("nan"), *[1.0] * 11], "each of the 12 series, and that of series 0 is nan: leave that series out"),
+        (values[:, 0] / 0, "and that of series 0 is inf: leave that series out"),
+        ([1.0], r"each of the 12 series, \[12\], got the shape \[1\]"),
+        (1.0, r"got the shape \[\]"),
+        ([[1.0]] * 12, r"got the shape \[12, 1\]"),
+        (["a"] * 12, r"each of the 12 series, got \['a', 'a', 'a', 'a', 'a', … 12 in all\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"`following` is the number that came next in .*{got}"):
+            series.neighbor_test(
+                scores,
+                values,
+                generator=generator,
+                given=("recency", "next"),
+                following=following,  # type: ignore[arg-type]
+            )

@@ -214,6 +214,28 @@ def test_the_digits_of_a_number_are_grouped(tiny: Any) -> None:
     torch.testing.assert_close(found.scores, torch.tensor([(4 + 9) ** 0.5, 5.0, (64 + 81) ** 0.5]))
 
 
+def test_numbers_end_where_tokens_were_set_aside(tiny: Any) -> None:
+    """Without the delimiter between them two numbers stay two, whatever else was set aside."""
+    answer = tls.attribute(tiny, "15,50,85,20,", tls.TemperatureScope())
+    for gone in ([2], [0, 2, 4], [0, 2, 4, 6, 8]):
+        found = series.influence(answer.without(gone))
+        assert found.numbers == (15, 50, 85, 20)
+        assert torch.equal(found.scores, answer.scores[1::2])
+    assert series.influence(answer.without([2, 3])).numbers == (15, 85, 20)
+    split = pieces(answer, ("<s>", "4", "7", ",", "08", ",")).without([3])
+    assert series.influence(split).numbers == (47, 8)
+
+
+def test_the_last_numbers(tiny: Any, no_type_checks: None) -> None:
+    found = series.influence(tls.attribute(tiny, "15,50,85,20,", tls.TemperatureScope()))
+    shares = [found.of_last(count) for count in range(6)]
+    assert shares == pytest.approx([0, *found.share.flip(0).cumsum(0).tolist(), 1])
+    with pytest.raises(ValueError, match="count is how many of the last numbers, 0 or more, got -1"):
+        found.of_last(-1)
+    with pytest.raises(TypeError, match=r"0 or more, and an integer, got 1\.5"):
+        found.of_last(1.5)  # type: ignore[arg-type]
+
+
 def test_numbers_that_are_not_apart(tiny: Any) -> None:
     answer = tls.attribute(tiny, "15,50,", tls.TemperatureScope())
     with pytest.raises(ValueError, match="the tokens '4' '7,' hold the number 47 and something else"):
@@ -252,6 +274,30 @@ def test_forecast_of_digits(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     span = tls.linearize(tiny, prompt, answer=table[47])
     rows = torch.stack([one.log_probs[id] for one, id in zip(span.single, table[47], strict=True)])
     assert float(said.probabilities[47].log()) == pytest.approx(float(rows.sum()), rel=1e-4)
+
+
+def test_the_loss_of_a_number_that_cannot_come(tiny: Any, no_type_checks: None) -> None:
+    said = series.forecast(tiny, series.Numbers((15, 50, 85)))
+    for truth in (-1, 100):
+        with pytest.raises(ValueError, match=f"the number that came next is one of two digits, 0 to 99, got {truth}"):
+            said.loss(truth)
+    with pytest.raises(TypeError, match=r"and an integer, got 1\.5"):
+        said.loss(1.5)  # type: ignore[arg-type]
+
+
+def test_losses_without_bos(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said of the first number, which means leave out."""
+    monkeypatch.setattr(tiny.cfg, "default_prepend_bos", False)
+    drawn = [series.Numbers.of(series.LogisticMap().draw(4, seeded(i))) for i in range(2)]
+    found = series.losses(tiny, drawn)
+    assert found.values[:, 0].isnan().all()
+    for row, numbers in zip(found.values.tolist(), drawn, strict=True):
+        assert row[1:] == pytest.approx(
+            [series.forecast(tiny, numbers[:i]).loss(numbers.numbers[i]) for i in (1, 2, 3)]
+        )
+    assert repr(found).startswith(f"Losses({found.values[:, 1].mean():.2f} in the first half, ")
+    (line, *_) = found.plot().axes[0].lines
+    assert line.get_ydata()[1:] == pytest.approx(found.values[:, 1:].mean(0).tolist())  # type: ignore[index]
 
 
 def test_losses(tiny: Any) -> None:

@@ -141,6 +141,19 @@ def test_the_command_says_it(tmp_path: Path) -> None:
     assert [len(about_spaces(answer)) for answer in corpus] == [1, 0]
 
 
+def test_of_many_prompts_it_is_said_which(tiny: Any, tmp_path: Path) -> None:
+    """By its id in a corpus, by its number elsewhere: the first of them, and how many there are."""
+    prompts = [PROMPT, f"{PROMPT} is old ", f"{PROMPT} ", f"{PROMPT} is "]
+    rows = [{"id": f"r{i}", "prompt": text} for i, text in enumerate(prompts)]
+    said = "the prompt ends with a space, which the next word would bring itself: mind the space."
+    with pytest.warns(UserWarning, match=rf"^prompt 'r1': {said} 3 of 4 predictions have such a note\.$"):
+        tls.attribute_corpus(rows, tmp_path / "several")
+    with pytest.warns(UserWarning, match=rf"^prompt 'r1': {said}$"):
+        tls.attribute_corpus(rows[:2], tmp_path / "one", predictions="every")
+    with pytest.warns(UserWarning, match=rf"^prompt 1: {said} 3 of 4 predictions have such a note\.$"):
+        list(tls.attribute_many(tiny, prompts))
+
+
 @pytest.mark.parametrize("target", ["likeliest", "next"])
 def test_in_a_map_the_last_row_alone_ends_with_the_space(tiny: Any, target: Any) -> None:
     with warnings.catch_warnings():

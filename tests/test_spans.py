@@ -14,6 +14,7 @@ from tests.zoo import Specimen
 from tl_scopes import models
 from tl_scopes.jacobian.line_integral import integrate
 from tl_scopes.jacobian.metric import LocalMetric
+from tl_scopes.jacobian.span import Exchange, linearize_answers
 from tl_scopes.models import Target, Token, Work, memory
 from tl_scopes.scopes.baselines import GradientTimesInput, IntegratedGradients, LeaveOneOut
 
@@ -348,6 +349,12 @@ def test_sets(specimen: Specimen) -> None:
     for members in ({5, 7}, {best, (best + 1) % len(z)}):
         found = tls.SemanticScope(members, quantity="log_prob")(lin)
         assert_close(found.value, float(lin.log_probs.exp()[sorted(members)].sum().log()), **EXACT)
+    assert found.target is not None
+    exchange = Exchange.of(specimen.model, models.read_prompt(specimen.model, PROMPT), found.target)
+    (span,) = linearize_answers(specimen.model, [exchange], models.EMBEDDING, models.READOUT)
+    part = span.part(0, 1)  # of an answer that is a set, all of it
+    assert part.answer == found.target
+    assert_close(tls.SemanticScope()(part).value, found.value, **EXACT)
     assert tls.SemanticScope({5, 7}).target == frozenset({5, 7})
     assert repr(tls.SemanticScope({5, 7})) == "SemanticScope(target={5, 7})"
 
@@ -759,7 +766,9 @@ def test_many_answers_that_cannot_be(tiny: Any, no_type_checks: None) -> None:
         tls.attribute_many(tiny, prompts, tls.FisherScope(), targets=[1, 2], foils=[3, 4])
     with pytest.raises(ValueError, match="prompt 1 has no answer, target or foil"):
         list(tls.attribute_many(tiny, iter(prompts), scope, answers=iter([" are"])))
+    gap = list(tls.attribute_many(tiny, prompts, scope, answers=[" are", float("nan")]))  # type: ignore[list-item]
     found = list(tls.attribute_many(tiny, prompts, scope, answers=[" are", None]))
+    assert [one and one.quantity for one in gap] == [one and one.quantity for one in found]
     assert [one and one.value for one in found[1:]] == [tls.attribute(tiny, prompts[1], scope).value]
 
 

@@ -175,7 +175,7 @@ def of_losses(records: list[dict[str, Any]]) -> list[str]:
         markov = torch.tensor([chain.losses(numbers)[half:] for numbers in record["numbers"]]).mean()
         scores = torch.tensor(record["influence"]["Temperature"]).abs()
         last = (scores[:, -10:].sum(1) / scores.sum(1)).mean()
-        early, late = values[:, :half].mean(), values[:, half:].mean()
+        early, late = values[:, :half].nanmean(), values[:, half:].mean()
         lines.append(f"| {record['system']} | {early:.2f} | {late:.2f} | {markov:.2f} | {last:.2f} |")
     return lines
 

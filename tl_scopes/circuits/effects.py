@@ -96,9 +96,9 @@ class Effects:
             TypeError: for a count that is not an integer.
             ValueError: for a count below 1.
         """
-        values, names = self.values.flatten(), self.names
+        values, parts, names = self.values.flatten(), self.normalized.flatten(), self.names
         order = values.abs().sort(descending=True, stable=True).indices[: as_count(count, "count must be at least 1")]
-        return tuple(Effect(names[i], float(values[i]), float(values[i]) / self.scale) for i in order.tolist())
+        return tuple(Effect(names[i], float(values[i]), float(parts[i])) for i in order.tolist())
 
     def plot(self) -> "Figure":
         """A heat map of `normalized`: layers from top to bottom, heads or positions from left to right."""

@@ -22,6 +22,7 @@ from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.scopes.corrections import Around
 from tl_scopes.scopes.own_foil import ask_each
 from tl_scopes.scopes.scope import Scope
+from tl_scopes.scopes.written import as_written
 
 Found: TypeAlias = Attribution | AttributionMap | AnswerMap | Paths
 """What may be known of a prompt."""
@@ -76,7 +77,7 @@ class Asked(NamedTuple):
 
         Raises:
             ValueError: for what is not a prompt; for an answer together with a target; for a foil that nothing is
-                compared with; as `read_prompt` and `read_target` do.
+                compared with; for a set of tokens where the scope is about one; as `read_prompt` and `read_target` do.
         """
         if self.wrong:
             raise ValueError(self.wrong)
@@ -96,6 +97,11 @@ class Asked(NamedTuple):
         if self.foil is not None:
             foil = models.read_target(model, self.foil, vocab, "foil")
         scope = settings.scope.giving_way(model, said, foil, vocab)
+        if said is not None and said.any_of and not scope.takes_spans and hasattr(_innermost(scope), "target"):
+            raise ValueError(
+                f"its target {said.text!r} is a set, of which any token is meant, and {as_written(scope)} is about one "
+                "token: give one."
+            )
         if foil is not None:
             said = said or scope.named_targets(model, vocab)[0]
             if said is None:
@@ -232,7 +238,7 @@ class EveryPrediction(Alone):
         """A map of the prompt, or of its answer.
 
         Raises:
-            ValueError: for a prompt whose answer is compared with another.
+            ValueError: for a prompt whose answer is compared with another, or is a set of tokens.
         """
         scope = self.scope_of(prompt)
         if not isinstance(prompt, Exchange):
@@ -242,6 +248,11 @@ class EveryPrediction(Alone):
             raise ValueError(
                 f"its answer is compared with {prompt.against.text!r}, and every prediction is asked about one answer: "
                 "leave foils and `versus` out."
+            )
+        if prompt.answer.any_of:
+            raise ValueError(
+                f"its target {prompt.answer.text!r} is a set, of which any token is meant, and every prediction is "
+                "asked about one answer: give one token, or a text."
             )
         (whole,) = linearize_answers(
             self.model,
@@ -276,9 +287,13 @@ class CarriedBy(Alone):
 
 def names_target(scope: Scope) -> bool:
     """Whether the scope itself names what it explains, with which a foil can be compared."""
+    return getattr(_innermost(scope), "target", None) is not None
+
+
+def _innermost(scope: Scope) -> Scope:
     while isinstance(scope, Around):
         scope = scope.scope
-    return getattr(scope, "target", None) is not None
+    return scope
 
 
 def _lengths(prompt: ReadPrompt | Exchange) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any, Literal, SupportsIndex
 
 from tl_scopes import models
 from tl_scopes.corpus.job import Asked, Job, Settings, names_target
+from tl_scopes.corpus.source import cell
 from tl_scopes.failures import Failures
 from tl_scopes.models import Answer, Model, Prompt, Rules
 from tl_scopes.models.arguments import as_flag
@@ -48,7 +49,7 @@ def attribute_many(
         prompts: each as in `linearize`; or what a tokenizer returned for several texts.
         scope: the question; by default `SemanticScope()`.
         answers: what is said after each prompt, as `answer` in `linearize`: it is explained as a whole. For a prompt
-            with None the scope's own target is, or the most likely next token.
+            with None, or NaN as pandas has it, the scope's own target is, or the most likely next token.
         targets: what each prompt's question is about: as in `SemanticScope`. None as for answers. An answer or target
             that a prompt has goes before a target that the scope names.
         foils: what each answer or target, or the target that the scope names, is compared with. A foil goes before
@@ -134,10 +135,10 @@ class _AllAsked:
         beside = [None if given is None else iter(given) for given in (self.answers, self.targets, self.foils)]
         missing = object()
         for number, prompt in enumerate(self.prompts):
-            answer, target, foil = found = [None if column is None else next(column, missing) for column in beside]
+            found = [None if column is None else next(column, missing) for column in beside]
             if any(one is missing for one in found):
                 raise ValueError(f"prompt {number} has no answer, target or foil: give one for each prompt.")
-            yield Asked(prompt, answer, target, foil)  # type: ignore[arg-type]
+            yield Asked(prompt, *map(cell, found))
         if any(column is not None and next(column, missing) is not missing for column in beside):
             raise ValueError("there are more answers, targets or foils than prompts: give one for each prompt.")
 
@@ -154,8 +155,9 @@ def _answers(job: Job, prompts: _AllAsked, failures: Failures, progress: bool) -
             if not window:
                 break
             found = job.answers(window, bar, progress)
-            warned = warned or warn(job.settings.scope, [one for one in found.values() if isinstance(one, Attribution)])
-            if any(isinstance(answer, Attribution) for answer in found.values()):
+            answered = {number: one for number, one in sorted(found.items()) if isinstance(one, Attribution)}
+            warned = warned or warn(job.settings.scope, [*answered.values()], [*answered])
+            if answered:
                 failures.answered()
             for number, _ in window:
                 answer = found[number]

@@ -65,12 +65,13 @@ def attribute_corpus(
 
     Args:
         prompts: the path of a file in JSON lines (.jsonl), CSV or Parquet, or of a folder of Parquet files; or an
-            iterable, a `datasets.Dataset` say, of prompts as in `linearize`, or of dicts. A line in JSON is a text, a
-            chat, a list of token ids, or an object. What has columns must have one for the prompts: prompt, text,
-            messages, or input_ids. It may have id, texts or integers that are all different, else the number of the row
-            is the id; and answer, target and foil, as in `attribute_many`: what a row has goes before the target
-            and `versus` of the scope. A row that has no answer or target of its own, or null, is asked about the
-            scope's target, or the most likely next token. Other columns are left alone.
+            iterable, a `datasets.Dataset` say, of prompts as in `linearize`, or of dicts; or a table of pandas or
+            polars. A line in JSON is a text, a chat, a list of token ids, or an object. What has columns must have one
+            for the prompts: prompt, text, messages, or input_ids. It may have id, texts or integers that are all
+            different, else the number of the row is the id; and answer, target and foil, as in `attribute_many`: what a
+            row has goes before the target and `versus` of the scope. A row that has no answer or target of its own, or
+            null or NaN, is asked about the scope's target, or the most likely next token. A number such as 5.0, which
+            pandas makes of 5 in a column with gaps, is the id 5. Other columns are left alone.
         out: the folder. It belongs to one job: one scope, model, weights, settings and versions.
         scope: the question; by default `SemanticScope()`.
         model: a `HookedTransformer` or a `TransformerBridge`; or what `models.load` takes, a name or a folder; or a
@@ -106,11 +107,12 @@ def attribute_corpus(
 
     Raises:
         TypeError: for something that is not a scope, or a scope whose scores `carried_by` cannot split; for a table
-            where there must be rows; for an option that is not a bool, or not an integer; for a scope with an option
+            whose rows cannot be taken; for an option that is not a bool, or not an integer; for a scope with an option
             whose contents cannot be read.
         ValueError: for another `predictions` or `carried_by`, for both together, for `strongest` without the latter;
             for a scope that names a target of several tokens, or score_answer, where every prediction is asked about;
-            for a foil there, without an answer or target, or for a scope that does not compare;
+            for a foil there, or for a scope that does not compare, or where no row has an answer or target, of an
+            iterator none of the first part;
             for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
             are not there; for a folder of another job, with other prompts, or with a part that was cut off or changed;
             for a model with hooks of yours; for a part_size or batch_size below 1. Where no prompt of a whole first
@@ -207,11 +209,13 @@ def _require_one_kind(options: Options) -> None:
 def _rows(source: Source, options: Options) -> Iterator[Row]:
     """The rows of the prompts, after a look at their foils.
 
+    All are looked at before the first is computed where they can be read twice, and else those of the first part.
+
     Raises:
         ValueError: for a foil that nothing would be compared with; as the source does.
     """
     alone, compared = None, names_target(options.scope)
-    for row in source:
+    for number, row in enumerate(source, 1):
         compared = compared or bool(row.asked.keys() & {"answer", "target"})
         if row.asked.get("foil") is not None:
             if options.predictions == "every":
@@ -219,8 +223,10 @@ def _rows(source: Source, options: Options) -> Iterator[Row]:
             if not options.scope.compares:
                 raise _useless_foil(row, f"{as_written(options.scope)} does not compare two answers: leave")
             alone = alone or row
-            if not (compared or source.is_rereadable):
-                break  # no look ahead would tell whether later rows have one
+        if number == options.part_size and not source.is_rereadable:
+            if alone is not None and not compared:
+                break
+            compared = True  # what is computed is kept, and a foil alone from here on is the error of its row
         yield row
     if alone is not None and not compared:  # where others have one, that is the error of this row alone
         why = "no answer or target that is compared with it: give these as well, or leave"

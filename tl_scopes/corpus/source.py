@@ -61,7 +61,7 @@ class Source:
 
         Raises:
             ValueError: for a file that is not there, of another kind, or without a row; for columns of other names.
-            TypeError: for something that is not prompts, a table among others.
+            TypeError: for something that is not prompts, a table whose rows cannot be taken among others.
         """
         unknown = set(columns) - {"id", "prompt", *ASKED}
         if unknown:
@@ -85,10 +85,7 @@ class Source:
         if type(prompts).__module__.startswith("datasets."):  # which has columns, and gives its rows
             return cls(prompts, columns)
         if hasattr(prompts, "columns"):
-            raise TypeError(
-                f"prompts must be an iterable of prompts, got a {type(prompts).__name__}: give its rows, with pandas "
-                "prompts.to_dict('records'), with polars prompts.to_dicts()."
-            )
+            prompts = _rows_of_table(prompts)
         return cls(models.each_prompt(prompts), columns)
 
     @property
@@ -165,21 +162,21 @@ class _Columns(NamedTuple):
         if self.prompt is None:
             return Row(number, value, {})
         id = self.id_of(number, value, where)
-        if value.get(self.prompt) is None:
+        prompt = cell(value.get(self.prompt))
+        if prompt is None:
             there = f"null in its column {self.prompt!r}" if self.prompt in value else f"no column {self.prompt!r}"
             return Row(id, value, {}, f"it has {there}, where the first has its prompt: it has {_listed(value)}.")
-        prompt = value[self.prompt]
         if self.prompt == "input_ids":
             prompt = {name: value[name] for name in ("input_ids", "attention_mask") if name in value}
-        asked = {name: value.get(column) for name, column in self.asked.items()}
+        asked = {name: cell(value.get(column)) for name, column in self.asked.items()}
         # A field of CSV that is empty is None.
-        return Row(id, prompt, {name: one for name, one in asked.items() if not (one is None or one == "")})
+        return Row(id, prompt, {name: one for name, one in asked.items() if one is not None and one != ""})
 
     def id_of(self, number: int, value: Mapping[str, Any], where: str) -> int | str:
         """The id of a row: an integer or a text."""
         if self.id is None:
             return number
-        id = value.get(self.id)
+        id = cell(value.get(self.id))
         if id is None or id == "":
             raise ValueError(f"{where} has no id in its column {self.id!r}: give every prompt one, or none.")
         if not isinstance(id, str):
@@ -195,9 +192,38 @@ class _Columns(NamedTuple):
         return encodable(id) if isinstance(id, str) else id
 
 
+def cell(value: Any) -> Any:
+    """What a table holds as Python's own: None for NaN, NaT and NA, which stand for gaps in pandas, and an integer for
+    the 5.0 that an integer becomes there beside a gap; a list for an array."""
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if not isinstance(value, float | np.floating):
+        return value
+    if np.isnan(value):
+        return None
+    return int(value) if float(value).is_integer() else value
+
+
 def encodable(text: str) -> str:
     """The text, with halves of characters, which no file can hold, written out."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _rows_of_table(table: Any) -> Any:
+    """The rows of a table of polars or pandas, as dicts.
+
+    Raises:
+        TypeError: for another table.
+    """
+    if hasattr(table, "to_dicts"):
+        return table.to_dicts()
+    if hasattr(table, "to_dict"):
+        return table.to_dict("records")
+    raise TypeError(
+        f"prompts must be an iterable of prompts, got a {type(table).__name__}: give its rows, each as a dict."
+    )
 
 
 def _listed(value: Mapping[str, Any]) -> str:

@@ -116,13 +116,14 @@ class Worker:
         window = [(i, _asked(row)) for i, row in enumerate(rows)]
         found = options.job(model).answers(window, bar, self.progress)
         failed = [one for _, one in sorted(found.items()) if isinstance(one, Exception)]
-        answered = [one for answer in found.values() for one in attributions(answer)]
+        answered = [(rows[i].id, one) for i, answer in sorted(found.items()) for one in attributions(answer)]
+        caveat = caveat_of(options.scope, [one for _, one in answered], [id for id, _ in answered])
         scope, provenance = as_written(options.scope), Provenance(**made)
         lines = [line for i, row in enumerate(rows) for line in rows_of(row, found[i], scope, provenance)]
         double = next(model.parameters()).dtype == torch.float64
         table = pa.Table.from_pylist(lines, schema(type(rows[0].id) if rows else int, double, options.kind))
         first = failed[0].with_traceback(None) if failed and len(failed) == len(rows) else None
-        return Computed(table, len(failed), first, caveat_of(options.scope, answered) if answered else None)
+        return Computed(table, len(failed), first, caveat)
 
     def all(self, parts: Iterator[Part], made: Mapping[str, Any], bar: tqdm) -> Iterator[tuple[Part, Computed]]:
         """The answers to all prompts, part after part."""

@@ -179,8 +179,8 @@ def confirm(
     Returns:
         A Confirmation for each.
 
-    Cost: a forward pass for each prompt and for each of its causes, in batches; where answer or foil are several
-        tokens, one for each of both.
+    Cost: a forward pass for each prompt and for each of its causes, in batches, which are of one length while hooks of
+        yours are set; where answer or foil are several tokens, one for each of both.
 
     Raises:
         ValueError: with `strict`, for a counterfactual that has another number of tokens than its prompt, that differs
@@ -208,7 +208,7 @@ def confirm(
             ids = [models.read_target(model, text, what="answer").ids for text in (example.answer, example.foil)]
             prompts = [tokens, *_each_replaced(model, example, tokens, other)]
             runs += [(prompt, said) for prompt in prompts for said in ids]
-    said, scores = _log_probs(model, runs)
+    said, scores = log_probs_of(model, runs)
     leads, texts = (scores[::2] - scores[1::2]).tolist(), said[::2].tolist()
     at, confirmations = 0, []
     for one, example in zip(found, examples, strict=True):
@@ -246,19 +246,25 @@ def _confirmation(example: KnownCause, said: str, lead: float, without: list[flo
     return Confirmation(example, said, lead, most, why)
 
 
-def _log_probs(
+def log_probs_of(
     model: Model, runs: Sequence[tuple[Int[Tensor, " _"], list[int]]]
 ) -> tuple[Int[Tensor, " run"], Float[Tensor, " run"]]:
-    """The likeliest next token after each prompt, and the log-probability of what is said there, in nats."""
+    """The likeliest next token after each prompt, and the log-probability of what is said there, in nats.
+
+    Hooks of the user's may count positions from the end, where a shorter text would be filled up: with hooks set a
+    batch has one length.
+    """
+    hooked = bool(models.user_hooks(model))
     whole = [(*prompt.tolist(), *said[:-1]) for prompt, said in runs]
     left = sorted(dict.fromkeys(whole), key=len)  # answers of one token share a run
     steps = max((len(said) for _, said in runs), default=1)
     first, scores = torch.zeros(len(runs), dtype=torch.long), torch.zeros(len(runs), dtype=torch.float64)
     while left:
         size = models.at_once(model, len(left[-1]), Work.PREDICTION, rows=steps)
-        some, left = left[-size:], left[:-size]
+        some = [text for text in left[-size:] if not hooked or len(text) == len(left[-1])]
+        left = left[: -len(some)]
         asked = [(run, some.index(text)) for run, text in enumerate(whole) if text in some]
-        batch = torch.nn.utils.rnn.pad_sequence([runs[0][0].new_tensor(text) for text in some], batch_first=True)
+        batch = models.as_batch([runs[0][0].new_tensor(text) for text in some])
         places = [(row, len(runs[run][0]) - 1 + k) for run, row in asked for k in range(len(runs[run][1]))]
         unique = sorted(set(places))
         log_probs = models.precise(models.predict(model, batch, places=unique)).log_softmax(-1).cpu()

@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_scopes import models
 from tl_scopes.api import attribute, linearize
 from tl_scopes.faithfulness.english import KINDS, english
-from tl_scopes.faithfulness.examples import Confirmation, KnownCause, confirm, positions
+from tl_scopes.faithfulness.examples import Confirmation, KnownCause, confirm, log_probs_of, positions
 from tl_scopes.faithfulness.measures import candidates, ranking
 from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.jacobian.randomness import prompt_generator
@@ -278,9 +278,8 @@ def is_confirmed(model: Model, example: Example) -> bool:
         answers = [models.token(model, text).id for text in texts]
     except ValueError:  # to this tokenizer an answer is several tokens
         return False
-    batch = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    places = [(row, len(tokens) - 1) for row, tokens in enumerate(prompts)]
-    return models.predict(model, batch, places=places).argmax(-1).tolist() == answers
+    said, _ = log_probs_of(model, [(tokens, [answer]) for tokens, answer in zip(prompts, answers, strict=True)])
+    return said.tolist() == answers
 
 
 def _checked(tasks: Iterable[str]) -> tuple[str, ...]:

@@ -52,7 +52,10 @@ class Span(Linearization):
         )
 
     def part(self, start: int, stop: int) -> "Span":
-        """The tokens from `start` up to `stop` of the answer; what was said before them counts as the prompt."""
+        """The tokens from `start` up to `stop` of the answer; what was said before them counts as the prompt.
+
+        A set of tokens, of which any is meant, is one prediction and stays whole.
+        """
         before = self.prompt_length + start
         return replace(
             self,
@@ -60,7 +63,7 @@ class Span(Linearization):
             str_tokens=self.str_tokens[: before + stop - start - 1],
             position=before - 1,
             row=self.rows[start],
-            answer=Target(self.answer.tokens[start:stop]),
+            answer=self.answer if self.answer.any_of else Target(self.answer.tokens[start:stop]),
             against=None,
             rows=self.rows[start:stop],
             prompt_length=before,

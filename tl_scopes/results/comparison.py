@@ -109,7 +109,8 @@ def compare(answers: Attribution | Iterable[Attribution] | Mapping[str, Attribut
 
     Raises:
         TypeError: for anything among them that is not an Attribution, and for a single one.
-        ValueError: for no answers; for answers about prompts of one length from which other tokens were set aside.
+        ValueError: for no answers; for names that are the same as text; for answers about prompts of one length from
+            which other tokens were set aside.
 
     Example:
         >>> lin = tls.linearize(model, "The keys to the old cabinet near the door", position=-1)
@@ -134,7 +135,10 @@ def compare(answers: Attribution | Iterable[Attribution] | Mapping[str, Attribut
     listed = [answer for _, answer in pairs]
     for name, answer in pairs:
         alike = [other for other in listed if other.question == answer.question]
-        named[_free(answer.question + _apart(answer, alike), named) if name is None else str(name)] = answer
+        text = _free(answer.question + _apart(answer, alike), named) if name is None else str(name)
+        if text in named:
+            raise ValueError(f"the name {name!r} is that of an earlier answer, as text: give each its own.")
+        named[text] = answer
     for name, answer in named.items():
         _require_comparable(next(iter(named.items())), (name, answer))
     return Comparison(named)

@@ -1,6 +1,7 @@
 """What tells one scope from another: its name, its class and the contents of its options, the same in every process."""
 
 import copyreg
+import dis
 import inspect
 import json
 import random
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_scopes import models
+from tl_scopes.jacobian.linearization import Linearization
 from tl_scopes.models import Model
 from tl_scopes.scopes.scope import Scope, require_scope
 from tl_scopes.scopes.written import as_written
@@ -34,6 +36,8 @@ Part: TypeAlias = tuple[str, Any]
 
 _PLAIN = (bool, int, float, complex, str, bytes)
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_READS, _READS_OF = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"), ("LOAD_ATTR", "LOAD_METHOD")
+_PACKAGES = frozenset({"site-packages", "dist-packages"})
 _INSTALLED = tuple({Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
 
 
@@ -124,17 +128,20 @@ def identity(scope: Scope, name: str) -> str:
 def contents(value: Any, name: str = "the value") -> Contents:
     """What an object holds: the same for its like, made anew or in another process, and different for all others.
 
-    Tensors and arrays count by their numbers, modules by their parameters and buffers, other objects by what pickle
-    would save of them. A function or a class counts by its name. Outside of installed packages it also counts by its
-    code, with the variables, numbers, texts and functions of its module that it reads: so a scope that was edited is
-    not taken for the one that it was. Generators do not count, since what they will give cannot be told.
+    Tensors and arrays count by their numbers, modules by their parameters and buffers, models of TransformerLens by
+    their weights, other objects by what pickle would save of them. A function or a class counts by its name. Outside of
+    installed packages it also counts by its code, with all that it reads of its module, and of other modules outside of
+    packages: numbers, containers, objects, functions and classes. So a scope that was edited, or a table that it looks
+    up, is not taken for what it was. What a function keeps in such a variable from call to call counts too:
+    `functools.cache` keeps it apart. Generators do not count, since what they will give cannot be told.
 
     Args:
         value: any object.
         name: what errors call it.
 
     Raises:
-        TypeError: for an object whose contents cannot be read, a lock or an open file say, also within another.
+        TypeError: for an object whose contents cannot be read, a lock or an open file say, also within another, or as a
+            variable that a function reads; for a model with hooks of the user's.
     """
     try:
         return _Reader().read(value, name, ())
@@ -145,8 +152,8 @@ def contents(value: Any, name: str = "the value") -> Contents:
 class _Reader:
     """Reads one object."""
 
-    def __init__(self) -> None:
-        self.seen: dict[int, Any] = {}
+    def __init__(self, seen: Mapping[int, Any] = MappingProxyType({})) -> None:
+        self.seen: dict[int, Any] = dict(seen)
         """Classes, functions and modules that were read already, by id: they refer to one another."""
 
     def read(self, value: Any, name: str, above: tuple[int, ...]) -> Contents:
@@ -179,7 +186,9 @@ class _Reader:
             pairs = list(value.items())
             return ["mapping", *read(*((" (a key)", key) for key, _ in pairs)), *read(*_items(pairs))]
         if isinstance(value, set | frozenset):
-            return [*read(("", cls)), *sorted(read(*(("", part) for part in value)), key=json.dumps)]
+            # Each part by itself, since their order is another in each process.
+            parts = [_Reader(self.seen).read(part, name, above) for part in value]
+            return [*read(("", cls)), *sorted(parts, key=json.dumps)]
         if isinstance(value, Enum):
             return [*read(("", cls)), value.name]
         if isinstance(value, ModuleType):
@@ -197,11 +206,13 @@ class _Reader:
             return ["property", *read(("", value.fget), ("", value.fset), ("", value.fdel))]
         if isinstance(value, cached_property):
             return ["cached_property", *read(("", value.func))]
+        if isinstance(value, nn.Module) and _is_model(value):
+            return [*read(("", cls)), _weights(value, name)]
         if (isinstance(value, nn.Module) or is_dataclass(value)) and not _says_what_it_saves(cls):
             return [*read(("", cls)), *read(*_attributes(value))]
         saved = _saved(value, name)
         if isinstance(saved, str):
-            return ["global", _full_name(value), saved]
+            return ["global", _full_name(value), saved, *read(*_wrapped(value))]
         make, arguments, state, items, pairs = (*saved, None, None, None)[:5]
         held = [*_attributes_in(value, state), *(("", part) for part in items or ()), *_items(pairs or ())]
         return [_full_name(make), *read(*(("", part) for part in arguments)), *read(*held)]
@@ -215,6 +226,26 @@ def _numbers(tensor: Tensor, name: str) -> Contents:
     except (RuntimeError, TypeError, NotImplementedError) as error:  # on the meta device, or quantised
         raise TypeError(_refusal(tensor, name)) from error
     return ["tensor", str(tensor.dtype), list(tensor.shape), zlib.crc32(data.data)]
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether it is a model of TransformerLens, which keeps much that is another in each process."""
+    return all(hasattr(module, name) for name in ("hook_dict", "cfg", "to_tokens"))
+
+
+def _weights(model: Model, name: str) -> Contents:
+    if models.user_hooks(model) or models.has_backward_hooks(model):
+        raise TypeError(_refusal(model, name, "has hooks of yours, and cannot be told from one without"))
+    try:
+        return ["weights", models.fingerprint(model)]
+    except (RuntimeError, NotImplementedError) as error:  # offloaded
+        raise TypeError(_refusal(model, name)) from error
+
+
+def _wrapped(value: Any) -> Iterator[Part]:
+    """The function of the user's in what `functools.cache` has made of it."""
+    if hasattr(value, "__wrapped__") and not _is_installed(value):
+        yield ".__wrapped__", value.__wrapped__
 
 
 def _saved(value: Any, name: str) -> Any:
@@ -254,6 +285,9 @@ def _attributes(value: Any) -> Iterator[Part]:
     if is_dataclass(value):
         hidden = {field.name for field in fields(value) if not (field.init or field.compare)}
         slots = {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+    if isinstance(value, Linearization):  # a pass keeps ids, and what it was asked for
+        hidden |= {"trace"}
+        yield from ((".embeddings", value.embeddings), (".rules", value.rules))
     held = slots | getattr(value, "__dict__", {})
     for place, part in _attributes_in(value, {key: part for key, part in held.items() if key not in hidden}):
         is_hooks = isinstance(value, nn.Module) and "_hooks" in place and isinstance(part, Mapping)
@@ -261,12 +295,13 @@ def _attributes(value: Any) -> Iterator[Part]:
 
 
 def _attributes_in(value: Any, state: Any) -> Iterator[Part]:
-    """The attributes in the state of an object, without those that a cached_property keeps there."""
+    """The attributes in the state of an object, without those that a cached_property keeps there, and a hash."""
     if type(state) is not dict:
         yield "", state
         return
     for key, part in state.items():
-        if not isinstance(inspect.getattr_static(type(value), str(key), None), cached_property):
+        cached = isinstance(inspect.getattr_static(type(value), str(key), None), cached_property)
+        if not cached and key != "_original_object_hash":  # transformers', which is another in each process
             yield f".{key}", part
 
 
@@ -280,7 +315,7 @@ def _full_name(value: Any) -> str:
     return f"{getattr(named, '__module__', None)}.{named.__qualname__}"
 
 
-def _is_installed(value: type | FunctionType) -> bool:
+def _is_installed(value: Any) -> bool:
     """Whether a class or function is found under its name in Python, this package or another installed one."""
     module = sys.modules.get(value.__module__)
     found: Any = module
@@ -289,10 +324,17 @@ def _is_installed(value: type | FunctionType) -> bool:
     if found is not value:
         return False
     file = getattr(module, "__file__", None)
-    if file is None:
-        return value.__module__ in sys.builtin_module_names
-    ours = value.__module__.partition(".")[0] == __name__.partition(".")[0]
-    return ours or any(Path(file).is_relative_to(folder) for folder in _INSTALLED)
+    return _is_of_package(value.__module__, file)
+
+
+def _is_of_package(module: str | None, file: str | None) -> bool:
+    """Whether a module is of Python, this package or another installed one, by its name and its file."""
+    if file is None or module is None:
+        return module in sys.builtin_module_names
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return True
+    path = Path(file)
+    return not _PACKAGES.isdisjoint(path.parts) or any(path.is_relative_to(folder) for folder in _INSTALLED)
 
 
 def _parts_of_class(cls: type) -> Iterator[Part]:
@@ -301,31 +343,43 @@ def _parts_of_class(cls: type) -> Iterator[Part]:
         yield f" (the class {base.__qualname__})", base
     for key, part in sorted(vars(cls).items()):
         written = isinstance(part, FunctionType | property | classmethod | staticmethod)
-        hidden = key.startswith("__") or key == "_abc_impl" or inspect.ismemberdescriptor(part)
+        hidden = key.startswith("__") or key in ("_abc_impl", "_backward_cls") or inspect.ismemberdescriptor(part)
         if written or not hidden:
             yield f".{key}", part
 
 
 def _parts_of_function(function: FunctionType) -> Iterator[Part]:
-    """Its code without the docstring, its defaults, the variables around it, and what it reads from its module."""
+    """Its code without the docstring, its defaults, the variables around it, and what it reads of its module and of
+    others that are not of packages."""
     code = function.__code__
     yield "", code.replace(co_consts=tuple(constant for constant in code.co_consts if constant is not function.__doc__))
     yield " (a default)", function.__defaults__
     yield " (a default)", function.__kwdefaults__
     for key, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         yield f" (the variable {key!r})", _in_cell(cell)
-    for key in _names_read(code):
-        part = function.__globals__.get(key)
-        near = isinstance(part, FunctionType) and part.__module__ == function.__module__
-        if near or isinstance(part, (*_PLAIN, Tensor, np.ndarray)):
+    if not _is_of_package(function.__globals__.get("__name__"), function.__globals__.get("__file__")):
+        for key, part in dict(_variables_read(code, function.__globals__)).items():
             yield f" (the variable {key!r})", part
 
 
-def _names_read(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+def _variables_read(code: CodeType, variables: Mapping[str, Any]) -> Iterator[Part]:
+    """The variables of its module that a function reads, and of a module among them the ones that it reads of that."""
+    found: Part | None = None
+    for step in dis.get_instructions(code):
+        if step.opname in _READS and step.argval in variables:
+            found = step.argval, variables[step.argval]
+        elif step.opname in _READS_OF and found is not None and hasattr(found[1], step.argval):
+            found = f"{found[0]}.{step.argval}", getattr(found[1], step.argval)
+        elif step.opname != "EXTENDED_ARG":
+            found = None
+        if found is not None and not isinstance(found[1], ModuleType):
+            yield found
+            found = None
+        elif found is not None and _is_of_package(found[1].__name__, getattr(found[1], "__file__", None)):
+            found = None
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names_read(constant)
+            yield from _variables_read(constant, variables)
 
 
 def _in_cell(cell: Any) -> Any:

@@ -433,15 +433,27 @@ def most_likely(lin: Linearization) -> tuple[Prediction, ...]:
     )
 
 
-def caveat_of(scope: Scope, answers: Sequence[Attribution]) -> str | None:
-    """The warning about these answers, one for all answers of a call; None where there is nothing to warn of."""
+def caveat_of(scope: Scope, answers: Sequence[Attribution], prompts: Sequence[int | str] | None = None) -> str | None:
+    """The warning about these answers, one for all answers of a call; None where there is nothing to warn of.
+
+    Args:
+        scope: the question.
+        answers: what was found.
+        prompts: what the prompt of each is called; None where all are about one prompt.
+    """
     same = [answer for answer in answers if _is_own_foil(answer)]
     asked = [answer for answer in answers if not _is_own_foil(answer)]
     said = [scope.caveat(asked)] if asked else []
-    found = [next((note for note in answer.notes if isinstance(note, models.SpacingNote)), None) for answer in asked]
-    if missing := [note for note in found if note is not None]:
-        of = f" {len(missing)} of {len(answers)} predictions have such a note." if len(set(missing)) > 1 else ""
-        said.append(f"{missing[0]}.{of}")
+    named = [""] * len(answers) if prompts is None else [f"prompt {models.abridged(name)}: " for name in prompts]
+    notes = [next((note for note in answer.notes if isinstance(note, models.SpacingNote)), None) for answer in answers]
+    found = [
+        (name, note)
+        for name, note, answer in zip(named, notes, answers, strict=True)
+        if note is not None and not _is_own_foil(answer)
+    ]
+    if found:
+        of = f" {len(found)} of {len(answers)} predictions have such a note." if len(set(found)) > 1 else ""
+        said.append(f"{''.join(found[0])}.{of}")
     if same:
         versus = same[0].versus
         assert versus is not None
@@ -463,9 +475,9 @@ def _is_own_foil(answer: Attribution) -> bool:
     return target == versus or (target.overlaps(versus) and not answer.scores.any())
 
 
-def warn(scope: Scope, answers: Sequence[Attribution]) -> bool:
+def warn(scope: Scope, answers: Sequence[Attribution], prompts: Sequence[int | str] | None = None) -> bool:
     """Give the warning about these answers, if there is one, and return whether there is."""
-    caveat = caveat_of(scope, answers)
+    caveat = caveat_of(scope, answers, prompts)
     if caveat is not None:
         models.warn(caveat)
     return caveat is not None

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
@@ -52,9 +52,18 @@ class Forecast:
         squares = (torch.arange(KINDS) - self.mean).square()
         return float((self.probabilities * squares).sum() / self.probabilities.sum()) ** 0.5
 
-    def loss(self, truth: int) -> float:
-        """−log p of the number that came next, in nats."""
-        return -float(self.probabilities[truth].log())
+    def loss(self, truth: int | SupportsIndex) -> float:
+        """−log p of the number that came next, in nats.
+
+        Raises:
+            ValueError: for a number that has not two digits.
+            TypeError: for something that is not an integer.
+        """
+        rule = f"the number that came next is one of two digits, 0 to {KINDS - 1}"
+        number = models.as_count(truth, rule, least=0)
+        if number >= KINDS:
+            raise ValueError(f"{rule}, got {truth!r}.")
+        return -float(self.probabilities[number].log())
 
 
 @torch.no_grad()
@@ -91,7 +100,8 @@ class Losses:
     """How well a model continues several series, as the context grows.
 
     Attributes:
-        values: [series number], −log p of each number given the ones before it, in nats.
+        values: [series number], −log p of each number given the ones before it, in nats; NaN of the first where the
+            model has no BOS token, before which it says nothing. Means leave it out.
         markov: the same of a Markov chain; None without one.
     """
 
@@ -101,7 +111,7 @@ class Losses:
     def __repr__(self) -> str:
         half = self.values.shape[1] // 2
         chain = f"; Markov chain {self.markov[:, half:].mean():.2f}" if self.markov is not None else ""
-        late, early = float(self.values[:, half:].mean()), float(self.values[:, :half].mean())
+        late, early = float(self.values[:, half:].nanmean()), float(self.values[:, :half].nanmean())
         return f"Losses({early:.2f} in the first half, {late:.2f} in the second{chain}; {len(self.values)} series, nat)"
 
     def plot(self) -> "Figure":
@@ -112,6 +122,8 @@ class Losses:
 @torch.no_grad()
 def losses(model: Model, series: Sequence[Numbers], chain: MarkovChain[int] | None = None) -> Losses:
     """−log p of each number of each series, by the model and by a Markov chain that was fitted on other series.
+
+    A model without a BOS token says nothing of what a prompt begins with: the loss of the first number is NaN then.
 
     Cost: one forward pass for each series.
 
@@ -131,10 +143,9 @@ def losses(model: Model, series: Sequence[Numbers], chain: MarkovChain[int] | No
         step = width + len(spelling.delimiter)
         starts = torch.arange(len(numbers)) * step + len(spelling.start)
         read = (starts[:, None] + torch.arange(width)).flatten()
-        # A model without BOS says nothing of the first token.
-        known = read[read > 0]
+        known = read[read > 0]  # without BOS nothing is said of the first token
         said = _log_probs(model, prompt, (known - 1).tolist())
-        each = torch.zeros(len(read), dtype=torch.float64)
+        each = torch.full((len(read),), torch.nan, dtype=torch.float64)
         each[read > 0] = -said[torch.arange(len(known)), prompt[known]]
         rows.append(each.view(-1, width).sum(1))
     of_chain = None if chain is None else torch.tensor([chain.losses(one.numbers) for one in series]).double()

@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_scopes.models import counted
+from tl_scopes.models import as_count, counted
 from tl_scopes.results.attribution import Attribution
 from tl_scopes.results.units import offsets
 from tl_scopes.views import series as pictures
@@ -47,9 +47,15 @@ class SeriesInfluence:
         total = self.scores.abs().sum()
         return self.scores / total if total > 0 else torch.zeros_like(self.scores)
 
-    def of_last(self, count: int) -> float:
-        """The share of the last so many numbers together, in size."""
-        return float(self.share[-count:].abs().sum())
+    def of_last(self, count: int | SupportsIndex) -> float:
+        """The share of the last so many numbers together, in size.
+
+        Raises:
+            ValueError: for a count below 0.
+            TypeError: for a count that is not an integer.
+        """
+        count = as_count(count, "count is how many of the last numbers, 0 or more", least=0)
+        return float(self.share[max(0, len(self) - count) :].abs().sum())
 
     def plot(self, forecast: "Forecast | None" = None, truth: int | None = None) -> "Figure":
         """The influence as bars along the series, the series itself as a line, and beside it the forecast with the
@@ -63,7 +69,8 @@ class SeriesInfluence:
 def influence(answer: Attribution) -> SeriesInfluence:
     """An answer about a series, number by number: the tokens of a number are put together, all else is left out.
 
-    A number is what stands between two texts without digits, whatever tokens it is made of. Its score is what the scope
+    A number is what stands between two texts without digits, whatever tokens it is made of, and ends where tokens were
+    set aside. Its score is what the scope
     would find for its tokens together, as in `answer.by`.
 
     Unit: the answer's.
@@ -78,7 +85,9 @@ def influence(answer: Attribution) -> SeriesInfluence:
         >>> series.influence(answer).numbers
         (15, 50, 85, 20)
     """
-    whole, places = offsets(answer.str_tokens)
+    # Where tokens were set aside, what stood beside them does not belong together.
+    beside = zip((answer.positions[0] - 1, *answer.positions), answer.positions, answer.str_tokens, strict=False)
+    whole, places = offsets([text if at == before + 1 else f" {text}" for before, at, text in beside])
     spans, numbers = [], []
     for found in re.finditer(r"\d+", whole):
         start, stop = found.span()

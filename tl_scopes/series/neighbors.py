@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, Real
 from torch import Tensor
 
-from tl_scopes.models import as_count
+from tl_scopes.models import abridged, as_count
 from tl_scopes.series.influence import SeriesInfluence
 from tl_scopes.views import series as pictures
 
@@ -91,7 +92,7 @@ def neighbor_test(
 
     Args:
         influence: an answer for each series, all of one length; or their scores.
-        series: the numbers, where `influence` is scores.
+        series: the numbers, where `influence` is scores; answers hold theirs.
         generator: of the permutations.
         dimension: of the delay embedding, E.
         neighbors: how many neighbours count; more where several are equally near.
@@ -99,7 +100,7 @@ def neighbor_test(
             the last one. "next": |v_i − v_n|, how alike it is to the one to come (`following`). "previous":
             |v_{i−1} − v_{n−1}|, how alike the number before it is to the last one, which is the neighbourhood in one
             dimension: then a test in more asks for what an embedding adds to induction.
-        following: the number that came next in each series, for given="next".
+        following: the number that came next in each series, one for each, for given="next".
         mirrored: ask about the *predecessor* of a neighbour in place of its successor, with time run backwards:
             d_i = ‖(v_{i+1} … v_{i+E}) − (v_{n−1} … v_{n−E})‖. A model that looks up what came next has no use for it;
             but influence that spreads to whatever stands beside a number like the last one is as strong there. It is
@@ -111,7 +112,9 @@ def neighbor_test(
 
     Raises:
         ValueError: for a series shorter than the embedding needs, fewer than 6 of them, ones of different lengths or
-            with NaN, constant ones; for counts below 1; for unknown `given`, and "next" without `following`.
+            with NaN, constant ones; for scores without `series`, and answers with it; for counts below 1; for unknown
+            `given`, and "next" without `following`, or with other than a finite number for each series; for numbers so
+            large that there is no statistic.
         TypeError: for counts that are not integers.
 
     Source: the question is one that Liu et al. 2026 (arXiv:2601.16407), section 3.3, leave open. The statistic is the
@@ -132,6 +135,11 @@ def neighbor_test(
     orders = torch.stack([torch.randperm(count, generator=generator) for _ in range(permutations)])
     null = _studentised(others.exchanged(rank_left, neighbor_left, orders) / len(after))
     statistic = float(_studentised(per_series))
+    if not (distance.isfinite().all() and isfinite(statistic) and null.isfinite().all()):
+        raise ValueError(
+            "there is no p, since differences of these numbers, or squares of differences, are too large for a float: "
+            f"they go up to {values.abs().max():.3g}. Divide the series, and `following`, by one number."
+        )
     gain = float((rank_left * is_neighbor).sum(1).div(is_neighbor.sum(1)).mean())
     p = (1 + int((null >= statistic).sum())) / (1 + permutations)
     return NeighborTest(gain, statistic, p, per_series, null, dimension, neighbors, tuple(given))
@@ -156,6 +164,8 @@ def delays(
 
 
 def _read(influence: Any, series: Tensor | None) -> tuple[Tensor, Tensor]:
+    if series is not None and not isinstance(influence, Tensor):
+        raise ValueError("answers hold their own numbers: leave `series` out, which goes with scores [series number].")
     if isinstance(influence, Tensor):
         if series is None or series.shape != influence.shape or influence.ndim != 2:
             raise ValueError("scores come with the series they are about, both [series number].")
@@ -207,13 +217,31 @@ def _controls(
         if name == "next":
             if following is None:
                 raise ValueError('given="next" needs `following`, the number that came next in each series.')
-            to_come = torch.as_tensor(following).double()[:, None]
-            found[name] = (values[:, after] - to_come).abs()
+            found[name] = (values[:, after] - _to_come(following, len(values))).abs()
         elif name == "recency":
             found[name] = None
         else:
             found[name] = (values[:, after - int(name == "previous")] - last).abs()
     return found
+
+
+def _to_come(following: Any, count: int) -> Float[Tensor, "series 1"]:
+    """The number that came next in each series.
+
+    Raises:
+        ValueError: where it is not one finite number for each.
+    """
+    rule = f"`following` is the number that came next in each of the {count} series"
+    try:
+        found = torch.as_tensor(following, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{rule}, got {abridged(following)}.") from error
+    if found.shape != (count,):
+        raise ValueError(f"{rule}, [{count}], got the shape {list(found.shape)}.")
+    if not found.isfinite().all():
+        which = int(found.isfinite().logical_not().nonzero()[0])
+        raise ValueError(f"{rule}, and that of series {which} is {float(found[which])}: leave that series out.")
+    return found[:, None]
 
 
 def _features(

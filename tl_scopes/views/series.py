@@ -56,7 +56,7 @@ def losses(found: "Losses") -> "Figure":
     with default_style():
         figure = new_figure(figsize=(6, 3), layout="constrained")
         axes = figure.subplots()
-        axes.plot(found.values.mean(0).tolist(), color=color(1.0), label="model")
+        axes.plot(found.values.nanmean(0).tolist(), color=color(1.0), label="model")
         if found.markov is not None:
             axes.plot(found.markov.mean(0).tolist(), color=color(-1.0), label="Markov chain")
         axes.axhline(4.605, color=_GRAY, linewidth=0.8, linestyle=":", label="uniform")
