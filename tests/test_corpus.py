@@ -289,7 +289,7 @@ def test_a_set_where_one_token_is_asked_about(tiny: Any, scope: tls.Scope) -> No
     """Its first token was taken for it."""
     asked = tls.attribute_many(tiny, TEXTS[:1], scope, targets=[{" are", " is"}], on_error="raise")
     with pytest.raises(
-        ValueError, match=r"its target ' (are\| is|is\| are)' is a set, .* is about one token: give one"
+        ValueError, match=r"HetaScope.* explains one token, got the set ' (are\| is|is\| are)': ask once for each"
     ):
         list(asked)
 

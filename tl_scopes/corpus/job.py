@@ -22,7 +22,6 @@ from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.scopes.corrections import Around
 from tl_scopes.scopes.own_foil import ask_each
 from tl_scopes.scopes.scope import Scope
-from tl_scopes.scopes.written import as_written
 
 Found: TypeAlias = Attribution | AttributionMap | AnswerMap | Paths
 """What may be known of a prompt."""
@@ -97,11 +96,6 @@ class Asked(NamedTuple):
         if self.foil is not None:
             foil = models.read_target(model, self.foil, vocab, "foil")
         scope = settings.scope.giving_way(model, said, foil, vocab)
-        if said is not None and said.any_of and not scope.takes_spans and hasattr(_innermost(scope), "target"):
-            raise ValueError(
-                f"its target {said.text!r} is a set, of which any token is meant, and {as_written(scope)} is about one "
-                "token: give one."
-            )
         if foil is not None:
             said = said or scope.named_targets(model, vocab)[0]
             if said is None:
