@@ -282,18 +282,6 @@ def test_every_prediction_of_a_set(tiny: Any, out: Path) -> None:
     assert [type(found) for found in corpus] == [tls.AttributionMap, type(None), tls.AttributionMap]
 
 
-@pytest.mark.parametrize(
-    "scope", [tls.HetaScope(probes=2), tls.PositionCorrectedScope(tls.HetaScope(probes=2))], ids=str
-)
-def test_a_set_where_one_token_is_asked_about(tiny: Any, scope: tls.Scope) -> None:
-    """Its first token was taken for it."""
-    asked = tls.attribute_many(tiny, TEXTS[:1], scope, targets=[{" are", " is"}], on_error="raise")
-    with pytest.raises(
-        ValueError, match=r"HetaScope.* explains one token, got the set ' (are\| is|is\| are)': ask once for each"
-    ):
-        list(asked)
-
-
 def test_other_readers(tiny: Any, out: Path, tmp_path: Path) -> None:
     """One line reads it with datasets, and with polars."""
     ask(TEXTS, out, model=tiny)
