@@ -69,8 +69,8 @@ def test_card() -> None:
     (alt,) = (attributes["alt"] for name, attributes in reader.elements if name == "img")
     first = ATTENTION[:, :, 0].mean(1)
     assert alt == (
-        "Attention of 3 heads between 4 tokens. Most of it rests on the first token in "
-        f"{NAMES[int(first.argmax())]}, {first.max():.0%} on average."
+        "Attention of 3 heads between 4 tokens. The head that attends most to the first token is "
+        f"{NAMES[int(first.argmax())]}, with {first.max():.0%} on average."
     )
     assert "<script" not in html
 

@@ -226,8 +226,13 @@ def test_nan_activations(model: Any) -> None:
         (" are", ValueError, "no tokenizer for its output: pass the target ' are' as a token id"),
         (1.5, TypeError, "as text or as id, got 1.5"),
         (True, TypeError, "as text or as id, got True"),
+        ({None, 3}, TypeError, "a member of the target is a token as text or as id, got None"),
+        ({(" a", " b"), 3}, TypeError, r"a member of the target is a token as text or as id, got \(' a', ' b'\)"),
+        ("", ValueError, "the target is empty: give at least one character"),
+        ({"", 3}, ValueError, "the member of the target is empty: give at least one character"),
     ],
 )
+@pytest.mark.usefixtures("no_type_checks")
 def test_target(lin: tls.Linearization, target: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         tls.SemanticScope(target=target)(lin)
@@ -251,11 +256,22 @@ def test_target_of_several_tokens(tiny: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("target", ["", "☃"])
-def test_target_unknown_to_the_tokenizer(tiny: Any, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny.tokenizer, "encode", lambda text, **_: [tiny.tokenizer.unk_token_id] if text else [])
-    with pytest.raises(ValueError, match=f"target {target!r} is unknown to the tokenizer: pass the token id"):
-        tls.attribute(tiny, "The keys", tls.SemanticScope(target=target))
+@pytest.mark.parametrize("encoded", [[], [None]])
+def test_target_unknown_to_the_tokenizer(tiny: Any, encoded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny.tokenizer, "encode", lambda *_, **__: [tiny.tokenizer.unk_token_id for _ in encoded])
+    with pytest.raises(ValueError, match="target '☃' is unknown to the tokenizer: pass the token id"):
+        tls.attribute(tiny, "The keys", tls.SemanticScope(target="☃"))
+
+
+@pytest.mark.parametrize("target", [" zork", {" zork", " is"}, " zork is"])
+def test_a_token_that_the_tokenizer_alone_has(target: Any) -> None:
+    """One that was added to it, and not to the model."""
+    model = tls.load_tiny()
+    size = len(model.tokenizer)
+    model.tokenizer.add_tokens([" zork"])
+    message = rf"has the token ' zork' \(id {size}\), which the model lacks: its vocabulary of {size} has the ids 0 to"
+    with pytest.raises(ValueError, match=message):
+        tls.attribute(model, "The keys", tls.SemanticScope(target))
 
 
 def test_options(lin: tls.Linearization) -> None:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -16,6 +17,7 @@ import tl_scopes as tls
 from tl_scopes import models
 from tl_scopes.__main__ import main
 from tl_scopes.circuits.cut import By
+from tl_scopes.cli import plain_warnings
 from tl_scopes.cli_corpus import Cut, Predictions, app
 from tl_scopes.corpus.job import Predictions as KnownPredictions
 from tl_scopes.corpus.worker import Worker
@@ -191,7 +193,6 @@ def test_what_is_wrong(prompts: Path, tmp_path: Path) -> None:
         (["--predictions", "every", "--carried-by", "head"], "--carried-by head splits the score of one prediction"),
         (["--column", "prompt=question", "--column", "id=key"], "has no column 'key'"),
         (["--column", "prompt=question", "--strongest", "2"], "--strongest 2 says how many tokens' scores are split"),
-        (["--column", "prompt=question", "--model", "./nothing"], "there is no folder './nothing'"),
         (
             ["--column", "prompt=question", "--model", "./nothing", "--scope", "heta", "--carried-by", "head"],
             "error: carried_by takes scopes whose scores are norms of cᵀJ",
@@ -202,6 +203,25 @@ def test_what_is_wrong(prompts: Path, tmp_path: Path) -> None:
         assert message in result.stderr
         assert result.stdout == ""
     assert not (tmp_path / "a").exists()
+
+
+def test_a_model_that_cannot_be_loaded(prompts: Path, tmp_path: Path) -> None:
+    """It ends as the other commands end."""
+    result = run(prompts, "--out", tmp_path / "a", "--column", "prompt=question", "--model", "./nothing")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: there is no folder './nothing'")
+    assert result.stderr.count("error: ") == 1
+
+
+def test_warnings_name_the_options(prompts: Path, tmp_path: Path) -> None:
+    given = ["--out", tmp_path / "out", "--column", "prompt=question", "--scope", "heta", "--rules", "linear"]
+    with pytest.warns(UserWarning, match="what curves the network is constant") as warned:
+        result = run(prompts, *given)
+    assert result.exit_code == 2
+    with plain_warnings():
+        [line] = {warnings.formatwarning(one.message, one.category, "", 0) for one in warned}
+    assert line.startswith("warning: ")
+    assert "what curves the network is constant: leave --rules out." in line
 
 
 def test_both_commands_are_one(prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from torch.testing import assert_close
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tl_scopes as tls
 from tests import zoo
-from tests.zoo import PROMPT
+from tests.zoo import PROMPT, VOCAB
 from tl_scopes import models
 from tl_scopes.jacobian import pullback
 from tl_scopes.jacobian.pullback import pull
@@ -154,6 +155,36 @@ def test_outputs_that_are_no_tokens(outputs: int) -> None:
     assert answer.target.text == f"<{answer.target.id}>"
     with pytest.raises(ValueError, match=f"target {outputs} is outside the vocabulary of {outputs}"):
         tls.SemanticScope(target=outputs)(lin)
+
+
+@pytest.mark.parametrize("species", zoo.SPECIES)
+def test_sizes_are_those_of_the_weights(species: str) -> None:
+    """Whatever the configuration says since a tokenizer was assigned."""
+    model = zoo.specimen(species).model
+    before = model.cfg.d_vocab, model.cfg.d_vocab_out
+    with zoo.Float64():
+        outputs = model(torch.tensor([PROMPT]), return_type="logits").shape[-1]
+    assert (models.vocabulary_size(model), models.output_size(model)) == (VOCAB, outputs)
+    if species.startswith("hooked"):
+        return
+    try:
+        model.cfg.d_vocab, model.cfg.d_vocab_out = 5, 5
+        assert (models.vocabulary_size(model), models.output_size(model)) == (VOCAB, outputs)
+    finally:
+        model.cfg.d_vocab, model.cfg.d_vocab_out = before
+
+
+def test_a_tokenizer_that_is_assigned_to_a_padded_vocabulary() -> None:
+    """It may be smaller than the vocabulary: text is understood, and all ids may be given, before and after."""
+    tokenizer = tls.load_tiny().tokenizer
+    size = len(tokenizer) + 43
+    config = transformers.LlamaConfig(**zoo._LLAMA, vocab_size=size)
+    hf = transformers.LlamaForCausalLM(config).eval()
+    model = zoo.build_bridge_from_module(hf, "LlamaForCausalLM", hf_config=config, tokenizer=tokenizer)
+    expected = tls.attribute(model, "The keys", tls.SemanticScope(" are"))
+    model.tokenizer = tokenizer
+    assert torch.equal(tls.attribute(model, "The keys", tls.SemanticScope(" are")).scores, expected.scores)
+    assert tls.attribute(model, [size - 1], tls.SemanticScope(size - 1)).str_tokens == (f"<{size - 1}>",)
 
 
 @pytest.mark.parametrize("make", [lambda lin: lin.logits.argmax(), lambda lin: lin.logits.argmax().numpy()])

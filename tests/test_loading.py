@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import tl_scopes as tls
 from tests import zoo
@@ -90,6 +91,46 @@ def test_no_precision(load: Any, dtype: Any, error: type[Exception], got: str) -
 def test_no_name(no_type_checks: None) -> None:
     with pytest.raises(TypeError, match="loaded by its name, a folder or a GGUF file, as text or a path, got 3"):
         models.load(3)  # type: ignore[arg-type]
+
+
+OTHER_LLAMAS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen2": ("Qwen2", {}, "this is a qwen2"),
+    "attention": ("Llama", {"attention_bias": True}, "this one has attention_bias=True and mlp_bias=False"),
+    "mlp": ("Llama", {"mlp_bias": True}, "this one has attention_bias=False and mlp_bias=True"),
+    **{
+        kind: ("Llama", {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **more}},
+               rf"the positions of this one are scaled \(rope_type='{kind}'\)")
+        for kind, more in {
+            "linear": {},
+            "dynamic": {},
+            "yarn": {"original_max_position_embeddings": 16},
+            "llama3": {"original_max_position_embeddings": 16, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        }.items()
+    },
+}  # fmt: skip
+
+
+def hugging_face(name: str, **options: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**zoo._LLAMA, vocab_size=zoo.VOCAB, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).double().eval()
+    zoo._randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", OTHER_LLAMAS)
+def test_a_llama_that_would_have_other_logits(kind: str) -> None:
+    name, options, found = OTHER_LLAMAS[kind]
+    with pytest.raises(ValueError, match=rf"would have other logits here: {found}\. Take the TransformerBridge"):
+        models.hooked_from_llama(hugging_face(name, **options), tokenizer=None)
+
+
+@pytest.mark.skipif(zoo.HookedTransformer is None, reason="TransformerLens 4 has no HookedTransformer")
+@pytest.mark.parametrize("theta", [1e4, 500.5])
+def test_a_hooked_llama_has_the_logits_of_hugging_face(theta: float) -> None:
+    plain = hugging_face("Llama", rope_parameters={"rope_type": "default", "rope_theta": theta})
+    ids = torch.tensor([zoo.PROMPT])
+    with zoo.Float64():
+        torch.testing.assert_close(models.hooked_from_llama(plain, tokenizer=None)(ids), plain(ids).logits)
 
 
 def test_other_names_stay() -> None:

@@ -52,6 +52,15 @@ def test_without_bos_text_is_as_it_is(model: Any) -> None:
     assert models.read_prompt(model, "<|bos|>" + TEXT, prepend_bos=False).notes == ()
 
 
+@pytest.mark.parametrize("prepend_bos", [None, True, False])
+@pytest.mark.parametrize("count", [2, 3])
+def test_text_with_two_bos_is_taken_as_it_is(model: Any, count: int, prepend_bos: bool | None) -> None:
+    """With the note on ids like it; none of them is taken for one that was put in front."""
+    read = models.read_prompt(model, "<|bos|>" * count + TEXT, prepend_bos)
+    assert read.tokens.tolist() == [model.tokenizer.bos_token_id] * (count - 1) + ids(model, TEXT, prepend_bos=True)
+    assert read.notes == ("the text begins with '<|bos|>' twice",)
+
+
 def test_ids_with_two_bos_are_taken_as_they_are(model: Any) -> None:
     twice = [model.tokenizer.bos_token_id, *ids(model, TEXT)]
     read = models.read_prompt(model, twice)

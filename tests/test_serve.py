@@ -124,7 +124,7 @@ def test_only_its_own_pages_are_answered(headers: dict[str, str], status: int) -
         ("//evil.example/", "GET", 404, "there is one page here"),
         ("/", "POST", 501, "Unsupported method"),
         ("/?prompt=%ff", "GET", 400, "the prompt must be UTF-8"),
-        ("/?" + "&".join(["a=1"] * 20), "GET", 400, "the prompt must be UTF-8|number of fields"),
+        ("/?" + "&".join(["a=1"] * 20), "GET", 400, r"^the address has more than 8 fields: there is one, prompt\.$"),
         ("/?prompt=" + "a" * 20_001, "GET", 413, "the prompt has 20,001 characters, and the page takes 20,000: ask"),
         ("/?prompt=" + "a" * 66_000, "GET", 414, "longer than 65,536 bytes: ask a shorter prompt"),
         ("/favicon.ico", "GET", 204, ""),
@@ -269,6 +269,25 @@ def test_the_command_tells_a_wrong_model(tmp_path: Path) -> None:
     assert "there is no folder" in " ".join(result.stderr.split())
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--rules", "nope", "--model", "/none"], "there are no rules called 'nope'"),
+        (["--rules", "linear", "--scope", "heta"], "what curves the network is constant: leave --rules out."),
+        (["--chat"], "the model's tokenizer has no chat template"),
+        (["--generate", "256"], "--generate 256 leaves no room for a prompt: the model's context is 256."),
+    ],
+    ids=str,
+)
+def test_the_command_tells_what_no_prompt_can_be_asked(args: list[str], message: str) -> None:
+    """Before it serves, in one line."""
+    result = CliRunner().invoke(app, ["--port", "0", *args], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in " ".join(result.stderr.split())
+    assert "(Ctrl+C ends it)" not in result.stderr
+
+
 def test_help() -> None:
     result = CliRunner().invoke(app, ["--help"])
     shown = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout)
@@ -331,6 +350,14 @@ def test_an_empty_chat_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
                 urlopen(f"{address}?prompt={quote(prompt)}")
             assert told(refused.value.read().decode()) == "the prompt is empty: give at least one character."
 
+    load = tls.load_tiny
+
+    def chatty(**options: Any) -> Any:
+        model = load(**options)
+        model.tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        return model
+
+    monkeypatch.setattr(tls, "load_tiny", chatty)
     run_as_a_person(monkeypatch, ["--chat"], visit)
 
 

@@ -633,8 +633,23 @@ def test_generation_is_the_likeliest_text(tiny: Any, kind: str) -> None:
         tls.generate(model, KEYS, 3, temperature=0.7)
     with pytest.raises(ValueError, match=r"top_k=5, top_p=0.9 would change nothing, .* or leave them out"):
         tls.generate(model, KEYS, 3, do_sample=False, top_p=0.9, top_k=5)
+    with pytest.raises(ValueError, match="num_return_sequences=2 asks for several answers, and generate returns one"):
+        tls.generate(model, KEYS, 3, num_return_sequences=2)
+    for option in ({"return_type": "str"}, {"verbose": True}, {"attention_mask": None}, {"generation_config": None}):
+        with pytest.raises(ValueError, match=f"generate takes no {next(iter(option))}, which it sets itself"):
+            tls.generate(model, KEYS, 3, **option)
     torch.manual_seed(0)
     assert len({tls.generate(model, KEYS, 6, do_sample=True, temperature=5.0).text for _ in range(3)}) > 1
+
+
+@pytest.mark.parametrize("kind", ["bridge", *(["hooked"] if zoo.HookedTransformer else [])])
+def test_another_end_of_sequence_is_no_part_of_the_answer(tiny: Any, kind: str) -> None:
+    model = tiny if kind == "bridge" else tls.load_tiny(kind="hooked")
+    ids = tls.generate(model, KEYS, 4).ids
+    assert tls.generate(model, KEYS, 4, eos_token_id=ids[1]).ids == ids[:1]
+    if kind == "bridge":
+        for ends in ([ids[2], ids[1]], torch.tensor([ids[1]])):
+            assert tls.generate(model, KEYS, 4, eos_token_id=ends).ids == ids[:1]
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

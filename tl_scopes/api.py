@@ -282,13 +282,15 @@ def generate(
         max_new_tokens: how many tokens at most. It ends earlier where the model says its end of sequence.
         prepend_bos: whether text gets a BOS token; None is TransformerLens' own default for the model.
         options: for the model's own method: of a bridge those of Hugging Face's `generate`, of a HookedTransformer
-            those of its `generate`. The likeliest token is taken each time, unless `do_sample=True` is given.
+            those of its `generate`. The likeliest token is taken each time, unless `do_sample=True` is given. It ends
+            at `eos_token_id` too.
 
     Cost: a forward pass per token, with a key-value cache where the model has one.
 
     Raises: as `linearize` does for prompts. ValueError for max_new_tokens below 1, a prompt that leaves no room in the
-        context, where the model says nothing but its end of sequence, and for `temperature` and other options of
-        sampling without `do_sample=True`. TypeError for max_new_tokens that is not an integer.
+        context, where the model says nothing but its end of sequence, for `temperature` and other options of sampling
+        without `do_sample=True`, and for several answers and options that are set here. TypeError for
+        max_new_tokens that is not an integer.
 
     Example:
         >>> said = tls.generate(model, "The keys to the old cabinet near the door", 3)

@@ -174,8 +174,11 @@ _FLAGS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\bgive carried_by, \"head\" say": "give --carried-by head, say",
     r"\bcarried_by='(\w+)'": r"--carried-by \1",
     r"\bpredictions=\"every\"": "--predictions every",
+    r"\bask (it of )?lin\.under\(None\)": "leave --rules out",
+    r"\bask RelevanceScope\b": "take --scope relevance",
+    r", or set tokenizer\.chat_template": "",
 }
-"""Arguments in the library's errors, and the options of the command line that they are."""
+"""Arguments in the library's errors and warnings, and the options of the command line that they are."""
 
 
 def column_option(named: tuple[str, str | None]) -> str:
@@ -265,14 +268,11 @@ def main(
         from transformers.utils import logging
 
         import tl_scopes as tls
-        from tl_scopes import models
         from tl_scopes.views import attribution as card
 
         if model is None or Path(model).exists() or not sys.stderr.isatty():
             logging.disable_progress_bar()  # nothing is downloaded, or nobody watches
-        with exits(1, Exception):
-            loaded = loader(model, device, dtype)()
-            models.check_model(loaded)
+        loaded = loader(model, device, dtype)()
         with exits(2, ValueError), exits(1, RuntimeError, MemoryError):
             asked = question.about(named)
             asked_of: Any = as_chat(text) if chat else text
@@ -305,12 +305,21 @@ def main(
 
 
 def loader(model: str | None, device: str | None, dtype: str) -> Callable[[], Any]:
-    """A function that loads the model of this name, or the one that comes with the package where there is no name."""
+    """A function that loads the model of this name, or the one that comes with the package where there is no name.
+
+    It ends the command with exit code 1 for a model that cannot be loaded, or not be asked.
+    """
     import tl_scopes as tls
     from tl_scopes import models
 
-    load = tls.load_tiny if model is None else partial(models.load, model)
-    return partial(load, device=device, dtype=str(dtype))
+    def load() -> Any:
+        named = tls.load_tiny if model is None else partial(models.load, model)
+        with exits(1, Exception):
+            loaded = named(device=device, dtype=str(dtype))
+            models.check_model(loaded)
+        return loaded
+
+    return load
 
 
 def _require_writable(name: str, path: Path | None) -> None:
@@ -344,13 +353,20 @@ def exits(code: int, *kinds: type[Exception]) -> Iterator[None]:
     """At these exceptions, print their message as one paragraph on stderr and end with this exit code."""
     try:
         yield
+    except typer.Exit:  # a RuntimeError, which has said why
+        raise
     except kinds as error:
         console = Console(stderr=True, highlight=False)
-        reason = str(error).strip().replace("\n", " ") or type(error).__name__
-        for pattern, flag in _FLAGS.items():  # options as they are written here
-            reason = re.sub(pattern, flag, reason)
+        reason = with_options(str(error).strip().replace("\n", " ")) or type(error).__name__
         console.print(Text.assemble(("error: ", "bold red"), reason), soft_wrap=not console.is_terminal)
         raise typer.Exit(code) from None
+
+
+def with_options(told: str) -> str:
+    """What the library says, with options as they are written on the command line."""
+    for pattern, flag in _FLAGS.items():
+        told = re.sub(pattern, flag, told)
+    return told
 
 
 @contextmanager
@@ -358,7 +374,9 @@ def plain_warnings() -> Iterator[None]:
     """Inside, a warning is one line on stderr, without the place in the code: the code is not the user's."""
 
     def line(message: Warning | str, category: type[Warning], *place: Any) -> str:
-        return f"warning: {message}\n" if issubclass(category, UserWarning) else before(message, category, *place)
+        if not issubclass(category, UserWarning):
+            return before(message, category, *place)
+        return f"warning: {with_options(str(message))}\n"
 
     before, warnings.formatwarning = warnings.formatwarning, line  # type: ignore[assignment]
     try:

@@ -1,6 +1,7 @@
 """The command `tl-scopes serve`: the explorer in a browser, for prompts that are typed in."""
 
 import sys
+import warnings
 from contextlib import redirect_stdout
 from functools import partial
 from typing import Annotated, Any
@@ -48,6 +49,8 @@ _GENERATE = (
     "Let the model say so many tokens at most after the prompt, and explain each of them in place of the prompt's "
     "tokens."
 )
+_SHORT = "A short text"
+"""A prompt that is asked once before anybody asks."""
 _HOST = "Another address to listen at. Whoever can reach it can use the model, and what is typed is not encrypted."
 
 
@@ -82,13 +85,24 @@ def serve(
             answer = None if generate is None else tls.generate(loaded, said, generate, prepend_bos=bos)
             return tls.explore(loaded, said, scopes, answer=answer, **options)
 
+        def try_out() -> None:  # what no prompt can be asked is told at once; what is said varies with the prompt
+            context = models.context_length(loaded)
+            if generate is not None and context is not None and generate >= context:
+                raise ValueError(
+                    f"--generate {generate} leaves no room for a prompt: the model's context is {context}."
+                )
+            said: Any = as_chat(_SHORT) if chat else _SHORT
+            tls.explore(loaded, said, scopes, answer=None if generate is None else _SHORT, **options)
+
         with exits(2, ValueError):  # before the model is loaded, which takes a while
+            models.LinearRules.read(rule_names(rules))
             scopes = [QUESTIONS[name].about({}) for name in asked]
             server = PromptServer(explore, host, port)
         with server:
-            with exits(1, Exception):
-                loaded = loader(model, device, dtype)()
-                models.check_model(loaded)
+            loaded = loader(model, device, dtype)()
+            with exits(2, ValueError), exits(1, RuntimeError, MemoryError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                try_out()
             server.title = f"tl_scopes: {models.model_name(loaded)}"
             typer.echo(f"{server.title} at {server.url} (Ctrl+C ends it)", err=True)
             try:

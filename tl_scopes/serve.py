@@ -32,6 +32,7 @@ LONGEST = 20_000
 """How many characters a prompt has at most. A request is 65,536 bytes long at most, as `http.server` has it."""
 PATIENCE = 30.0
 """How many seconds a request waits for the one before it, and for a browser to say what it wants."""
+_FIELDS = 8
 
 
 class Gone(BaseException):
@@ -140,9 +141,12 @@ class _Handler(BaseHTTPRequestHandler):
         if address.path != "/":
             return self.send_error(HTTPStatus.NOT_FOUND, "there is one page here, at /")
         try:
-            fields = parse_qs(address.query, keep_blank_values=True, errors="strict", max_num_fields=8)
-        except ValueError as error:
+            fields = parse_qs(address.query, keep_blank_values=True, errors="strict", max_num_fields=_FIELDS)
+        except UnicodeDecodeError as error:
             return self.send_error(HTTPStatus.BAD_REQUEST, f"the prompt must be UTF-8: {error}")
+        except ValueError:
+            told = f"the address has more than {_FIELDS} fields: there is one, prompt"
+            return self.send_error(HTTPStatus.BAD_REQUEST, told)
         if "prompt" not in fields:
             return self._send(HTTPStatus.OK, view.asked(self.server.title))
         try:

@@ -39,7 +39,7 @@ def test_the_matrix_is_what_stands_at_the_hook(name: str) -> None:
         assert not models.holds_positions(model)
         with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: value * 0)]):
             table, mean = models.embedding_matrix(model), models.mean_embedding(model, 5)
-        assert len(table) == models.vocabulary_size(model)
+        assert len(table) == models.vocabulary_size(model) == models.output_size(model) == model.cfg.d_vocab
         assert_close(table[PROMPT], models.embed(model, torch.tensor([PROMPT]))[0], **EXACT)
         assert_close(table[PROMPT], tls.linearize(model, PROMPT).embeddings, **EXACT)
         assert_close(mean, table.mean(0), **EXACT)

@@ -1,7 +1,7 @@
 """What a model says after a prompt, by its own generation."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,15 +56,17 @@ class Generated:
 
 @torch.no_grad()
 def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: Any) -> list[int]:
-    """The ids that the model's own method appends to a prompt, up to its end of sequence.
+    """The ids that the model's own method appends to a prompt, up to its end of sequence, or one of `eos_token_id`.
 
     On a bridge this is the method of the wrapped Hugging Face model. Its key-value cache is used where it is right: on
     TransformerLens 3.9 and 4.3 with transformers 5.24 bridges of some architectures (Llama) write another text with a
     cache than without one, by either method.
 
     Raises:
-        ValueError: for a prompt that leaves no room in the context; for options of sampling where nothing is sampled.
+        ValueError: for a prompt that leaves no room in the context; for options of sampling where nothing is sampled;
+            for several answers (`num_return_sequences`), and for options that are set here.
     """
+    _require_one_answer(options)
     _require_sampling(options)
     context = context_length(model)
     if context is not None and len(tokens) + count > context:
@@ -90,9 +92,34 @@ def generate(model: Model, tokens: Int[Tensor, "token"], count: int, **options: 
     whole = getattr(whole, "sequences", whole)
     ids: list[int] = whole[0, len(tokens) :].tolist()
     configured = getattr(getattr(inner, "generation_config", None), "eos_token_id", None)
-    ends = {special_id(model, "eos"), *(configured if isinstance(configured, list) else [configured])}
+    ends = {special_id(model, "eos"), *_each(configured), *_each(options.get("eos_token_id"))}
     stop = next((i for i, id in enumerate(ids) if id in ends), len(ids))
     return ids[:stop]
+
+
+def _each(ends: Any) -> list[Any]:
+    """The ids of `eos_token_id`, which is one, several or None."""
+    ends = ends.tolist() if isinstance(ends, Tensor) else ends
+    return list(ends) if isinstance(ends, Sequence) else [ends]
+
+
+def _require_one_answer(options: Mapping[str, Any]) -> None:
+    """Refuse options that ask for more than one answer, or for another form than this function reads.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    for name in ("return_type", "verbose", "attention_mask", "generation_config"):
+        if name in options:
+            raise ValueError(
+                f"generate takes no {name}, which it sets itself, or parts of it: leave it out, and give other options "
+                "one by one, do_sample=True say."
+            )
+    if options.get("num_return_sequences", 1) not in (None, 1):
+        raise ValueError(
+            f"num_return_sequences={options['num_return_sequences']!r} asks for several answers, and generate returns "
+            "one: call it once for each."
+        )
 
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -189,7 +189,8 @@ def load_hooked_llama(
 
     Raises:
         ImportError: on TransformerLens 4, which has no HookedTransformer.
-        ValueError, TypeError: for a precision that is not one, as `load` does.
+        ValueError, TypeError: for a precision that is not one, as `load` does; for a model that `hooked_from_llama`
+            refuses.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -206,7 +207,11 @@ def hooked_from_llama(hf_model: Any, tokenizer: Any, name: str = "llama") -> Mod
 
     Raises:
         ImportError: on TransformerLens 4, which has no HookedTransformer.
+        ValueError: for another architecture, biases in attention or MLP, and positions that are scaled: the weights of
+            a `HookedTransformer` are made without them.
     """
+    config = hf_model.config
+    _require_plain_llama(config)
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig
         from transformer_lens.pretrained.weight_conversions import convert_llama_weights
@@ -216,7 +221,6 @@ def hooked_from_llama(hf_model: Any, tokenizer: Any, name: str = "llama") -> Mod
             "'transformer-lens<4'."
         ) from error
 
-    config = hf_model.config
     cfg = HookedTransformerConfig(
         model_name=name,
         original_architecture="LlamaForCausalLM",
@@ -236,7 +240,7 @@ def hooked_from_llama(hf_model: Any, tokenizer: Any, name: str = "llama") -> Mod
         positional_embedding_type="rotary",
         rotary_adjacent_pairs=False,
         rotary_dim=config.head_dim,
-        rotary_base=int(config.rope_parameters["rope_theta"]),
+        rotary_base=config.rope_parameters["rope_theta"],
         device=str(hf_model.device),
         dtype=hf_model.dtype,
     )
@@ -249,3 +253,23 @@ def hooked_from_llama(hf_model: Any, tokenizer: Any, name: str = "llama") -> Mod
         fold_value_biases=False,
     )
     return model.eval()
+
+
+def _require_plain_llama(config: Any) -> None:
+    """Refuse what TransformerLens' conversion of Llama's weights passes over in silence.
+
+    Raises:
+        ValueError: with what it is, and what to load instead.
+    """
+    if config.model_type != "llama":
+        found = f"this is a {config.model_type}"
+    elif config.attention_bias or config.mlp_bias:
+        found = f"this one has attention_bias={config.attention_bias} and mlp_bias={config.mlp_bias}"
+    elif (scaling := config.rope_parameters["rope_type"]) != "default":
+        found = f"the positions of this one are scaled (rope_type={scaling!r})"
+    else:
+        return
+    raise ValueError(
+        "a HookedTransformer is made of a Llama without biases whose rotary positions are not scaled, and would have "
+        f"other logits here: {found}. Take the TransformerBridge, models.load(folder), which has them."
+    )

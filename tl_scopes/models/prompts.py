@@ -1,6 +1,7 @@
 """From text, a chat, ids or what a tokenizer returned to the token ids of a prompt, with notes on what looks odd."""
 
 from collections.abc import Mapping, Sequence, Set
+from itertools import count as count_from
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -195,10 +196,16 @@ def _of_text(model: Model, prompt: str, prepend_bos: bool | None, notes: list[st
     require_text(prompt, "prompt")
     tokenizer = tokenizer_of(model)
     ids: list[int] = model.to_tokens(prompt, prepend_bos=prepend_bos, truncate=False)[0].tolist()
-    bos = special_id(model, "bos")
-    if bos is not None and ids[:2] == [bos, bos] and prompt.startswith(str(tokenizer.bos_token)):
-        notes.append(f"the text begins with {tokenizer.bos_token!r}, so that no second one was put in front")
+    bos, begin = special_id(model, "bos"), getattr(tokenizer, "bos_token", None)
+    if bos is None or not begin:
+        return ids
+    own = next(count for count in count_from(0) if not prompt.startswith(begin * (count + 1)))
+    if own and ids[: own + 1] == [bos] * (own + 1):
         del ids[0]
+        if own == 1:
+            notes.append(f"the text begins with {begin!r}, so that no second one was put in front")
+    if own > 1 and ids[:2] == [bos, bos]:
+        notes.append(f"the text begins with {begin!r} twice")
     return ids
 
 

@@ -7,11 +7,11 @@ from functools import cache
 from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from tl_scopes.models.arguments import as_int
-from tl_scopes.models.supported import Model, hf_config
+from tl_scopes.models.supported import Model, hf_config, parts_of
 from tl_scopes.models.wording import abridged
 
 
@@ -103,14 +103,28 @@ def require_text(text: str, what: str) -> None:
 
 
 def vocabulary_size(model: Model) -> int:
-    """How many token ids the model has."""
-    return int(model.cfg.d_vocab)
+    """How many token ids the model has.
+
+    The weights say so where they can: a bridge of TransformerLens 4 writes the size of a tokenizer that is assigned to
+    it into its configuration, and the vocabulary may be padded to more.
+    """
+    table = _part(model, "embed", nn.Embedding)
+    return int(model.cfg.d_vocab if table is None else table.num_embeddings)
 
 
 def output_size(model: Model) -> int:
     """How many outputs the model has: as many as token ids, but for models of algorithmic tasks."""
+    linear = _part(model, "unembed", nn.Linear)
+    if linear is not None:
+        return int(linear.out_features)
     outputs = getattr(model.cfg, "d_vocab_out", None) or 0
     return int(outputs) if outputs > 0 else vocabulary_size(model)
+
+
+def _part(model: Model, name: str, kind: type[nn.Module]) -> Any:
+    """The first module of this kind in a part of the model; what adapters add stands behind it. None without one."""
+    part: Any = getattr(model, name, None)
+    return None if part is None else next((one for one in parts_of(part) if isinstance(one, kind)), None)
 
 
 def tokenizer_of(model: Model) -> Any:
@@ -166,8 +180,10 @@ def read_target(model: Model, target: Any, vocab: int | None = None, what: str =
     if isinstance(target, Set):
         if not target:
             raise ValueError(f"the {what} is an empty set: give at least one token.")
-        members = sorted(target, key=lambda one: (isinstance(one, str), one))
-        found = [_member(model, one, vocab, what) for one in members]
+        rule = f"a member of the {what} is a token as text or as id"
+        members = [one if isinstance(one, str) else as_int(one, rule) for one in target]
+        in_order = sorted(members, key=lambda one: (isinstance(one, str), one))
+        found = [_member(model, one, vocab, what) for one in in_order]
         return Target(tuple(dict.fromkeys(found)), any_of=len(set(found)) > 1)
     if isinstance(target, str):
         return Target(tuple(_tokens_of_text(model, target, vocab, what)))
@@ -234,10 +250,25 @@ def spacing_hint(model: Model, text: str) -> str:
 
 def _tokens_of_text(model: Model, text: str, vocab: int | None, what: str) -> list[Token]:
     """The tokens of a text that stands by itself, without a space that some tokenizers put in front."""
-    tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None or vocab not in (None, vocabulary_size(model)):
+    if not text:
+        raise ValueError(f"the {what} is empty: give at least one character.")
+    size = vocabulary_size(model)
+    if getattr(model, "tokenizer", None) is None or vocab not in (None, size):
         raise ValueError(f"the model has no tokenizer for its output: pass the {what} {text!r} as a token id.")
     require_text(text, what)
+    found = _as_tokenised(model, text, what)
+    for piece in found:
+        if piece.id >= size:
+            raise ValueError(
+                f"the {what} {text!r} has the token {piece.text!r} (id {piece.id}), which the model lacks: its "
+                f"vocabulary of {size} has the ids 0 to {size - 1}. Give another text, or resize the model's embedding "
+                "with its tokenizer."
+            )
+    return found
+
+
+def _as_tokenised(model: Model, text: str, what: str) -> list[Token]:
+    tokenizer = tokenizer_of(model)
     for piece in _pieces(text):
         id = tokenizer.convert_tokens_to_ids(piece)
         if id is not None and tokenizer.convert_ids_to_tokens(id) == piece and token_text(model, id) == text:

@@ -89,8 +89,8 @@ def _picture(attention: Tensor, tokens: Sequence[str], names: Sequence[str]) -> 
     first = attention[:, :, 0].mean(1)
     most = int(first.argmax())
     alt = (
-        f"Attention of {len(names)} heads between {len(tokens)} tokens. Most of it rests on the first token in "
-        f"{names[most]}, {first[most]:.0%} on average."
+        f"Attention of {len(names)} heads between {len(tokens)} tokens. The head that attends most to the first token "
+        f"is {names[most]}, with {first[most]:.0%} on average."
     )
     return embedded(figure, alt)
 
