@@ -76,7 +76,7 @@ class Asked(NamedTuple):
 
         Raises:
             ValueError: for what is not a prompt; for an answer together with a target; for a foil that nothing is
-                compared with; for a set of tokens where the scope is about one; as `read_prompt` and `read_target` do.
+                compared with; as `read_prompt` and `read_target` do.
         """
         if self.wrong:
             raise ValueError(self.wrong)
@@ -281,13 +281,9 @@ class CarriedBy(Alone):
 
 def names_target(scope: Scope) -> bool:
     """Whether the scope itself names what it explains, with which a foil can be compared."""
-    return getattr(_innermost(scope), "target", None) is not None
-
-
-def _innermost(scope: Scope) -> Scope:
     while isinstance(scope, Around):
         scope = scope.scope
-    return scope
+    return getattr(scope, "target", None) is not None
 
 
 def _lengths(prompt: ReadPrompt | Exchange) -> list[int]:

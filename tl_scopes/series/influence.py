@@ -70,8 +70,7 @@ def influence(answer: Attribution) -> SeriesInfluence:
     """An answer about a series, number by number: the tokens of a number are put together, all else is left out.
 
     A number is what stands between two texts without digits, whatever tokens it is made of, and ends where tokens were
-    set aside. Its score is what the scope
-    would find for its tokens together, as in `answer.by`.
+    set aside. Its score is what the scope would find for its tokens together, as in `answer.by`.
 
     Unit: the answer's.
 
