@@ -109,7 +109,7 @@ def test_a_gradient_by_hand_is_compared() -> None:
     small = setting(8, 64, 1)
     found = by_hand.measured(small.model, small.model, copy.deepcopy(small.hf), small.tokens[0], 1)
     assert found["by hand"] == (1, 1)
-    assert len(found) == 4
+    assert len(found) == 5
 
 
 def test_differences_between_precisions_are_of_ranks_and_of_the_largest_score() -> None:
