@@ -18,6 +18,7 @@ from tl_scopes.diagnostics.sink_report import SinkHead
 from tl_scopes.models import Target, Token
 from tl_scopes.results.attribution import Influence, Prediction
 from tl_scopes.scopes.baselines import LeaveOneOut
+from tl_scopes.scopes.measurement import Measurement
 
 WORDS = ("<|bos|>", "The", " keys", " <b>&\n", " é")
 
@@ -138,6 +139,22 @@ def test_json_round_trip(answer: tls.Attribution) -> None:
     assert same(tls.Attribution.from_json(double.to_json()), double)
     assert json.loads(answer.to_json())["unit"] == answer.unit
     assert same(pickle.loads(pickle.dumps(answer)), answer)
+
+
+def test_lists_among_details_are_kept_as_tuples(tiny: Any) -> None:
+    """They change no more, and JSON gives them back as they are."""
+
+    class WithLists(tls.SemanticScope):
+        def measure(self, lin: tls.Linearization) -> Measurement:
+            scores = lin.vjp(self.cotangents(lin))[0].norm(dim=-1)
+            return Measurement(scores, {"steps": [1, 2, (3, [4])], "names": ["a"]})
+
+        def measure_many(self, lins: Any) -> list[Measurement]:
+            return [self.measure(lin) for lin in lins]
+
+    answer = WithLists()(tls.linearize(tiny, "The keys"))
+    assert answer.steps == (1, 2, (3, (4,)))
+    assert same(tls.Attribution.from_json(answer.to_json()), answer)
 
 
 def test_json_has_no_infinity(answer: tls.Attribution) -> None:

@@ -96,7 +96,10 @@ def kept(found: Measurement, lin: Linearization) -> Measurement:
 
 
 def _kept(value: Any, dtype: torch.dtype) -> Any:
-    """A value as an answer keeps it: a tensor without its graph, on the CPU, floats in the precision of the scores."""
+    """A value as an answer keeps it: a tensor without its graph, on the CPU, floats in the precision of the scores; a
+    list as a tuple, which does not change, and which JSON gives back."""
+    if isinstance(value, list | tuple):
+        return tuple(_kept(one, dtype) for one in value)
     if not isinstance(value, Tensor):
         return value
     return value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
