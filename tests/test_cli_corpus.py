@@ -59,6 +59,7 @@ def test_maps_and_paths(prompts: Path, tmp_path: Path) -> None:
     for option, given in {
         "--predictions every": {"predictions": "every"},
         "--carried-by head --strongest 2": {"carried_by": "head", "strongest": 2},
+        "--generate 2": {"generate": 2},
     }.items():
         ours, theirs = (tmp_path / f"{name} {option}" for name in "ab")
         with pytest.warns(UserWarning, match="1 of 3 prompts have no answer"):

@@ -282,6 +282,47 @@ def test_every_prediction_of_a_set(tiny: Any, out: Path) -> None:
     assert [type(found) for found in corpus] == [tls.AttributionMap, type(None), tls.AttributionMap]
 
 
+def test_what_the_model_says_is_explained(tiny: Any, out: Path) -> None:
+    """A row without an answer or target gets the model's own answer; others keep theirs."""
+    rows = [{"prompt": TEXTS[0]}, {"prompt": TEXTS[1], "answer": " is old"}, {"prompt": TEXTS[2], "target": " are"}]
+    found = list(ask(rows, out, model=tiny, generate=3))
+    said = tls.generate(tiny, TEXTS[0], 3)
+    assert found[0].target.ids == list(said.ids)
+    torch.testing.assert_close(found[0].scores, tls.attribute(tiny, TEXTS[0], answer=said).scores)
+    assert [one.target.text for one in found[1:]] == [" is old", " are"]
+    many = list(tls.attribute_many(tiny, TEXTS[:2], answers=[None, " is old"], generate=3))
+    for one, other in zip(many, found, strict=False):
+        assert one is not None
+        assert one.target == other.target
+        torch.testing.assert_close(one.scores, other.scores)
+    (against,) = tls.attribute_many(tiny, TEXTS[:1], foils=[" is"], generate=1)
+    assert against is not None
+    assert against.versus.text == " is"
+    with pytest.raises(ValueError, match="holds answers of another job|other settings"):
+        ask(rows, out, model=tiny, generate=2)
+
+
+def test_a_map_of_what_the_model_says(tiny: Any, out: Path) -> None:
+    (rows,) = ask(TEXTS[:1], out, model=tiny, generate=3, predictions="every")
+    assert rows.text == tls.generate(tiny, TEXTS[0], 3).text
+
+
+@pytest.mark.parametrize("call", ["many", "corpus"])
+def test_generation_that_cannot_be(tiny: Any, out: Path, call: str) -> None:
+    def asked(scope: tls.Scope, generate: Any) -> Any:
+        if call == "many":
+            return tls.attribute_many(tiny, TEXTS, scope, generate=generate)
+        return ask(TEXTS, out, scope, model=tiny, generate=generate)
+
+    with pytest.raises(ValueError, match="generate is how many tokens are said at most, 1 at least, got 0"):
+        asked(SEMANTIC, 0)
+    with pytest.raises(
+        ValueError, match=r"SemanticScope\(target=' are'\) names its target, and generate=3 explains what"
+    ):
+        asked(tls.SemanticScope(" are"), 3)
+    assert not out.exists()
+
+
 def test_other_readers(tiny: Any, out: Path, tmp_path: Path) -> None:
     """One line reads it with datasets, and with polars."""
     ask(TEXTS, out, model=tiny)

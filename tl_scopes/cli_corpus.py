@@ -67,6 +67,8 @@ _Output = partial(typer.Option, rich_help_panel="Output")
 _FILE = """JSON lines (.jsonl), CSV or Parquet, or a folder of Parquet files. A column "prompt" (or text, or messages),
 and if you like "id", "answer", "target" and "foil"."""
 _VERSUS = "Why the target rather than this? For every prompt that has no foil of its own."
+_GENERATE = """Let the model say so many tokens at most after each prompt that has neither answer nor target, and
+explain them as its answer."""
 _COLUMN = "What a column is called, prompt=question say; target= for one that means another thing. Repeat it."
 _PREDICTIONS = """"last" explains what comes after each prompt, "every" each prediction in it, or each token of its
 answer."""
@@ -84,6 +86,7 @@ def corpus(
         str | None, _Question(metavar="TOKEN", help="What to explain after every prompt that has none of its own.")
     ] = None,
     versus: Annotated[str | None, _Question(metavar="TOKEN", help=_VERSUS)] = None,
+    generate: Annotated[int | None, _Question(metavar="N", min=1, help=_GENERATE)] = None,
     column: Annotated[list[str] | None, _Question(metavar="NAME=COLUMN", help=_COLUMN)] = None,
     rules: RuleNames = None,
     predictions: Annotated[Predictions, _Question(metavar="last|every", help=_PREDICTIONS)] = Predictions.LAST,
@@ -123,6 +126,7 @@ def corpus(
                 asked,
                 model=loader(model, device, dtype),
                 columns=columns,
+                generate=generate,
                 rules=rule_names(rules),
                 prepend_bos=bos,
                 checkpoint=checkpoint,

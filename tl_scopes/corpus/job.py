@@ -14,7 +14,7 @@ from tl_scopes.circuits.cut import By
 from tl_scopes.circuits.paths import Paths
 from tl_scopes.jacobian.linearization import Linearization, linearize_places
 from tl_scopes.jacobian.span import Exchange, linearize_answers
-from tl_scopes.models import Answer, LinearRules, Model, Prompt, ReadPrompt
+from tl_scopes.models import Answer, Generated, LinearRules, Model, Prompt, ReadPrompt
 from tl_scopes.models.arguments import as_flag
 from tl_scopes.progress import no_progress
 from tl_scopes.results.attribution import Attribution
@@ -22,6 +22,7 @@ from tl_scopes.results.attribution_map import AttributionMap
 from tl_scopes.scopes.corrections import Around
 from tl_scopes.scopes.own_foil import ask_each
 from tl_scopes.scopes.scope import Scope
+from tl_scopes.scopes.written import as_written
 
 Found: TypeAlias = Attribution | AttributionMap | AnswerMap | Paths
 """What may be known of a prompt."""
@@ -42,22 +43,33 @@ class Settings:
     rules: LinearRules | None
     batch_size: int
     prepend_bos: bool | None
+    generate: int | None = None
+    """How many tokens the model says at most after a prompt without an answer or target, which are its answer then."""
 
     @staticmethod
     def checked(**given: Any) -> dict[str, Any]:
         """The options that both calls on many prompts share, each of its type.
 
         Raises:
-            TypeError: for an option that is not a bool, and a batch_size that is not an integer.
-            ValueError: for a batch_size below 1, and unknown rules.
+            TypeError: for an option that is not a bool, and a batch_size or `generate` that is not an integer.
+            ValueError: for a batch_size or `generate` below 1, for `generate` and a scope that names its target, and
+                unknown rules.
         """
-        bos = given["prepend_bos"]
+        bos, generate = given["prepend_bos"], given["generate"]
+        if generate is not None:
+            generate = models.as_count(generate, "generate is how many tokens are said at most, 1 at least")
+            if names_target(given["scope"]):
+                raise ValueError(
+                    f"{as_written(given['scope'])} names its target, and generate={generate} explains what the model "
+                    "says: leave one of them out."
+                )
         return given | {
             "score_answer": as_flag(given["score_answer"], "score_answer"),
             "checkpoint": as_flag(given["checkpoint"], "checkpoint"),
             "rules": LinearRules.read(given["rules"]),
             "batch_size": models.as_count(given["batch_size"], "batch_size must be at least 1"),
             "prepend_bos": None if bos is None else as_flag(bos, "prepend_bos"),
+            "generate": generate,
         }
 
 
@@ -88,8 +100,11 @@ class Asked(NamedTuple):
             )
         read = models.read_prompt(model, self.prompt, settings.prepend_bos)
         vocab, said, foil, notes = models.output_size(model), None, None, read.notes
-        if self.answer is not None:
-            said, more = models.read_answer(model, self.answer, read.tokens)
+        answer = self.answer
+        if answer is None and self.target is None and settings.generate is not None:
+            answer = Generated.of(model, models.generate(model, read.tokens, settings.generate))
+        if answer is not None:
+            said, more = models.read_answer(model, answer, read.tokens)
             notes += more
         elif self.target is not None:
             said = models.read_target(model, self.target, vocab)
@@ -103,7 +118,7 @@ class Asked(NamedTuple):
                     f"it has the foil {foil.text!r}, and no answer or target that is compared with it: give one, or "
                     "leave the foil out."
                 )
-        for name, given in (("target", said if self.answer is None else None), ("foil", foil)):
+        for name, given in (("target", said if answer is None else None), ("foil", foil)):
             if given is not None and given.is_span:
                 notes += models.where_they_meet(model, read.tokens, given, name)
         return scope.exchange(model, read._replace(notes=notes), said, foil, vocab) or read

@@ -29,6 +29,7 @@ def attribute_many(
     answers: Iterable[Answer | None] | None = None,
     targets: Iterable[Any] | None = None,
     foils: Iterable[Any] | None = None,
+    generate: int | SupportsIndex | None = None,
     score_answer: bool = False,
     wrt: str = models.EMBEDDING,
     of: str = models.READOUT,
@@ -54,6 +55,8 @@ def attribute_many(
             that a prompt has goes before a target that the scope names.
         foils: what each answer or target, or the target that the scope names, is compared with. A foil goes before
             `versus` in the scope, which is for the prompts with None.
+        generate: let the model say so many tokens at most after each prompt that has neither answer nor target, the
+            likeliest ones as `tls.generate` does, and explain them as its answer. Each is a forward pass more.
         score_answer: whether the tokens of the answers get scores too.
         wrt, of: the hooks between which the Jacobian is taken, as in `linearize`.
         batch_size: how many prompts go through the model together. They are filled up on the right, where a causal
@@ -73,8 +76,10 @@ def attribute_many(
 
     Raises:
         TypeError: for something that is not a scope, for one prompt or a table where there must be several prompts, for
-            `progress` or `checkpoint` that is neither True nor False, for a batch_size that is not an integer.
-        ValueError: for a batch_size below 1, and for another on_error; for answers together with targets, foils without
+            `progress` or `checkpoint` that is neither True nor False, for a batch_size or `generate` that is not an
+            integer.
+        ValueError: for a batch_size or `generate` below 1, and for another on_error; for `generate` with a scope that
+            names its target; for answers together with targets, foils without
             either; where there are fewer or more of them than prompts. Else as `attribute` does.
         RuntimeError: when the model's hooks are no longer those of the call: answers are computed as they are asked
             for, so inside `model.hooks(...)` they must be taken inside as well.
@@ -91,10 +96,11 @@ def attribute_many(
     require_scope(scope)
     models.check_model(model)
     options = {"score_answer": score_answer, "checkpoint": checkpoint, "rules": rules, "batch_size": batch_size}
-    settings = Settings(scope=scope, wrt=wrt, of=of, **Settings.checked(**options, prepend_bos=prepend_bos))
+    checked = Settings.checked(**options, scope=scope, generate=generate, prepend_bos=prepend_bos)
+    settings = Settings(wrt=wrt, of=of, **checked)
     failures, progress = Failures("attribute_many", on_error, prompts), as_flag(progress, "progress")
     asked = _AllAsked.of(models.each_prompt(prompts), answers, targets, foils)
-    if foils is not None and answers is None and targets is None and not names_target(scope):
+    if foils is not None and not names_target(scope) and all(given is None for given in (answers, targets, generate)):
         raise ValueError("foils are what answers or targets are compared with: give these as well.")
     if asked.foils is not None and not scope.compares:
         raise ValueError(f"{as_written(scope)} does not compare two answers, so that it has no use for foils.")

@@ -32,6 +32,7 @@ def attribute_corpus(
     *,
     model: Model | str | Path | Loader | None = None,
     columns: Mapping[str, str | None] | None = None,
+    generate: int | SupportsIndex | None = None,
     score_answer: bool = False,
     wrt: str = models.EMBEDDING,
     of: str = models.READOUT,
@@ -78,6 +79,8 @@ def attribute_corpus(
             function without arguments that loads one; None is the bundled model.
         columns: what the columns are called, {"prompt": "question", "answer": "reply"} say; None for one that is there
             and does not mean this, {"target": None} say.
+        generate: let the model say so many tokens at most after each prompt that has neither answer nor target, the
+            likeliest ones as `tls.generate` does, and explain them as its answer. Each is a forward pass more.
         score_answer, wrt, of, checkpoint, rules: as in `linearize`.
         batch_size: how many prompts go through the model together.
         part_size: how many prompts a file holds, all of which are computed again when the process is killed before the
@@ -115,9 +118,9 @@ def attribute_corpus(
             iterator none of the first part;
             for prompts that cannot be read, with the line; for ids that are missing or twice, and columns that
             are not there; for a folder of another job, with other prompts, or with a part that was cut off or changed;
-            for a model with hooks of yours; for a part_size or batch_size below 1. Where no prompt of a whole first
-            part has an answer, the first error is raised; where there are fewer prompts than a part, a warning says
-            that none of them has an answer, and why.
+            for a model with hooks of yours; for a part_size, batch_size or `generate` below 1, and `generate` with a
+            scope that names its target. Where no prompt of a whole first part has an answer, the first error is
+            raised; where there are fewer prompts than a part, a warning says that none of them has an answer, and why.
         ImportError: for engine="ray" without Ray. ValueError for another engine, for actors or num_gpus without Ray,
             for more actors or GPUs than Ray has, and for a model with Ray that is loaded already.
         RuntimeError: while another process writes into the folder.
@@ -135,10 +138,9 @@ def attribute_corpus(
     progress = as_flag(progress, "progress")
     given = {"score_answer": score_answer, "checkpoint": checkpoint, "rules": rules, "batch_size": batch_size}
     options = Options(
-        scope=scope,
         wrt=wrt,
         of=of,
-        **Options.checked(**given, prepend_bos=prepend_bos),
+        **Options.checked(**given, scope=scope, generate=generate, prepend_bos=prepend_bos),
         part_size=models.as_count(part_size, "part_size must be at least 1"),
         predictions=predictions,
         carried_by=carried_by,
@@ -214,7 +216,7 @@ def _rows(source: Source, options: Options) -> Iterator[Row]:
     Raises:
         ValueError: for a foil that nothing would be compared with; as the source does.
     """
-    alone, compared = None, names_target(options.scope)
+    alone, compared = None, names_target(options.scope) or options.generate is not None
     for number, row in enumerate(source, 1):
         compared = compared or bool(row.asked.keys() & {"answer", "target"})
         if row.asked.get("foil") is not None:
