@@ -142,7 +142,7 @@ class AttributionMap:
         Example:
             >>> words = tls.attribution_map(model, "The unheard keys near the cabinet", tls.SemanticScope()).by("word")
             >>> words[-2].top(1)[0].token, words.scores.shape
-            (' keys', torch.Size([7, 7]))
+            (' unheard', torch.Size([7, 7]))
         """
         last = self.answers[-1]
         last.require_grouping()
