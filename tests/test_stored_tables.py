@@ -74,7 +74,7 @@ def in_the_readme() -> list[str]:
         f"correlation of {interval(values('head_out', 'carried'))} over heads and "
         f"{interval(values('mlp_out', 'carried'))} over MLPs ({mean('head_out', RULED)} and {mean('mlp_out', RULED)} "
         "under linear rules)",
-        f"attribution patching, which needs the corrupted prompt, at {mean('head_out', PATCHING)} and "
+        f"Attribution patching, which needs the corrupted prompt, agrees with it at {mean('head_out', PATCHING)} and "
         f"{mean('mlp_out', PATCHING)}.",
         f"the causes of {prompts()} confirmed prompts",
         f"an average precision of {precision('relevance, linear')} under linear rules, and "
