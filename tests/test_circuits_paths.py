@@ -201,7 +201,9 @@ def test_a_hook_that_is_random(tiny: Any) -> None:
 
     with tiny.hooks(fwd_hooks=[("blocks.2.hook_resid_pre", noise)]):
         lin = tls.linearize(tiny, "The keys to the old cabinet near the door")
-        with pytest.raises(ValueError, match="the model gave another value at 'ln_final' when it was run again"):
+        with pytest.raises(
+            ValueError, match="the model gave another value at 'ln_final' when it was run again: a hook is random"
+        ):
             tls.carried_by(lin, tls.SemanticScope())
 
 

@@ -22,6 +22,7 @@ import torch
 
 import tl_scopes as tls
 from tests import zoo
+from tl_scopes import models
 from tl_scopes.corpus.parts import MANIFEST
 from tl_scopes.models import Provenance
 from tl_scopes.scopes.baselines import LeaveOneOut
@@ -300,6 +301,28 @@ def test_what_the_model_says_is_explained(tiny: Any, out: Path) -> None:
     assert against.versus.text == " is"
     with pytest.raises(ValueError, match="holds answers of another job|other settings"):
         ask(rows, out, model=tiny, generate=2)
+
+
+def test_what_the_model_says_fits_into_the_context(tiny: Any) -> None:
+    """So many tokens at most: a long prompt leaves room for fewer."""
+    long = " ".join(["The keys"] * 120)
+    room = models.context_length(tiny) - len(models.tokenize(tiny, long))
+    assert 0 < room < 100
+    (found,) = tls.attribute_many(tiny, [long], generate=200, on_error="raise")
+    assert found is not None
+    assert found.target.ids == list(tls.generate(tiny, long, room).ids)
+
+
+def test_a_column_that_is_there_twice(tiny: Any, out: Path) -> None:
+    with pytest.raises(ValueError, match="the table has 2 columns 'prompt': give each another name"):
+        ask(pd.DataFrame([TEXTS[:2]], columns=["prompt", "prompt"]), out, model=tiny)
+
+
+def test_a_gap_in_a_column_of_prompts_is_null(tiny: Any, out: Path) -> None:
+    table = pd.DataFrame({"prompt": [TEXTS[0], float("nan")], "target": [" are", None]})
+    with pytest.warns(UserWarning, match="1 of 2 prompts have no answer"):
+        found = ask(table, out, model=tiny).to_dataframe()
+    assert json.loads(found.prompt[1]) == {"prompt": None, "target": None}
 
 
 def test_a_map_of_what_the_model_says(tiny: Any, out: Path) -> None:

@@ -113,6 +113,12 @@ def test_an_answer(tiny: Any) -> None:
         assert shown["explained"][10:] == ["·are", "·old", "."]
 
 
+@pytest.mark.parametrize(("scopes", "got"), [(None, "None"), (5, "5"), ("semantic", "'semantic'"), ([3], "3")])
+def test_no_scopes(tiny: Any, scopes: Any, got: str, no_type_checks: None) -> None:
+    with pytest.raises(TypeError, match=f"expected a scope such as SemanticScope.., got {got}"):
+        tls.explore(tiny, PROMPT, scopes)
+
+
 def test_layers_of_an_answer(tiny: Any) -> None:
     """Where the influence on a whole answer stands, and what it is about."""
     lin = tls.linearize(tiny, PROMPT, answer=" are old.")

@@ -508,6 +508,16 @@ def test_the_target_explained_is_measured(model: Any) -> None:
     assert ours.value.tolist() == pytest.approx(aimed.value.tolist(), abs=1e-9, nan_ok=True)
 
 
+def test_the_prediction_may_be_what_a_given_target_is_compared_with(model: Any) -> None:
+    """The target that is given counts, and not the likeliest token, which is the scope's `versus` here."""
+    best = tls.linearize(model, PROMPT).token().id
+    other, perturbation = (best + 1) % zoo.VOCAB, Perturbation(("zero",), (0.5,), samples=0, randomise=False)
+    found = evaluate(model, [PROMPT], [tls.SemanticScope(versus=best)], perturbation, targets=[other])
+    same = evaluate(model, [PROMPT], [tls.SemanticScope(other, versus=best)], perturbation)
+    assert found.value.tolist() == pytest.approx(same.value.tolist(), abs=1e-9, nan_ok=True)
+    assert set(found.quantity) >= {"log_odds"}
+
+
 def test_all_scopes_are_measured_alike(model: Any) -> None:
     """The same scores under two names give the same numbers, among other scopes and alone."""
     both = evaluate(model, PROMPTS, {"one": Fixed(), "other": Fixed(), "third": RandomBaseline()}, SHORT)

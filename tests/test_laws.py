@@ -91,6 +91,26 @@ def test_written_to_in_place(species: str) -> None:
             ask()
 
 
+@pytest.mark.parametrize("species", ["bridge llama", *(["hooked layer norm"] if zoo.HookedTransformer else [])])
+def test_weights_that_are_others(species: str) -> None:
+    """Another precision, and numbers that were assigned, are other weights, though the parameters are the same."""
+
+    def in_half(model: Any) -> None:
+        model.to(torch.float16)
+
+    def assigned(model: Any) -> None:
+        weight = max(model.blocks[0].parameters(), key=torch.numel)
+        weight.data = weight.data * 3
+
+    for change in (in_half, assigned):
+        model = zoo.SPECIES[species]().model
+        lin = tls.linearize(model, PROMPT, POSITION)
+        lin.require_unchanged()
+        change(model)
+        with pytest.raises(ValueError, match="the weights have changed since the model was linearised"):
+            lin.require_unchanged()
+
+
 def test_at_the_same_point(lin: tls.Linearization) -> None:
     """at(x) is the same linearisation."""
     again = lin.at(lin.embeddings)

@@ -240,6 +240,12 @@ def test_the_model_is_left_as_found(specimen: Specimen) -> None:
     assert after.rules is None
 
 
+def test_a_set_of_rules_stands_alone(tiny: Any) -> None:
+    for rules in (["linear"], ("linear", "norms"), ("linear", "lookup")):
+        with pytest.raises(ValueError, match="'linear' is a set of rules, .*: give it alone, rules='linear', or name"):
+            tls.linearize(tiny, "The keys", rules=rules)
+
+
 @pytest.mark.parametrize("part", ["q", "k"])
 def test_what_rules_hold_says_so(tiny: Any, part: str) -> None:
     """From queries and keys nothing leads on under constant patterns."""

@@ -1,6 +1,6 @@
 """A prompt to explore: maps of several scopes in one page that answers to the mouse and the keys."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -151,7 +151,7 @@ def explore(
         >>> tls.explore(model, "The keys to the old cabinet near the door", tls.SemanticScope(), answer=" are old.")
         Explorer(SemanticScope(): 10 tokens and 3 of an answer, tiny)
     """
-    asked = [scopes] if isinstance(scopes, Scope) else list(scopes)
+    asked: list[Any] = list(scopes) if isinstance(scopes, Iterable) and not isinstance(scopes, str) else [scopes]
     for scope in asked:
         require_scope(scope)
     if carried is not None and not isinstance(carried, Paths):

@@ -134,8 +134,9 @@ def traced(lin: Linearization, *parts: Part) -> ComponentTrace:
     first, again = lin.trace.output[list(lin.ends.rows)].detach(), trace.output.detach()
     if not (again - first).norm() <= torch.finfo(first.dtype).eps ** 0.5 * first.norm():
         raise ValueError(
-            f"the model gave another value at {lin.of!r} when it was run again, so that a hook must be random, or "
-            "change from run to run: parts would sum to the scores of another run. Let it do the same each time."
+            f"the model gave another value at {lin.of!r} when it was run again: a hook is random, or changes from run "
+            "to run, or weights were written to through `.data`. Parts would sum to the scores of another run: let "
+            "hooks do the same each time, and linearise again where weights have changed."
         )
     return _traced(lin, trace, wanted, parts)
 

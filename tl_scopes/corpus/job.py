@@ -102,7 +102,9 @@ class Asked(NamedTuple):
         vocab, said, foil, notes = models.output_size(model), None, None, read.notes
         answer = self.answer
         if answer is None and self.target is None and settings.generate is not None:
-            answer = Generated.of(model, models.generate(model, read.tokens, settings.generate))
+            context = models.context_length(model)
+            room = settings.generate if context is None else max(1, context - len(read.tokens))
+            answer = Generated.of(model, models.generate(model, read.tokens, min(room, settings.generate)))
         if answer is not None:
             said, more = models.read_answer(model, answer, read.tokens)
             notes += more

@@ -71,8 +71,8 @@ def attribute_corpus(
             for the prompts: prompt, text, messages, or input_ids. It may have id, texts or integers that are all
             different, else the number of the row is the id; and answer, target and foil, as in `attribute_many`: what a
             row has goes before the target and `versus` of the scope. A row that has no answer or target of its own, or
-            null or NaN, is asked about the scope's target, or the most likely next token. A number such as 5.0, which
-            pandas makes of 5 in a column with gaps, is the id 5. Other columns are left alone.
+            null, NaN or an empty text, is asked about the scope's target, or the most likely next token. A number such
+            as 5.0, which pandas makes of 5 in a column with gaps, is the id 5. Other columns are left alone.
         out: the folder. It belongs to one job: one scope, model, weights, settings and versions.
         scope: the question; by default `SemanticScope()`.
         model: a `HookedTransformer` or a `TransformerBridge`; or what `models.load` takes, a name or a folder; or a

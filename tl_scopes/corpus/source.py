@@ -165,6 +165,7 @@ class _Columns(NamedTuple):
         prompt = cell(value.get(self.prompt))
         if prompt is None:
             there = f"null in its column {self.prompt!r}" if self.prompt in value else f"no column {self.prompt!r}"
+            value = {name: cell(one) for name, one in value.items()}
             return Row(id, value, {}, f"it has {there}, where the first has its prompt: it has {_listed(value)}.")
         if self.prompt == "input_ids":
             prompt = {name: value[name] for name in ("input_ids", "attention_mask") if name in value}
@@ -216,7 +217,12 @@ def _rows_of_table(table: Any) -> Any:
 
     Raises:
         TypeError: for another table.
+        ValueError: for a column that is there twice.
     """
+    names = list(table.columns)
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the table has {names.count(name)} columns {name!r}: give each another name.")
     if hasattr(table, "to_dicts"):
         return table.to_dicts()
     if hasattr(table, "to_dict"):

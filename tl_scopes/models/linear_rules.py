@@ -57,6 +57,11 @@ class LinearRules:
         if not all(isinstance(name, str) for name in names):
             raise TypeError(f'rules are named by texts, "linear" say, got {given!r}.')
         for name in names:
+            if name in SETS:
+                raise ValueError(
+                    f"{name!r} is a set of rules, {listed(SETS[name])}: give it alone, rules={name!r}, or name single "
+                    "rules."
+                )
             if name not in RULES:
                 raise ValueError(
                     f"there are no rules called {name!r}: sets of rules are {listed(SETS)}, single ones "

@@ -123,7 +123,7 @@ def _is_linear(trace: Trace) -> bool:
     """Whether nothing but the weights decides on the way from the readout to the logits."""
     assert trace.logits is not None
     assert trace.unembedded is not None
-    alone = not trace.state.hooks and not trace.hooked and (0, 0) not in trace.state.weights  # none is offloaded
+    alone = not trace.state.hooks and not trace.hooked and (0, 0, 0) not in trace.state.weights  # none is offloaded
     return alone and torch.equal(trace.logits.detach(), trace.unembedded[:, 0].detach())
 
 

@@ -21,13 +21,13 @@ class ModelState:
     """What decides, beside the prompt, what a model computes.
 
     It is compared exactly and without running the model. A hook counts by the function that was given, a parameter by
-    its identity and how often it was changed in place. What it cannot see is what a hook's function keeps to itself,
-    and parameters written through `.data`.
+    its identity, where its numbers are, and how often it was changed in place. What it cannot see is what a hook's
+    function keeps to itself, and numbers that are written in place through `.data`.
     """
 
     hooks: Mapping[str, tuple[object, ...]]
     """The user's functions on each hook point."""
-    weights: tuple[tuple[int, int], ...]
+    weights: tuple[tuple[int, int, int], ...]
     """The `versions` of all parameters."""
     autocast: torch.dtype | None
     """The precision of torch.autocast, inside of it."""
@@ -70,13 +70,19 @@ class ModelState:
             )
 
 
-def versions(parameters: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """The identity of what this thread takes for each parameter, and how often it was changed in place.
+def versions(parameters: Iterable[Tensor]) -> tuple[tuple[int, int, int], ...]:
+    """The identity of what this thread takes for each parameter, how often it was changed in place, and where its
+    numbers are, which are elsewhere after `model.to(dtype)`.
 
-    An offloaded parameter is another object after every pass, and has no numbers to change meanwhile.
+    An offloaded parameter is another object after every pass, and has no numbers to change meanwhile. A quantised one
+    is made of several tensors, which do not say where they are.
     """
     known = map(in_use, parameters)
-    return tuple((0, 0) if weight.is_meta else (id(weight), weight._version) for weight in known)
+    return tuple((0, 0, 0) if weight.is_meta else (id(weight), weight._version, _address(weight)) for weight in known)
+
+
+def _address(weight: Tensor) -> int:
+    return weight.data_ptr() if type(weight) in (Tensor, nn.Parameter) else 0
 
 
 def _inside(autocast: torch.dtype | None) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Set
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -56,6 +56,10 @@ class TargetScope(Scope):
             None if given is None else models.read_target(model, given, vocab, name)
             for name, given in (("target", self.target), ("versus", self.versus))
         )  # type: ignore[return-value]
+
+    def with_target(self, lin: Linearization, target: int) -> Scope:
+        # The likeliest token does not matter, which may be the very one that it is compared with.
+        return replace(self, target=target) if self.target is None and not isinstance(lin, Span) else self
 
     def explained(self, lin: Linearization) -> tuple[Target, Target | None]:
         """The target, by default the answer linearised, or else the most likely token; and what it is compared with.
