@@ -299,7 +299,7 @@ def test_what_the_model_says_is_explained(tiny: Any, out: Path) -> None:
     (against,) = tls.attribute_many(tiny, TEXTS[:1], foils=[" is"], generate=1)
     assert against is not None
     assert against.versus.text == " is"
-    with pytest.raises(ValueError, match=r"holds results of other settings \(generate was 3, is 2\): give another folder"):
+    with pytest.raises(ValueError, match=r"holds results of other settings \(generate was 3, is 2\)"):
         ask(rows, out, model=tiny, generate=2)
 
 
